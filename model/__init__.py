@@ -1,1 +1,1 @@
-"""The network, its weights, what it sees and how it learns. Imports nothing of `export` or `service`."""
+"""The network, its weights, what it sees, how it learns. Imports nothing of the other layers."""

@@ -1,4 +1,4 @@
-"""What a TimeSformer is (`ModelConfig`), what it sees (`Preprocessing`), and the table of named variants.
+"""What a TimeSformer is (`ModelConfig`), what it sees (`Preprocessing`), and the named variants.
 
 Plain data without torch: serving reads the same two dataclasses from a bundle's manifest.
 """
@@ -22,7 +22,22 @@ Sampling = Literal["dense", "uniform"]
 
 
 class ConfigError(ValueError):
-    """A configuration that describes no model we can build; the message says which field and why."""
+    """A configuration that describes no model; the message says which field and why."""
+
+
+def _require_positive_int(field: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{field} is {value!r}; it must be a whole number above 0")
+
+
+def _three_floats(field: str, value: Any) -> tuple[float, float, float]:
+    try:
+        red, green, blue = (float(channel) for channel in value)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{field} is {value!r}; it must be three numbers, one a channel"
+        ) from None
+    return red, green, blue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +71,7 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of one TimeSformer. The defaults are the paper's TimeSformer (ViT-B/16, K400)."""
+    """The architecture of one TimeSformer. The defaults are the paper's (ViT-B/16, Kinetics-400)."""
 
     attention_type: AttentionType = "divided_space_time"
     patch_size: int = 16
@@ -120,7 +135,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """Reads the flat object; unknown keys are ignored, as foreign configs carry notes of their own.
+        """Reads the flat object. Unknown keys are ignored: foreign configs carry notes of their own.
 
         Raises:
             ConfigError: a field has a value that no model can have.
@@ -149,21 +164,6 @@ _PREPROCESSING_FIELDS = frozenset(field.name for field in dataclasses.fields(Pre
 CONFIG_FIELDS = _PREPROCESSING_FIELDS | {
     field.name for field in dataclasses.fields(ModelConfig) if field.name != "preprocessing"
 }
-
-
-def _require_positive_int(field: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{field} is {value!r}; it must be a whole number above 0")
-
-
-def _three_floats(field: str, value: Any) -> tuple[float, float, float]:
-    try:
-        red, green, blue = (float(channel) for channel in value)
-    except (TypeError, ValueError):
-        raise ConfigError(
-            f"{field} is {value!r}; it must be three numbers, one a channel"
-        ) from None
-    return red, green, blue
 
 
 def _variant(
