@@ -71,7 +71,7 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of one TimeSformer. The defaults are the paper's (ViT-B/16, Kinetics-400)."""
+    """The architecture of one TimeSformer. Default: the paper's (ViT-B/16, Kinetics-400)."""
 
     attention_type: AttentionType = "divided_space_time"
     patch_size: int = 16
@@ -135,7 +135,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """Reads the flat object. Unknown keys are ignored: foreign configs carry notes of their own.
+        """Reads the flat object. Unknown keys are ignored: foreign configs carry notes.
 
         Raises:
             ConfigError: a field has a value that no model can have.
