@@ -1,0 +1,1 @@
+"""From weights to a served artefact, the bundle; and the runtimes that execute one."""

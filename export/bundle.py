@@ -1,0 +1,347 @@
+"""The bundle: the unit that is exported, verified, published, served and rolled back.
+
+A folder `STORE/NAME/VERSION/`, immutable once published, with a `manifest.json` that says what is
+in it. Versions count up from 1. The active version of a name is one small file, `active.json`,
+replaced atomically. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from model.config import ConfigError, ModelConfig
+
+MANIFEST = "manifest.json"
+LABELS = "labels.txt"
+WEIGHTS = "weights.safetensors"
+ONNX_FLOAT32 = "model.onnx"
+ACTIVE = "active.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+# Older active versions that the pointer remembers, the newest first.
+_HISTORY = 20
+
+
+class BundleError(Exception):
+    """A bundle or store that cannot be used; the message says which, why and what to do."""
+
+
+def _relative(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"{name!r} is not a path inside the bundle")
+    return name
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Model):
+    """An input or output of the graph; -1 in `shape` is the batch."""
+
+    name: str
+    dtype: Literal["uint8", "float32"]
+    shape: tuple[int, ...]
+
+
+class FileEntry(_Model):
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0, description="bytes")
+
+
+class Parity(_Model):
+    """How one artefact's answers compare with the float32 network's on the same clips."""
+
+    clips: int = Field(ge=1)
+    max_difference: float = Field(description="largest absolute difference of two logits")
+    mean_difference: float
+    embedding_max_difference: float
+    top1_agreement: float = Field(ge=0, le=1)
+    limit: float = Field(description="largest `max_difference` that passes")
+    passed: bool
+
+
+class Manifest(_Model):
+    """`manifest.json`. Every fact about a bundle that a reader may want without its weights."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    version: str
+    created: datetime
+    source: str = Field(description="what the weights were loaded from")
+    architecture: dict[str, Any]
+    preprocessing: dict[str, Any]
+    labels: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights_sha256: str
+    files: dict[Annotated[str, AfterValidator(_relative)], FileEntry]
+    software: dict[str, str]
+    verification: dict[str, Parity]
+    training: dict[str, Any] | None = None
+    parent: str | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture and preprocessing, as one.
+
+        Raises:
+            ConfigError: they describe no model.
+        """
+        return ModelConfig.from_dict({**self.architecture, **self.preprocessing})
+
+
+class Bundle:
+    """One published version, read from its folder.
+
+    Raises:
+        BundleError: the folder holds no bundle this version of the program can read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+            self.config = self.manifest.config
+        except FileNotFoundError:
+            raise BundleError(f"{path} holds no {MANIFEST}: it is not a bundle") from None
+        except (ValidationError, ConfigError, OSError) as error:
+            raise BundleError(f"{path / MANIFEST} cannot be used: {error}") from error
+        if len(self.manifest.labels) != self.config.num_classes:
+            raise BundleError(
+                f"{path / MANIFEST} has {len(self.manifest.labels)} labels "
+                f"for {self.config.num_classes} classes"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def version(self) -> str:
+        return self.manifest.version
+
+    def file(self, name: str) -> Path:
+        """Path of a file of the bundle.
+
+        Raises:
+            BundleError: the manifest does not list it.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"bundle {self.name} version {self.version} has no {name}")
+        return self.path / name
+
+    def verify(self) -> None:
+        """Checks every file against the manifest, and that every artefact passed its parity gate.
+
+        Raises:
+            BundleError: names the first file that is missing, changed or failed.
+        """
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise BundleError(f"{path} is missing: publish the bundle again")
+            if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
+                raise BundleError(f"{path} is not the file that was published: its hash is off")
+        artefacts = {name for name in self.manifest.files if name.endswith(".onnx")}
+        for name in sorted(artefacts):
+            parity = self.manifest.verification.get(name)
+            if parity is None or not parity.passed:
+                raise BundleError(f"{self.path / name} did not pass verification: export it again")
+        if not artefacts:
+            raise BundleError(f"{self.path} lists no ONNX file: there is nothing to serve")
+
+
+class BundleStore:
+    """A folder of bundles by name and version, and which version of each name is active."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        return sorted(
+            entry.name
+            for entry in self.root.iterdir()
+            if _NAME.fullmatch(entry.name) and self.versions(entry.name)
+        )
+
+    def versions(self, name: str) -> list[str]:
+        """Published versions of a name, oldest first; none if there is no such name."""
+        folder = self._folder(name)
+        if not folder.is_dir():
+            return []
+        found = (entry.name for entry in folder.iterdir() if (entry / MANIFEST).is_file())
+        return sorted((name for name in found if _VERSION.fullmatch(name)), key=int)
+
+    def active(self, name: str) -> str | None:
+        """The version that serves, or None when none was ever activated.
+
+        Raises:
+            BundleError: the pointer is there and unreadable.
+        """
+        history = self._history(name)
+        return history[0] if history else None
+
+    def open(self, name: str, version: str | None = None) -> Bundle:
+        """One version of a name, by default the active one.
+
+        Raises:
+            BundleError: there is no such bundle, or it cannot be read.
+        """
+        version = version or self.active(name)
+        if version is None:
+            raise BundleError(
+                f"{name} has no active version in {self.root}: "
+                f"`timesformer bundles activate {name} VERSION` sets one"
+            )
+        if version not in self.versions(name):
+            known = ", ".join(self.versions(name)) or "none"
+            raise BundleError(f"{self.root} has no version {version} of {name}; it has: {known}")
+        return Bundle(self._folder(name) / version)
+
+    @contextlib.contextmanager
+    def staging(self, name: str) -> Iterator[Path]:
+        """An empty folder on the store's disk to write a bundle into; removed at the end."""
+        folder = self._folder(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if nothing was ever published under the name
+
+    def publish(self, staging: Path, manifest: Manifest) -> Bundle:
+        """Turns a staging folder into the next version of `manifest.name`.
+
+        `version`, `created` and `files` of the manifest are filled in here. What is on disk is
+        synced before the rename, so that a power cut leaves the whole version or none.
+
+        Raises:
+            BundleError: an artefact in it did not pass verification.
+        """
+        files = {
+            path.relative_to(staging).as_posix(): FileEntry(
+                sha256=sha256_of(path), size=path.stat().st_size
+            )
+            for path in sorted(staging.rglob("*"))
+            if path.is_file()
+        }
+        folder = self._folder(manifest.name)
+        with self._lock(manifest.name):
+            version = str(int((self.versions(manifest.name) or ["0"])[-1]) + 1)
+            manifest = manifest.model_copy(
+                update={"version": version, "created": datetime.now(UTC), "files": files}
+            )
+            (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+            Bundle(staging).verify()
+            for path in (*staging.rglob("*"), staging):
+                _sync(path)
+            staging.chmod(0o755)  # mkdtemp makes it private; other users serve it
+            staging.rename(folder / version)
+            _sync(folder)
+        return Bundle(folder / version)
+
+    def activate(self, name: str, version: str) -> Bundle:
+        """Makes a version the active one, after checking its hashes and verification.
+
+        Raises:
+            BundleError: it is not there, damaged, or failed verification; nothing has changed.
+        """
+        bundle = self.open(name, version)
+        bundle.verify()
+        with self._lock(name):
+            history = self._history(name)
+            if history[:1] != [version]:
+                self._point(name, [version, *history])
+        return bundle
+
+    def rollback(self, name: str) -> Bundle:
+        """Goes back to the version that was active before; the way forward is `activate`.
+
+        Raises:
+            BundleError: there is none, or it is damaged; nothing has changed.
+        """
+        with self._lock(name):
+            history = self._history(name)
+            if len(history) < 2:
+                raise BundleError(f"{name} has no earlier active version to roll back to")
+            bundle = self.open(name, history[1])
+            bundle.verify()
+            self._point(name, history[1:])
+        return bundle
+
+    def _folder(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise BundleError(
+                f"{name!r} is no bundle name: use up to 64 letters, digits, '.', '_' and '-'"
+            )
+        return self.root / name
+
+    def _history(self, name: str) -> list[str]:
+        """Active versions, the present one first."""
+        pointer = self._folder(name) / ACTIVE
+        try:
+            content = json.loads(pointer.read_bytes())
+            history = [content["version"], *content["previous"]]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BundleError(
+                f"{pointer} is damaged ({error!r}): remove it and activate a version"
+            ) from error
+        if not all(isinstance(item, str) and _VERSION.fullmatch(item) for item in history):
+            raise BundleError(f"{pointer} names no version: remove it and activate one")
+        return history
+
+    def _point(self, name: str, history: list[str]) -> None:
+        pointer = self._folder(name) / ACTIVE
+        content = {"version": history[0], "previous": history[1 : _HISTORY + 1]}
+        beside = pointer.with_name(f".{ACTIVE}.{os.getpid()}")
+        beside.write_text(json.dumps(content) + "\n")
+        _sync(beside)
+        beside.replace(pointer)
+        _sync(pointer.parent)
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """One writer per name at a time, across processes; the kernel frees it if one dies."""
+        folder = self._folder(name)
+        if not folder.is_dir():
+            raise BundleError(f"{self.root} has no bundle named {name}")
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

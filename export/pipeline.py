@@ -1,0 +1,158 @@
+"""From a checkpoint to a published bundle: export, verify, publish. Needs torch."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.bundle import (
+    LABELS,
+    ONNX_FLOAT32,
+    WEIGHTS,
+    Bundle,
+    BundleError,
+    BundleStore,
+    Manifest,
+    TensorSpec,
+    sha256_of,
+)
+from export.onnx import INPUT_NAME, OUTPUT_NAMES, export_onnx
+from export.runtime.interface import Outputs
+from export.runtime.onnxruntime import OnnxRuntime
+from export.verify import compare, run_in_batches
+from model.checkpoints import Checkpoint, save_safetensors
+from model.config import ModelConfig, Preprocessing
+from model.demo import SAMPLE_CLIP
+from model.timesformer import TimeSformer
+from model.video import load_clips
+
+_PREPROCESSING_FIELDS = tuple(Preprocessing.__dataclass_fields__)
+_SOFTWARE = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "av", "timesformer-service")
+
+
+class VerificationError(RuntimeError):
+    """An artefact's answers are not the network's; nothing was published."""
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    name: str,
+    store: BundleStore,
+    *,
+    labels: Sequence[str] | None = None,
+    videos: Sequence[Path] = (SAMPLE_CLIP,),
+    training: Mapping[str, Any] | None = None,
+    report: Callable[[str], None] = lambda step: None,
+) -> Bundle:
+    """Exports a checkpoint, proves the export right on real frames, and publishes it.
+
+    Args:
+        labels: one a class; by default the checkpoint's own, else `class 0`, `class 1`, ...
+        videos: files whose clips the artefacts are compared on.
+        training: metrics to be kept in the manifest.
+        report: is told each step as it begins.
+
+    Raises:
+        BundleError: the labels do not fit, or the store refuses the bundle.
+        OnnxExportError: the network cannot become a graph.
+        VerificationError: the graph's answers are off.
+        VideoError: one of `videos` cannot be read.
+    """
+    config = checkpoint.config
+    names = _labels(labels or checkpoint.labels, config.num_classes)
+    model = checkpoint.build()
+    clips = verification_clips(config, videos)
+    with store.staging(name) as staging:
+        report("writing the weights")
+        save_safetensors(model, staging / WEIGHTS, config, labels=names)
+        (staging / LABELS).write_text("".join(f"{label}\n" for label in names), encoding="utf-8")
+        report("exporting to ONNX")
+        export_onnx(model, staging / ONNX_FLOAT32)
+        report(f"verifying on {len(clips)} clips")
+        reference = run_reference(model, clips)
+        runtime = OnnxRuntime(staging / ONNX_FLOAT32, cuda=False)
+        parity = compare(reference, run_in_batches(runtime, clips))
+        if not parity.passed:
+            raise VerificationError(
+                f"{ONNX_FLOAT32} differs from the network by {parity.max_difference:.3g} in its "
+                f"logits, more than {parity.limit:.3g}: nothing was published"
+            )
+        report("publishing")
+        fields = config.to_dict()
+        preprocessing = {key: fields.pop(key) for key in _PREPROCESSING_FIELDS}
+        manifest = Manifest(
+            name=name,
+            version="0",  # publish() numbers it
+            created=datetime.now(UTC),
+            source=checkpoint.kind,
+            architecture=fields,
+            preprocessing=preprocessing,
+            labels=names,
+            inputs=(TensorSpec(name=INPUT_NAME, dtype="uint8", shape=_clip_shape(config)),),
+            outputs=tuple(
+                TensorSpec(name=output, dtype="float32", shape=(-1, size))
+                for output, size in zip(
+                    OUTPUT_NAMES, (config.num_classes, config.embed_dim), strict=True
+                )
+            ),
+            weights_sha256=sha256_of(staging / WEIGHTS),
+            files={},
+            software=software_versions(),
+            verification={ONNX_FLOAT32: parity},
+            training=dict(training) if training else None,
+            parent=store.active(name),
+        )
+        return store.publish(staging, manifest)
+
+
+def verification_clips(config: ModelConfig, videos: Sequence[Path]) -> NDArray[np.uint8]:
+    """Clips to compare engines on: the videos' crops, and one of noise, the hardest to round.
+
+    Returns:
+        uint8 (clips, time, height, width, 3); at least two clips.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (1, *_clip_shape(config)[1:]), dtype=np.uint8)
+    seen = [load_clips(video, config.preprocessing, crops=3).frames for video in videos]
+    return np.concatenate([*seen, noise])
+
+
+def run_reference(model: TimeSformer, clips: NDArray[np.uint8]) -> Outputs:
+    """The network's own answers in PyTorch float32, one clip at a time to bound memory."""
+    with torch.inference_mode():
+        answers = [model(torch.from_numpy(clip[None])) for clip in clips]
+    logits, embedding = (torch.cat(parts).numpy() for parts in zip(*answers, strict=True))
+    return Outputs(logits, embedding)
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what took part in the export."""
+    versions = {"python": platform.python_version()}
+    for package in _SOFTWARE:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _clip_shape(config: ModelConfig) -> tuple[int, ...]:
+    return (-1, config.num_frames, config.image_size, config.image_size, 3)
+
+
+def _labels(labels: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    if labels is None:
+        return tuple(f"class {index}" for index in range(num_classes))
+    if len(labels) != num_classes:
+        raise BundleError(
+            f"there are {len(labels)} labels for a model of {num_classes} classes: "
+            "pass --labels FILE with one label a line, in the order of the classes"
+        )
+    return tuple(labels)

@@ -1,0 +1,45 @@
+"""What every engine offers: clips in, `Outputs` out."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class RuntimeUnavailableError(RuntimeError):
+    """The engine or device that was asked for cannot run this bundle here."""
+
+
+class Outputs(NamedTuple):
+    """What the network says of a batch of clips."""
+
+    logits: NDArray[np.float32]
+    """(batch, classes)"""
+    embedding: NDArray[np.float32]
+    """(batch, dim)"""
+
+
+class Runtime(Protocol):
+    """An engine with a bundle's network loaded."""
+
+    @property
+    def engine(self) -> str:
+        """What executes the network, such as `onnxruntime`."""
+
+    @property
+    def provider(self) -> str:
+        """What that runs on, in the engine's own words, such as `CPUExecutionProvider`."""
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+
+    def run(self, frames: NDArray[np.uint8]) -> Outputs:
+        """Classifies clips: uint8 (batch, time, height, width, 3) to `Outputs`."""
+
+    def close(self) -> None:
+        """Frees the device's memory; the object is dead afterwards."""

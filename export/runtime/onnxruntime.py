@@ -1,0 +1,61 @@
+"""ONNX Runtime, on a GPU (CUDA provider) or on the CPU.
+
+With no usable GPU, ONNX Runtime falls back to the CPU in silence; here that is an error when a
+GPU was asked for, and a warning in the log when the choice was left to us.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from export.runtime.interface import Outputs, RuntimeUnavailableError
+
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+
+
+class OnnxRuntime:
+    """An ONNX Runtime session. `run` may be called from several threads.
+
+    Args:
+        path: the ONNX file.
+        cuda: run on the GPU.
+        threads: CPU threads inside one operator; 0 for one per core.
+
+    Raises:
+        RuntimeUnavailableError: no GPU here, or the file is no model that the engine can load.
+    """
+
+    engine = "onnxruntime"
+
+    def __init__(self, path: Path, *, cuda: bool, threads: int = 0) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        wanted = _CUDA if cuda else _CPU
+        if wanted not in onnxruntime.get_available_providers():
+            raise RuntimeUnavailableError(
+                f"this ONNX Runtime has no {wanted}: install the `gpu` extra on a GPU node"
+            )
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+        except Exception as error:  # its exceptions share no base but Exception
+            raise RuntimeUnavailableError(f"ONNX Runtime cannot load {path}: {error}") from error
+        self.provider: str = self._session.get_providers()[0]
+        if self.provider != wanted:
+            raise RuntimeUnavailableError(
+                f"ONNX Runtime was asked for {wanted} and fell back to {self.provider}; "
+                "its log says what is missing"
+            )
+        self.device = "cuda" if cuda else "cpu"
+
+    def run(self, frames: NDArray[np.uint8]) -> Outputs:
+        logits, embedding = self._session.run(["logits", "embedding"], {"frames": frames})
+        return Outputs(logits, embedding)
+
+    def close(self) -> None:
+        del self._session
