@@ -125,7 +125,7 @@ class ModelConfig:
 
     @property
     def mlp_dim(self) -> int:
-        return int(self.embed_dim * self.mlp_ratio)
+        return round(self.embed_dim * self.mlp_ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """One flat JSON object, the format of `--config FILE`; `from_dict` is its inverse."""
