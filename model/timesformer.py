@@ -1,7 +1,7 @@
 """TimeSformer (Bertasius, Wang and Torresani, ICML 2021): uint8 clips in, logits and embedding out.
 
 A pre-norm vision transformer over the patches of all frames. Which tokens attend to each other is
-said in `model/attention.py`; how foreign checkpoints name the weights, in `model/checkpoints.py`.
+said in `model/schemes.py`; how foreign checkpoints name the weights, in `model/checkpoints/`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.attention import SCHEMES, Attention, PatchAttention, Scheme, attend_with_class_token
+from model.attention import Attention, PatchAttention, attend_with_class_token
 from model.config import ModelConfig
+from model.schemes import SCHEMES, Scheme
 
 
 class Mlp(nn.Module):

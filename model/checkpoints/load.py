@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
-from model.attention import SCHEMES
 from model.checkpoints.errors import CheckpointError
 from model.checkpoints.files import CheckpointFile, read, shortened
 from model.checkpoints.layouts import Layout
 from model.config import CONFIG_FIELDS, VARIANTS, ConfigError, ModelConfig
+from model.schemes import SCHEMES
 from model.timesformer import TimeSformer
 
 
