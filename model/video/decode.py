@@ -6,26 +6,24 @@ Serving calls `load_clips`; training builds upon `read_frames`; `probe` tells th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import av
 import numpy as np
-from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from model.config import Preprocessing, Sampling
 from model.video.errors import TooFewFrames, UndecodableVideo
-from model.video.index import NO_TIME, PacketIndex, is_flush, scan_packets, to_timeline
+from model.video.index import PacketIndex, scan_packets
 from model.video.opening import Limits, OpenVideo, open_video
 from model.video.sampling import Timeline, sample
+from model.video.selective import decode_at
+from model.video.sequential import Survey, decode_sequentially, take_survey
 from model.video.transforms import Crops, crop_frame, upright_turns
 
 Choose = Callable[[Timeline], NDArray[np.int64]]
 Convert = Callable[[VideoFrame, float], NDArray[np.uint8]]
-Keep = Callable[[int, VideoFrame], None]
 
 # A claim is called a lie when it is off by half and by more than a second: sound often outlasts
 # the picture a little.
@@ -141,13 +139,28 @@ def read_frames(
     """
     with open_video(path, limits, threads) as video:
         index = scan_packets(video, limits)
+        indices = choose(index.timeline) if len(index.frames) else np.empty(0, np.int64)
         album = _Album(video, convert)
-        if index.complete and len(index.frames) > 1:
-            indices = choose(index.timeline)
-            if decode_at(video, index, np.unique(indices), album.keep):
-                truncated = index.damaged or _overclaims(video, index.timeline)
-                return album.finish(indices, index.timeline, truncated)
-    return _read_sequentially(path, choose, convert, limits, threads)
+        if _is_reliable(video, index) and decode_at(video, index, np.unique(indices), album.keep):
+            truncated = index.damaged or _overclaims(video, index.timeline)
+            return album.finish(indices, index.timeline, truncated)
+    with open_video(path, limits, threads) as video:
+        album = _Album(video, convert)
+        survey = take_survey(
+            video, {int(number): int(number) for number in indices.flat}, album.keep
+        )
+        if survey.matches(index.timeline):
+            return album.finish(indices, survey.timeline, _is_truncated(video, survey))
+    return _read_again(path, choose, convert, survey, limits, threads)
+
+
+def _is_reliable(video: OpenVideo, index: PacketIndex) -> bool:
+    """Whether the times of packets are known to be those of frames.
+
+    AVI stores no presentation times. FFmpeg guesses, and where frames are reordered guesses wrong.
+    """
+    guessed = video.format == "avi" and video.stream.codec_context.has_b_frames
+    return index.complete and len(index.frames) > 1 and not guessed
 
 
 def probe(path: str | Path, limits: Limits = Limits()) -> VideoFacts:  # noqa: B008 (frozen)
@@ -165,184 +178,27 @@ def probe(path: str | Path, limits: Limits = Limits()) -> VideoFacts:  # noqa: B
         return _facts(video, _displayed(frame, video.sar), timeline)
 
 
-def decode_at(video: OpenVideo, index: PacketIndex, wanted: NDArray[np.int64], keep: Keep) -> bool:
-    """Decodes only what the wanted frames depend on, and `keep`s exactly those.
-
-    Bit-identical to the sequential pass: it enters at the keyframe before each wanted frame, and
-    of the frames between skips only those that no other frame refers to. Takes 0.05 to 0.9 of the
-    CPU time of that pass (one clip of eight frames of five minutes; ten seconds of small video).
-
-    Args:
-        wanted: int64 (n,), ascending indices into `index.frames`.
-    Returns:
-        False if anything looks wrong (a frame is missing or flagged corrupt, packets differ from
-        the index, an error): the caller then reads the file from end to end.
-    """
-    try:
-        return all(_decode_run(video, index, run, keep) for run in plan_runs(index, wanted))
-    except MemoryError:
-        raise
-    except av.FFmpegError:
-        return False
-
-
-@dataclasses.dataclass
-class Run:
-    """Packets `first` to `last` of the index, and the frames wanted of them, by pts."""
-
-    first: int
-    last: int
-    wanted: dict[int, int]
-
-
-def plan_runs(index: PacketIndex, wanted: NDArray[np.int64]) -> list[Run]:
-    """The stretches of packets to decode, in order; those that touch are one.
-
-    A run enters at the last keyframe that neither comes after the wanted packet nor shows after
-    it: the leading frames of an open GOP show before its keyframe and need the GOP before.
-    """
-    keys = np.flatnonzero(index.key)
-    runs: list[Run] = []
-    for number in wanted:
-        packet = int(index.frames[number])
-        pts = int(index.pts[packet])
-        before = keys[: np.searchsorted(keys, packet, side="right")]
-        entries = before[index.pts[before] <= pts]
-        first = int(entries[-1]) if len(entries) else 0
-        runs.append(Run(first, packet, {pts: int(number)}))
-    return _merge(sorted(runs, key=lambda run: run.first))
-
-
-def _merge(runs: list[Run]) -> list[Run]:
-    merged = runs[:1]
-    for run in runs[1:]:
-        if run.first <= merged[-1].last:
-            merged[-1].last = max(merged[-1].last, run.last)
-            merged[-1].wanted.update(run.wanted)
-        else:
-            merged.append(run)
-    return merged
-
-
-def _decode_run(video: OpenVideo, index: PacketIndex, run: Run, keep: Keep) -> bool:
-    if index.corrupt[run.first : run.last + 1].any():
-        return False
-    missing = dict(run.wanted)
-    latest = NO_TIME
-    for frame in _frames_of_run(video, index, run):
-        if frame is None or frame.is_corrupt or frame.pts is None or frame.pts <= latest:
-            return False
-        latest = frame.pts
-        number = missing.pop(frame.pts, None)
-        if number is not None:
-            keep(number, frame)
-        if not missing:
-            return True
-    return False
-
-
-def _frames_of_run(video: OpenVideo, index: PacketIndex, run: Run) -> Iterator[VideoFrame | None]:
-    """Frames of a run, wanted or not; None where the packets are not those of the index."""
-    context = video.stream.codec_context
-    entry = int(index.dts[run.first])
-    if entry == NO_TIME:
-        entry = int(index.pts[run.first])
-    video.container.seek(entry, stream=video.stream)
-    # AVI has no presentation times, only FFmpeg's guess at them. Where B-frames are packed the
-    # guess is wrong, which shows in the order of frames, but only if none is left out.
-    may_skip = video.format != "avi"
-    position = run.first
-    entered = False
-    for packet in video.container.demux(video.stream):
-        if is_flush(packet):
-            break
-        same = _same_packet(index, position, packet.pts, packet.dts)
-        if not entered and not same:
-            if packet.dts is not None and packet.dts > entry:
-                break  # the seek went too far
-            continue
-        if not same:
-            yield None
-            return
-        entered = True
-        context.skip_frame = "NONREF" if may_skip and packet.pts not in run.wanted else "DEFAULT"
-        yield from context.decode(packet)
-        position += 1
-        if position > run.last:
-            break
-    yield from context.decode(None)
-
-
-def _same_packet(index: PacketIndex, position: int, pts: int | None, dts: int | None) -> bool:
-    """Whether a demuxed packet is the one at `position`; seeking may lose its dts."""
-    if index.pts[position] != (NO_TIME if pts is None else pts):
-        return False
-    return dts is None or index.dts[position] in (NO_TIME, dts)
-
-
-def decode_sequentially(video: OpenVideo) -> Iterator[VideoFrame | None]:
-    """Every frame that decodes, in order of presentation; None for each error on the way."""
-    try:
-        for packet in video.container.demux(video.stream):
-            if not is_flush(packet):
-                yield from _decode(video, packet)
-    except MemoryError:
-        raise
-    except av.FFmpegError:  # of the demuxer: what follows cannot be found
-        yield None
-    yield from _decode(video, None)
-
-
-def _decode(video: OpenVideo, packet: Packet[VideoStream] | None) -> list[VideoFrame | None]:
-    try:
-        return list(video.stream.codec_context.decode(packet))
-    except MemoryError:
-        raise
-    except av.FFmpegError:
-        return [None]
-
-
-def _read_sequentially(
-    path: str | Path, choose: Choose, convert: Convert, limits: Limits, threads: int
+def _read_again(
+    path: str | Path,
+    choose: Choose,
+    convert: Convert,
+    survey: Survey,
+    limits: Limits,
+    threads: int,
 ) -> Reading:
-    """Decodes everything twice: to learn what there is, then to convert what is chosen of it."""
-    with open_video(path, limits, threads) as video:
-        order, timeline, damaged = _survey(video)
-    if len(order) < 2:
-        raise _nothing_decodes() if len(order) == 0 else _single_frame()
-    indices = choose(timeline)
-    wanted = {int(order[n]): int(n) for n in np.unique(indices)}
+    """Chooses among the frames that really decode, and decodes from the beginning once more."""
+    if len(survey.order) < 2:
+        raise _single_frame() if len(survey.order) else _nothing_decodes()
+    indices = choose(survey.timeline)
+    wanted = {int(survey.order[number]): int(number) for number in indices.flat}
     with open_video(path, limits, threads) as video:
         album = _Album(video, convert)
-        frames = (frame for frame in decode_sequentially(video) if frame is not None)
-        for position, frame in enumerate(frames):
-            if position in wanted:
-                album.keep(wanted[position], frame)
-            if len(album.pictures) == len(wanted):
-                break
-        return album.finish(indices, timeline, damaged or _overclaims(video, timeline))
+        take_survey(video, wanted, album.keep)
+        return album.finish(indices, survey.timeline, _is_truncated(video, survey))
 
 
-def _survey(video: OpenVideo) -> tuple[NDArray[np.int64], Timeline, bool]:
-    """Which of the decoded frames come when; whether any did not decode or is flagged corrupt.
-
-    Returns:
-        int64 (frames,) positions among the frames that decode, no two at the same time; their
-        timeline; and whether there is damage. The order of decoded frames is right even where their
-        times are not: these are sorted. Where times are missing, frames follow each other at the
-        nominal rate.
-    """
-    pts: list[int | None] = []
-    damaged = False
-    for frame in decode_sequentially(video):
-        damaged = damaged or frame is None or frame.is_corrupt
-        if frame is not None:
-            pts.append(frame.pts)
-    known = np.array([time for time in pts if time is not None], np.int64)
-    if len(known) < len(pts):
-        return np.arange(len(pts)), Timeline(np.arange(len(pts)) / video.nominal_rate), damaged
-    distinct, first = np.unique(np.sort(known), return_index=True)
-    return first.astype(np.int64), to_timeline(distinct, video.time_base), damaged
+def _is_truncated(video: OpenVideo, survey: Survey) -> bool:
+    return survey.damaged or _overclaims(video, survey.timeline)
 
 
 class _Album:
