@@ -24,7 +24,7 @@ OUTPUT_NAMES = ("logits", "embedding")
 OPSET = 20
 
 
-class OnnxExportError(RuntimeError):
+class ExportError(RuntimeError):
     """The network could not be turned into a valid graph."""
 
 
@@ -32,7 +32,7 @@ def export_onnx(model: TimeSformer, path: Path) -> None:
     """Writes `model` to `path` as one self-contained ONNX file (weights inside, below 2 GiB).
 
     Raises:
-        OnnxExportError: the exporter or the ONNX checker refused the network.
+        ExportError: the exporter or the ONNX checker refused the network.
     """
     config = model.config
     model = model.eval()
@@ -54,13 +54,13 @@ def export_onnx(model: TimeSformer, path: Path) -> None:
                 verbose=False,
             )
         if program is None:
-            raise OnnxExportError("the ONNX exporter returned no program")
+            raise ExportError("the ONNX exporter returned no program")
         graph = program.model_proto
         _strip_traces(graph)
         onnx.save(graph, path)
         onnx.checker.check_model(str(path), full_check=True)
     except (torch.onnx.errors.OnnxExporterError, onnx.checker.ValidationError) as error:
-        raise OnnxExportError(f"the network could not be exported to ONNX: {error}") from error
+        raise ExportError(f"the network could not be exported to ONNX: {error}") from error
 
 
 def _strip_traces(proto: onnx.ModelProto) -> None:

@@ -24,7 +24,7 @@ from export.bundle import (
     TensorSpec,
     sha256_of,
 )
-from export.onnx import INPUT_NAME, OUTPUT_NAMES, export_onnx
+from export.onnx import INPUT_NAME, OUTPUT_NAMES, ExportError, export_onnx
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verify import compare, run_in_batches
@@ -38,7 +38,7 @@ _PREPROCESSING_FIELDS = tuple(Preprocessing.__dataclass_fields__)
 _SOFTWARE = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "av", "timesformer-service")
 
 
-class VerificationError(RuntimeError):
+class VerificationError(ExportError):
     """An artefact's answers are not the network's; nothing was published."""
 
 
@@ -62,7 +62,7 @@ def export_bundle(
 
     Raises:
         BundleError: the labels do not fit, or the store refuses the bundle.
-        OnnxExportError: the network cannot become a graph.
+        ExportError: the network cannot become a graph.
         VerificationError: the graph's answers are off.
         VideoError: one of `videos` cannot be read.
     """

@@ -1,0 +1,79 @@
+"""From the network's logits to an answer: scores, labels, and what was looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.bundle import Bundle
+from model.video import Clips
+from service.schemas import (
+    Classification,
+    ClassifyParameters,
+    ModelName,
+    Prediction,
+    SamplingFacts,
+    VideoFactsSchema,
+)
+
+
+def classification(
+    bundle: Bundle, clips: Clips, logits: NDArray[np.float32], parameters: ClassifyParameters
+) -> Classification:
+    """The answer for one video, whose clips have these logits (clips, classes)."""
+    return Classification(
+        predictions=best_labels(bundle.manifest.labels, logits, parameters),
+        model=ModelName(name=bundle.name, version=bundle.version),
+        sampling=_sampling(clips, parameters),
+        video=_video(clips),
+    )
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(clips, classes) to probabilities, row by row."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    exponentials = np.exp(shifted)
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
+
+
+def best_labels(
+    labels: Sequence[str], logits: NDArray[np.float32], parameters: ClassifyParameters
+) -> tuple[Prediction, ...]:
+    """The best labels by the mean of the clips' softmax, as published evaluations do."""
+    scores = softmax(logits).mean(axis=0)
+    best = np.argsort(-scores, kind="stable")[: parameters.top_k]
+    return tuple(
+        Prediction(
+            label=labels[index],
+            class_index=int(index),
+            score=round(float(scores[index]), 6),
+        )
+        for index in best
+        if scores[index] >= parameters.threshold
+    )
+
+
+def _sampling(clips: Clips, parameters: ClassifyParameters) -> SamplingFacts:
+    return SamplingFacts(
+        mode=clips.sampling,
+        views=parameters.views,
+        crops=parameters.crops,
+        times_s=tuple(tuple(round(float(seconds), 4) for seconds in view) for view in clips.times),
+    )
+
+
+def _video(clips: Clips) -> VideoFactsSchema:
+    facts = clips.facts
+    return VideoFactsSchema(
+        width=facts.width,
+        height=facts.height,
+        rotation=facts.rotation,
+        duration_s=round(facts.duration_s, 4),
+        frames=facts.frames,
+        frame_rate=None if facts.frame_rate is None else round(facts.frame_rate, 4),
+        codec=facts.codec,
+        container=facts.container,
+        truncated=clips.truncated,
+    )

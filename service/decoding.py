@@ -1,0 +1,228 @@
+"""Isolated decoder workers: processes that turn a spooled video into clips.
+
+A hostile or broken file may crash, hang or swell a worker; it costs that request a clear error
+and the pool a new worker, never the service. Workers import numpy and PyAV only. Frames come back
+as raw bytes over a pipe (pickling them costs four times as much).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import pickle
+import resource
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from model.config import Preprocessing
+from model.video import Clips, Limits, VideoError, load_clips
+from service.errors import VideoRejectedError
+
+logger = logging.getLogger(__name__)
+
+# A worker is replaced after so many videos, so that a leak in a codec never adds up.
+_RECYCLE_AFTER = 500
+_START_TIMEOUT_S = 30.0
+
+
+class Job(NamedTuple):
+    """One video to decode."""
+
+    path: Path
+    preprocessing: Preprocessing
+    views: int
+    crops: Literal[1, 3]
+
+
+class WorkerLimits(NamedTuple):
+    """What one worker may use."""
+
+    memory_bytes: int
+    timeout_s: float
+    video: Limits
+
+
+class DecoderPool:
+    """A fixed number of decoder processes behind an awaitable `decode`.
+
+    Args:
+        on_restart: called with the reason each time a worker is replaced after a failure.
+    """
+
+    def __init__(
+        self, workers: int, limits: WorkerLimits, on_restart: Callable[[str], None]
+    ) -> None:
+        self._limits = limits
+        self._on_restart = on_restart
+        self._workers = [_Worker(limits) for _ in range(workers)]
+        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
+        # One thread per worker: it sleeps in a read while the worker works.
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decoder")
+
+    async def start(self) -> None:
+        """Starts the workers, side by side, and waits until each has answered."""
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(
+            *(loop.run_in_executor(self._threads, worker.start) for worker in self._workers)
+        )
+        for worker in self._workers:
+            self._idle.put_nowait(worker)
+
+    async def decode(self, job: Job) -> Clips:
+        """Decodes a video once a worker is free.
+
+        A caller that is cancelled while it waits costs nothing; one that is cancelled while its
+        video decodes gives the worker back when that is done.
+
+        Raises:
+            VideoRejectedError: the video cannot be used, or broke its worker.
+        """
+        worker = await self._idle.get()
+        loop = asyncio.get_running_loop()
+        exchange = self._threads.submit(self._exchange, worker, job)
+        exchange.add_done_callback(
+            lambda _: loop.call_soon_threadsafe(self._idle.put_nowait, worker)
+        )
+        return await asyncio.wrap_future(exchange)
+
+    def _exchange(self, worker: _Worker, job: Job) -> Clips:
+        try:
+            return worker.decode(job)
+        except _WorkerLostError as error:
+            logger.warning("decoder worker replaced", extra={"reason": error.code})
+            self._on_restart(error.code)
+            worker.stop()
+            worker.start()
+            raise VideoRejectedError(error.code, str(error)) from error
+        finally:
+            if worker.decoded >= _RECYCLE_AFTER:
+                worker.stop()
+                worker.start()
+
+    def close(self) -> None:
+        """Ends all workers, at once."""
+        for worker in self._workers:
+            worker.stop()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+class _WorkerLostError(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Worker:
+    """One decoder process, used by one thread at a time."""
+
+    def __init__(self, limits: WorkerLimits) -> None:
+        self._limits = limits
+        self._process: BaseProcess | None = None
+        self.decoded = 0
+
+    def start(self) -> None:
+        # Spawned, not forked: a fork of a process with engine threads and GPU handles is a trap.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_worker_main, args=(theirs, self._limits), daemon=True, name="decoder"
+        )
+        self._process.start()
+        theirs.close()
+        self.decoded = 0
+        if not self._connection.poll(_START_TIMEOUT_S):
+            raise RuntimeError("a decoder worker did not start")
+        self._connection.recv_bytes()
+
+    def decode(self, job: Job) -> Clips:
+        self.decoded += 1
+        try:
+            self._connection.send_bytes(pickle.dumps(job))
+            if not self._connection.poll(self._limits.timeout_s):
+                raise _WorkerLostError(
+                    "decoding_timeout",
+                    f"The video took longer than {self._limits.timeout_s:g} s to decode.",
+                )
+            # Trusted: the worker runs our code, and a file cannot write to this pipe.
+            answer: _Answer | _Refusal = pickle.loads(  # noqa: S301
+                self._connection.recv_bytes()
+            )
+            if isinstance(answer, _Refusal):
+                raise VideoRejectedError(answer.code, answer.detail)
+            frames = np.empty(answer.shape, np.uint8)
+            # Flat, as a 4-D buffer desynchronises the pipe; the bytes land where they are used.
+            self._connection.recv_bytes_into(frames.reshape(-1))
+            return replace(answer.clips, frames=frames)
+        except (EOFError, OSError) as error:
+            raise _WorkerLostError(
+                "decoder_crashed", "The video broke its decoder; it is damaged or hostile."
+            ) from error
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        self._connection.close()
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        self._process = None
+
+
+class _Refusal(NamedTuple):
+    code: str
+    detail: str
+
+
+class _Answer(NamedTuple):
+    """Goes before the frames' bytes."""
+
+    shape: tuple[int, ...]
+    clips: Clips  # without its frames
+
+
+def _worker_main(connection: Connection, limits: WorkerLimits) -> None:
+    """Answers jobs until the pipe closes: a header, then the frames' bytes if there are any."""
+    resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    connection.send_bytes(b"ready")
+    with contextlib.suppress(EOFError, OSError):  # the server is gone
+        while True:
+            job: Job = pickle.loads(connection.recv_bytes())  # noqa: S301 - sent by our parent
+            _limit_cpu_time(limits.timeout_s)
+            _answer(connection, job, limits.video)
+
+
+def _answer(connection: Connection, job: Job, limits: Limits) -> None:
+    try:
+        clips = load_clips(
+            job.path, job.preprocessing, views=job.views, crops=job.crops, limits=limits
+        )
+    except VideoError as error:
+        connection.send_bytes(pickle.dumps(_Refusal(error.code, str(error))))
+        return
+    except MemoryError:
+        detail = "Decoding the video takes more memory than one video may have."
+        connection.send_bytes(pickle.dumps(_Refusal("video_too_large", detail)))
+        return
+    header = _Answer(clips.frames.shape, replace(clips, frames=np.empty(0, np.uint8)))
+    connection.send_bytes(pickle.dumps(header))
+    connection.send_bytes(clips.frames.reshape(-1).data)
+
+
+def _limit_cpu_time(seconds: float) -> None:
+    """Lets the kernel kill this process once it has used `seconds` more of CPU time."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime + seconds) + 2
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))

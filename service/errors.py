@@ -1,0 +1,158 @@
+"""Every way that a request can fail, and its one mapping to HTTP (RFC 9457 problem details).
+
+ServiceError
+|- BadRequestError           400  the request itself is malformed
+|- UploadTooLargeError       413
+|- UploadTimeoutError        408
+|- VideoRejectedError        4xx  what `model.video` says of the file, see VIDEO_STATUS
+|- ClientDisconnectedError   499  nobody is there to read it; for the metrics
+|- QueueFullError            503  with Retry-After
+|- NotReadyError             503
+|- RequestTimeoutError       504
+`- InternalError             500  a defect of ours; the log has the traceback
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from model.video import VideoError
+from service.logging import request_id
+from service.metrics import Metrics
+
+PROBLEM_TYPE = "application/problem+json"
+
+# 415: not a kind of file we take. 413: over a limit. 422: the right kind, but not usable.
+VIDEO_STATUS: dict[str, int] = {
+    "empty_file": 422,
+    "no_video_stream": 422,
+    "undecodable_video": 422,
+    "too_few_frames": 422,
+    "unsupported_format": 415,
+    "video_too_large": 413,
+    "decoding_timeout": 422,
+    "decoder_crashed": 422,
+}
+
+
+class ServiceError(Exception):
+    """Base of all: a status, a stable code for programs, and a sentence for people."""
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self, detail: str, *, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.headers = headers or {}
+
+
+class BadRequestError(ServiceError):
+    status, code = 400, "bad_request"
+
+
+class UploadTooLargeError(ServiceError):
+    status, code = 413, "upload_too_large"
+
+
+class UploadTimeoutError(ServiceError):
+    status, code = 408, "upload_timeout"
+
+
+class VideoRejectedError(ServiceError):
+    """The file cannot be classified; status and code are those of the `VideoError`."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.status = VIDEO_STATUS.get(code, 422)
+
+    @classmethod
+    def of(cls, error: VideoError) -> VideoRejectedError:
+        return cls(error.code, str(error))
+
+
+class ClientDisconnectedError(ServiceError):
+    status, code = 499, "client_disconnected"
+
+
+class QueueFullError(ServiceError):
+    status, code = 503, "queue_full"
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(
+            f"The service is at its limit; try again in {retry_after_s} s.",
+            headers={"Retry-After": str(retry_after_s)},
+        )
+
+
+class NotReadyError(ServiceError):
+    status, code = 503, "not_ready"
+
+
+class RequestTimeoutError(ServiceError):
+    status, code = 504, "request_timeout"
+
+
+class InternalError(ServiceError):
+    status, code = 500, "internal_error"
+
+
+def problem(error: ServiceError, **extra: Any) -> Response:
+    """The RFC 9457 response of an error."""
+    body = {
+        "type": "about:blank",
+        "title": _title(error.status),
+        "status": error.status,
+        "code": error.code,
+        "detail": error.detail,
+        "request_id": request_id.get(),
+        **extra,
+    }
+    return Response(
+        orjson.dumps(body), error.status, headers=error.headers, media_type=PROBLEM_TYPE
+    )
+
+
+def install(app: FastAPI, metrics: Metrics) -> None:
+    """Makes every error of the app a problem document, and counts it by its code."""
+
+    def refuse(error: ServiceError, **extra: Any) -> Response:
+        metrics.rejected.labels(error.code).inc()
+        return problem(error, **extra)
+
+    @app.exception_handler(ServiceError)
+    async def service_error(request: Request, error: ServiceError) -> Response:
+        return refuse(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid_request(request: Request, error: RequestValidationError) -> Response:
+        fields = [
+            {"field": ".".join(str(part) for part in item["loc"][1:]), "message": item["msg"]}
+            for item in error.errors()
+        ]
+        sentence = "; ".join(f"{item['field']}: {item['message']}" for item in fields)
+        return refuse(_invalid(sentence), errors=fields)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        known = ServiceError(str(error.detail), headers=dict(error.headers or {}))
+        known.status = error.status_code
+        known.code = _title(error.status_code).lower().replace(" ", "_")
+        return refuse(known)
+
+
+def _invalid(detail: str) -> ServiceError:
+    error = BadRequestError(detail)
+    error.status, error.code = 422, "invalid_parameters"
+    return error
+
+
+def _title(status: int) -> str:
+    return HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Error"

@@ -1,0 +1,80 @@
+"""Around every request: its id, its log line, its metrics, and a last answer if we break.
+
+Pure ASGI: the framework's decorator-style middleware hides a client's leaving from the endpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import InternalError, problem
+from service.logging import request_id
+from service.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+REQUEST_ID_HEADER = "X-Request-ID"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class RequestContext:
+    """Gives each request an id (the client's own, if it sent a sane one) and accounts for it."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        identifier = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        if not _REQUEST_ID.fullmatch(identifier):
+            identifier = uuid.uuid4().hex
+        token = request_id.set(identifier)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = identifier
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("unhandled error")
+            if not status:
+                answer = problem(InternalError("Something broke on our side; the log has more."))
+                await answer(scope, receive, send_with_id)
+        finally:
+            self._account(scope, status, time.perf_counter() - started)
+            request_id.reset(token)
+
+    def _account(self, scope: Scope, status: int, seconds: float) -> None:
+        # The template, not the path: what clients type must not become label values.
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self._metrics.requests.labels(route, _method(scope), str(status)).inc()
+        level = logging.DEBUG if route in {"/health/live", "/health/ready", "/metrics"} else 20
+        logger.log(
+            level,
+            "request",
+            extra={
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "seconds": round(seconds, 4),
+            },
+        )
+
+
+def _method(scope: Scope) -> str:
+    known = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+    return scope["method"] if scope["method"] in known else "other"

@@ -1,0 +1,191 @@
+"""Requests and responses of the HTTP API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _number(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+class ClassifyParameters(_Schema):
+    """How a video is to be looked at, and how much of the answer is wanted."""
+
+    top_k: int = Field(5, ge=1, le=10_000, description="Labels in the answer, best first.")
+    views: int = Field(1, ge=1, le=1000, description="Clips spread over the video's length.")
+    # Query and form values are strings, which a Literal of numbers does not take by itself.
+    crops: Annotated[Literal[1, 3], BeforeValidator(_number)] = Field(
+        1, description="1: the centre. 3: the two ends and the centre of the long side."
+    )
+    threshold: float = Field(0.0, ge=0, le=1, description="Labels that score less are left out.")
+
+
+class Prediction(_Schema):
+    label: str
+    class_index: int = Field(description="Position of the label in the model's list.")
+    score: float = Field(ge=0, le=1, description="Mean of the softmax over all clips.")
+
+
+class ModelName(_Schema):
+    name: str
+    version: str
+
+
+class SamplingFacts(_Schema):
+    """What the network was shown."""
+
+    mode: Literal["dense", "uniform"] = Field(
+        description="`dense`: frames at a fixed stride. `uniform`: spread over the whole video."
+    )
+    views: int
+    crops: int
+    times_s: tuple[tuple[float, ...], ...] = Field(
+        description="For each view, when its frames are shown, from the first frame on."
+    )
+
+
+class VideoFactsSchema(_Schema):
+    """What the file turned out to be; headers are not believed."""
+
+    width: int = Field(description="As displayed: after rotation and pixel aspect ratio.")
+    height: int
+    rotation: int = Field(description="Degrees clockwise that a player turns the frames by.")
+    duration_s: float
+    frames: int
+    frame_rate: float | None
+    codec: str
+    container: str
+    truncated: bool = Field(description="The file ends early or is damaged; the rest was used.")
+
+
+class Timings(_Schema):
+    """Milliseconds spent on this request."""
+
+    upload: float
+    decode: float = Field(description="Including the wait for a free decoder.")
+    queue: float = Field(description="The wait for the engine.")
+    inference: float
+    total: float
+
+
+class Classification(_Schema):
+    """What a model says of a video, and on what grounds."""
+
+    predictions: tuple[Prediction, ...]
+    model: ModelName
+    sampling: SamplingFacts
+    video: VideoFactsSchema
+
+
+class ClassifyResponse(Classification):
+    timings_ms: Timings
+    request_id: str
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "predictions": [
+                        {"label": "turning clockwise", "class_index": 6, "score": 0.97}
+                    ],
+                    "model": {"name": "demo", "version": "1"},
+                    "sampling": {
+                        "mode": "dense",
+                        "views": 1,
+                        "crops": 1,
+                        "times_s": [[0.53, 0.67, 0.8, 0.93, 1.07, 1.2, 1.33, 1.47]],
+                    },
+                    "video": {
+                        "width": 320,
+                        "height": 240,
+                        "rotation": 0,
+                        "duration_s": 2.0,
+                        "frames": 60,
+                        "frame_rate": 30.0,
+                        "codec": "h264",
+                        "container": "mp4",
+                        "truncated": False,
+                    },
+                    "timings_ms": {
+                        "upload": 0.8,
+                        "decode": 21.5,
+                        "queue": 0.3,
+                        "inference": 14.2,
+                        "total": 37.4,
+                    },
+                    "request_id": "8c1f6a7e5d0b4f0f9a52a3f2c1d0e9b8",
+                }
+            ]
+        }
+    )
+
+
+class ModelFacts(_Schema):
+    """A model that serves."""
+
+    name: str
+    version: str
+    created: str
+    labels: tuple[str, ...]
+    parameters: int
+    architecture: dict[str, str | int | float]
+    preprocessing: dict[str, str | int | float | list[float]]
+    engine: str
+    provider: str
+    device: str = Field(description="`cpu` or `cuda`.")
+    training: dict[str, object] | None
+
+
+class ModelsResponse(_Schema):
+    models: tuple[ModelFacts, ...]
+
+
+class LiveResponse(_Schema):
+    live: Literal[True] = True
+
+
+class ReadyResponse(_Schema):
+    ready: Literal[True] = True
+    model: ModelName
+    engine: str
+    provider: str
+    device: str
+
+
+class FieldProblem(_Schema):
+    field: str
+    message: str
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details. `code` is stable and for programs, `detail` is for people."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    code: str
+    detail: str
+    request_id: str | None = None
+    errors: list[FieldProblem] | None = None
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "about:blank",
+                    "title": "Unprocessable Entity",
+                    "status": 422,
+                    "code": "no_video_stream",
+                    "detail": "The file has no video stream.",
+                    "request_id": "8c1f6a7e5d0b4f0f9a52a3f2c1d0e9b8",
+                }
+            ]
+        }
+    )

@@ -1,0 +1,146 @@
+"""Every setting of the service, once. Environment variables, CLI flags and docs come from here.
+
+`Settings()` reads `TIMESFORMER_<NAME>`; `timesformer serve` has a flag `--<name>` for each field,
+which wins over the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from export.runtime.interface import Device
+
+ENV_PREFIX = "TIMESFORMER_"
+MIB = 1024 * 1024
+
+
+class SettingsError(ValueError):
+    """A setting has a value that cannot be used; the message names its environment variable."""
+
+
+class Settings(BaseSettings):
+    """Validated once, at start."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on. Set 0.0.0.0 in a container or behind a proxy.",
+    )
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    store: Path | None = Field(
+        None,
+        description="Folder of bundles, as `timesformer export --store` writes it. Without it the "
+        "bundled demo model is served.",
+    )
+    model: str | None = Field(
+        None,
+        description="Name of the bundle to serve; its active version is taken. Needed only when "
+        "the store has more than one name.",
+    )
+    device: Device = Field(
+        "auto",
+        description="`cuda` refuses to start without a usable GPU; `auto` warns and takes the "
+        "CPU. The readiness endpoint and the metrics name the one in use.",
+    )
+    engine_threads: int = Field(
+        0, ge=0, description="CPU threads of the engine; 0 is one per core. CPU inference only."
+    )
+    max_batch_clips: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="Most clips that go through the network together. Larger batches serve more "
+        "on a GPU and cost memory; on a CPU they gain little.",
+    )
+    max_queue_clips: int = Field(
+        256,
+        ge=1,
+        description="Most clips that wait for the engine; past that requests get 503 with "
+        "Retry-After. Roughly the clips that the engine does in the time a client will wait.",
+    )
+    batch_settle_ms: float = Field(
+        2.0,
+        ge=0,
+        le=1000,
+        description="After a batch of more than one clip, how long the next waits for as many "
+        "again. Raises throughput under closed-loop load, adds at most itself to a latency.",
+    )
+    max_upload_bytes: int = Field(
+        200 * MIB, ge=1, description="Largest request body; past that the answer is 413."
+    )
+    upload_timeout_s: float = Field(
+        60.0, gt=0, description="Longest time that a client may take to send its body."
+    )
+    max_clips_per_request: int = Field(
+        30, ge=1, le=1000, description="Most views x crops that one request may ask for."
+    )
+    decode_workers: int = Field(
+        default_factory=lambda: max(2, os.cpu_count() or 1),
+        ge=1,
+        le=256,
+        description="Processes that decode videos. One per CPU core that is not busy with "
+        "inference.",
+    )
+    decode_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="Longest time that one video may take to decode; its worker is then replaced.",
+    )
+    decode_memory_bytes: int = Field(
+        2048 * MIB,
+        ge=512 * MIB,
+        description="Address space of one decoder process. A video that needs more is refused.",
+    )
+    max_video_duration_s: float = Field(3600.0, gt=0, description="Longest video that is accepted.")
+    max_video_pixels: int = Field(
+        8192 * 4320, ge=1, description="Most pixels per frame; larger videos are refused unread."
+    )
+    request_timeout_s: float = Field(
+        120.0, gt=0, description="Longest time from a complete upload to its answer; then 504."
+    )
+    shutdown_grace_s: float = Field(
+        30.0, ge=0, description="After SIGTERM, how long requests in progress may take to finish."
+    )
+    spool_dir: Path = Field(
+        default_factory=lambda: Path(tempfile.gettempdir()),
+        description="Where uploads lie while they are decoded. A fast local disk or a tmpfs.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log records that are written."
+    )
+    log_format: Literal["json", "text"] = Field(
+        "json", description="`json`, one object a line, for machines; `text` for people."
+    )
+
+    @model_validator(mode="after")
+    def _queue_holds_a_request(self) -> Settings:
+        if self.max_queue_clips < self.max_clips_per_request:
+            raise ValueError(
+                f"max_queue_clips ({self.max_queue_clips}) is below max_clips_per_request "
+                f"({self.max_clips_per_request}): the largest request could never be queued"
+            )
+        return self
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from the environment, with those given here on top.
+
+    Raises:
+        SettingsError: names each variable that is wrong, and why.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = ENV_PREFIX + "_".join(map(str, problem["loc"])).upper()
+            subject = name if problem["loc"] else "settings"
+            lines.append(f"{subject}: {problem['msg']} (got {problem['input']!r})")
+        raise SettingsError("\n".join(lines)) from error

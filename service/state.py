@@ -1,0 +1,38 @@
+"""What the endpoints share: made at startup, reachable from every request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.batcher import Batcher
+from service.decoding import DecoderPool
+from service.errors import NotReadyError
+from service.metrics import Metrics
+from service.models import ServedModel
+from service.settings import Settings
+
+
+@dataclass
+class State:
+    """The running service. `ready` turns false when it is told to stop."""
+
+    settings: Settings
+    metrics: Metrics
+    model: ServedModel
+    decoders: DecoderPool
+    batcher: Batcher
+    ready: bool = True
+
+
+def _running(request: Request) -> State:
+    state: State | None = getattr(request.app.state, "service", None)
+    if state is None or not state.ready:
+        raise NotReadyError("The service is starting or stopping.")
+    return state
+
+
+Running = Annotated[State, Depends(_running)]
+"""The state, for endpoints that need a service that is ready; else they answer 503."""

@@ -1,0 +1,231 @@
+"""Uploads to spool files: streamed in blocks, limited while they are read, deleted on every path.
+
+A body is either the video itself or `multipart/form-data` with the video in the part `file` and
+parameters in other parts. Nothing is ever held in memory whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from fastapi import Request
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
+
+from service.errors import (
+    BadRequestError,
+    ClientDisconnectedError,
+    UploadTimeoutError,
+    UploadTooLargeError,
+)
+from service.settings import MIB
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+FILE_FIELD = "file"
+SPOOL_PREFIX = "timesformer-upload-"
+_BLOCK = MIB
+_MAX_FIELD_BYTES = 1024
+_MAX_FIELDS = 32
+
+
+class Upload(NamedTuple):
+    """A received video."""
+
+    path: Path
+    size: int
+    fields: dict[str, str]
+    """The other parts of a multipart body."""
+    seconds: float
+
+
+class _Spool:
+    """Collects blocks in memory and writes them to the file in a thread."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._blocks: list[bytes] = []
+        self._pending = 0
+        self.size = 0
+
+    def add(self, data: bytes) -> None:
+        self._blocks.append(data)
+        self._pending += len(data)
+        self.size += len(data)
+
+    async def flush(self, at_least: int = 0) -> None:
+        if self._pending > at_least:
+            blocks, self._blocks, self._pending = self._blocks, [], 0
+            await asyncio.to_thread(self._file.writelines, blocks)
+
+
+@contextlib.asynccontextmanager
+async def receive(
+    request: Request, folder: Path, max_bytes: int, timeout_s: float
+) -> AsyncIterator[Upload]:
+    """Receives the request's video into `folder`; the file is gone at the end of the block.
+
+    Raises:
+        UploadTooLargeError: the body is larger than `max_bytes`.
+        UploadTimeoutError: it was not there within `timeout_s`.
+        BadRequestError: it is no multipart body with a `file`, though it says so.
+        ClientDisconnectedError: the client went away.
+    """
+    started = time.perf_counter()
+    _check_announced_size(request, max_bytes)
+    # A name of ours: nothing that the client sends becomes part of a path.
+    descriptor, name = tempfile.mkstemp(prefix=SPOOL_PREFIX, dir=folder)
+    path = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    size, fields = await _spool(request, file, max_bytes)
+            except TimeoutError:
+                raise UploadTimeoutError(
+                    f"The upload was not complete after {timeout_s:g} s."
+                ) from None
+            except ClientDisconnect:
+                raise ClientDisconnectedError("The client went away.") from None
+        yield Upload(path, size, fields, time.perf_counter() - started)
+    finally:
+        path.unlink(missing_ok=True)  # noqa: ASYNC240 - microseconds, and must not be cancelled
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Deletes spool files of servers that were killed; returns how many.
+
+    A file that some process still holds open or a live server is about to read is younger than
+    any request may take, so only files of over an hour go.
+    """
+    old = time.time() - 3600
+    leftovers = [path for path in folder.glob(f"{SPOOL_PREFIX}*") if path.stat().st_mtime < old]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+async def _spool(request: Request, file: BinaryIO, max_bytes: int) -> tuple[int, dict[str, str]]:
+    spool = _Spool(file)
+    content_type, options = parse_options_header(request.headers.get("content-type"))
+    fields: dict[str, str] = {}
+    write: Callable[[bytes], object] = spool.add
+    form = None
+    if content_type == b"multipart/form-data":
+        form = _Form(options.get(b"boundary", b""), spool.add)
+        write, fields = form.write, form.fields
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > max_bytes:
+            raise _too_large(max_bytes)
+        write(chunk)
+        await spool.flush(at_least=_BLOCK)
+    await spool.flush()
+    if form is not None:
+        form.finish()
+    return spool.size, fields
+
+
+def _check_announced_size(request: Request, max_bytes: int) -> None:
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_large(max_bytes)
+
+
+def _too_large(max_bytes: int) -> UploadTooLargeError:
+    return UploadTooLargeError(
+        f"The upload is larger than {max_bytes / MIB:.3g} MiB, the limit of this service."
+    )
+
+
+class _Form:
+    """A push parser of multipart bodies: the file's bytes go to `sink`, other parts to `fields`."""
+
+    def __init__(self, boundary: bytes, sink: Callable[[bytes], None]) -> None:
+        if not boundary:
+            raise BadRequestError("The multipart body has no boundary in its Content-Type.")
+        self.fields: dict[str, str] = {}
+        self._sink = sink
+        self._name = ""
+        self._headers: dict[bytes, bytes] = {}
+        self._header, self._value = bytearray(), bytearray()
+        self._files = 0
+        self._complete = False
+        callbacks: MultipartCallbacks = {
+            "on_part_begin": self._part_begin,
+            "on_header_field": self._header_field,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_end,
+            "on_headers_finished": self._headers_finished,
+            "on_part_data": self._part_data,
+            "on_part_end": self._part_end,
+            "on_end": self._end,
+        }
+        try:
+            self._parser = MultipartParser(boundary, callbacks)
+        except MultipartParseError as error:
+            raise BadRequestError(f"The multipart body cannot be read: {error}.") from error
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._parser.write(data)
+        except MultipartParseError as error:
+            raise BadRequestError(f"The multipart body cannot be read: {error}.") from error
+
+    def finish(self) -> None:
+        """Checks that the body was whole and had one file in it."""
+        if not self._complete:
+            raise BadRequestError("The multipart body ends before its last boundary.")
+        if self._files != 1:
+            raise BadRequestError(
+                f"The multipart body has {self._files} parts named '{FILE_FIELD}'; send one video."
+            )
+
+    def _part_begin(self) -> None:
+        self._headers, self._header, self._value = {}, bytearray(), bytearray()
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        self._headers[bytes(self._header).lower()] = bytes(self._value)
+        self._header, self._value = bytearray(), bytearray()
+
+    def _headers_finished(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        if self._name == FILE_FIELD:
+            self._files += 1
+        elif len(self.fields) >= _MAX_FIELDS:
+            raise BadRequestError(f"The multipart body has more than {_MAX_FIELDS} fields.")
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._name == FILE_FIELD:
+            if self._files == 1:
+                self._sink(data[start:end])
+            return
+        self._value += data[start:end]
+        if len(self._value) > _MAX_FIELD_BYTES:
+            raise BadRequestError(
+                f"The multipart field '{self._name[:40]}' is longer than {_MAX_FIELD_BYTES} bytes."
+            )
+
+    def _part_end(self) -> None:
+        if self._name != FILE_FIELD:
+            self.fields[self._name] = self._value.decode("utf-8", "replace")
+
+    def _end(self) -> None:
+        self._complete = True
