@@ -137,9 +137,11 @@ _HUGGINGFACE_FIELDS = {
     "num_frames": "num_frames",
     "num_hidden_layers": "depth",
     "patch_size": "patch_size",
-    # Written by us; the format has no field for how frames are chosen.
+    # Written by us: the format has no field for how frames are chosen, and transformers 5 takes
+    # no other drop path rate than whole numbers.
     "frame_stride": "frame_stride",
     "sampling": "sampling",
+    "stochastic_depth": "drop_path_rate",
 }
 
 
@@ -199,15 +201,22 @@ def _read_safetensors(path: Path) -> CheckpointFile:
     recognised = _recognise(str(path), tensors)
     if "config" not in metadata:
         return recognised
-    labels = json.loads(metadata["labels"]) if "labels" in metadata else None
     return dataclasses.replace(
         recognised,
         kind="timesformer",
         layout=OURS,
         facts=_json_object(metadata["config"], f"{path}: metadata"),
         stated_in="its metadata",
-        labels=None if labels is None else _labels(labels, f"{path}: metadata"),
+        labels=_header_labels(metadata, path),
     )
+
+
+def _header_labels(metadata: Mapping[str, str], path: Path) -> tuple[str, ...] | None:
+    if "labels" not in metadata:
+        return None
+    # `_json_object` refuses what is no JSON; a list is wrapped to pass through it.
+    wrapped = _json_object(f'{{"labels": {metadata["labels"]}}}', f"{path}: metadata")
+    return _labels(wrapped["labels"], f"{path}: metadata")
 
 
 def _read_pickle(path: Path) -> dict[Any, Any]:

@@ -138,7 +138,7 @@ def _huggingface_config(config: ModelConfig, labels: Sequence[str] | None) -> di
         "architectures": ["TimesformerForVideoClassification"],
         "attention_probs_dropout_prob": 0.0,
         "attention_type": config.attention_type,
-        "drop_path_rate": config.drop_path_rate,
+        "drop_path_rate": 0,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "hidden_size": config.embed_dim,
@@ -154,9 +154,10 @@ def _huggingface_config(config: ModelConfig, labels: Sequence[str] | None) -> di
         "num_hidden_layers": config.depth,
         "patch_size": config.patch_size,
         "qkv_bias": True,
-        # Not of the format, which has nothing for how frames are chosen; transformers keeps them.
+        # Not of the format (see `files.py`); transformers keeps what it does not know.
         "frame_stride": config.preprocessing.frame_stride,
         "sampling": config.preprocessing.sampling,
+        "stochastic_depth": config.drop_path_rate,
     }
 
 
