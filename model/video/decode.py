@@ -173,7 +173,7 @@ def probe(path: str | Path, limits: Limits = Limits()) -> VideoFacts:  # noqa: B
         timeline = scan_packets(video, limits).timeline
     with open_video(path, limits) as video:
         frame = next((frame for frame in decode_sequentially(video) if frame is not None), None)
-        if frame is None:
+        if frame is None or len(timeline.times) == 0:
             raise _nothing_decodes()
         return _facts(video, _displayed(frame, video.sar), timeline)
 

@@ -30,6 +30,10 @@ _SWSCALE = (
 # A sliver of a picture, scaled up whole for one square of it, could take gigabytes. Above this
 # many times the square of the short side the crop alone is computed, by numpy.
 _MAX_WHOLE_PICTURE = 16
+# YUV to RGB matrices that swscale has (H.273, table 4). It refuses frames that name another one, or
+# none that exists; these are read as if they named none.
+_MATRICES = frozenset({0, 1, 2, 4, 5, 6, 7, 9})
+_UNSPECIFIED = 2
 _ROWS_AT_ONCE = 8  # of the vertical pass: 2.8 ms for 1080p -> 224, against 23 ms all at once
 
 
@@ -107,6 +111,8 @@ def to_rgb(
     Returns:
         uint8 (height, width, 3), not rotated.
     """
+    if frame.colorspace not in _MATRICES:
+        frame.colorspace = _UNSPECIFIED
     rgb = frame.reformat(width, height, "rgb24", interpolation=_SWSCALE, threads=1)
     pixels: NDArray[np.uint8] = np.asarray(rgb.to_ndarray(), np.uint8)
     return pixels
