@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from av.container import OutputContainer
 from av.stream import Disposition
-from numbered_video import SIDE, draw, number_in, numbers_of_all, write_video
 from numpy.typing import NDArray
 
 from model.config import Preprocessing
@@ -35,6 +34,8 @@ from model.video import (
 from model.video.index import PacketIndex
 from model.video.opening import OpenVideo
 from model.video.selective import Keep, decode_at
+
+from .numbered_video import SIDE, draw, number_in, numbers_of_all, write_video
 
 SEEN = Preprocessing(num_frames=4, image_size=SIDE, frame_stride=15)  # half a second apart
 B_FRAMES = {"bf": "3", "g": "25", "sc_threshold": "0"}

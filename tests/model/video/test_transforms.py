@@ -35,7 +35,7 @@ def noise(height: int, width: int) -> NDArray[np.uint8]:
 def triangle_resize(line: NDArray[np.float64], outputs: int) -> NDArray[np.float64]:
     """The definition, one output at a time."""
     scale = len(line) / outputs
-    reach: float = max(scale, 1.0)
+    reach = max(scale, 1.0)
     positions = np.arange(len(line)) + 0.5
     out = np.empty(outputs)
     for n in range(outputs):
@@ -45,7 +45,7 @@ def triangle_resize(line: NDArray[np.float64], outputs: int) -> NDArray[np.float
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    error = np.mean((a.astype(float) - b) ** 2)
+    error = float(np.mean((a.astype(float) - b) ** 2))
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
