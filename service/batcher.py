@@ -108,6 +108,7 @@ class Batcher:
         self._on_batch = on_batch
         self._on_queue = on_queue
         self._requests: deque[_Request] = deque()
+        self._unanswered: set[asyncio.Future[Answer]] = set()
         self._waiting = 0
         self._arrived = asyncio.Event()
         self._seconds_per_clip = 0.0
@@ -119,14 +120,14 @@ class Batcher:
         self._loop_task = asyncio.create_task(self._serve(), name="batcher")
 
     async def close(self) -> None:
-        """Stops after the batch that runs; whoever still waits gets `CancelledError`."""
+        """Stops after the batch that runs; whoever has no answer yet gets `CancelledError`."""
         if self._loop_task is not None:
             self._loop_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._loop_task
-        for request in self._requests:
-            request.answer.cancel()
-        self._requests.clear()
+        for answer in list(self._unanswered):
+            answer.cancel()
+        self._drop_abandoned()
         self._thread.shutdown(wait=True)
 
     async def submit(self, clips: NDArray[np.uint8]) -> Answer:
@@ -142,11 +143,13 @@ class Batcher:
         self._drop_abandoned()
         if self._waiting + len(clips) > self._max_queue:
             raise QueueFullError(self._retry_after_s())
-        request = _Request(clips, asyncio.get_running_loop().create_future())
-        self._requests.append(request)
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._unanswered.add(answer)
+        answer.add_done_callback(self._unanswered.discard)
+        self._requests.append(_Request(clips, answer))
         self._count(len(clips))
         self._arrived.set()
-        return await request.answer
+        return await answer
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()

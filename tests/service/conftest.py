@@ -1,0 +1,73 @@
+"""A running service: the real app on a real socket, in a thread of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from service.app import create_app
+from service.settings import load_settings
+
+Serve = Callable[..., AbstractContextManager[httpx.Client]]
+
+
+@contextlib.contextmanager
+def _serve(**overrides: object) -> Iterator[httpx.Client]:
+    settings = load_settings(
+        **{"device": "cpu", "decode_workers": 2, "max_batch_clips": 8, **overrides}
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings), port=0, log_config=None, timeout_graceful_shutdown=5)
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the service did not start"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def serve() -> Serve:
+    """Starts a service with the given settings; its client is the context's value."""
+    return _serve
+
+
+@pytest.fixture(scope="session")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """One service with default settings, shared by the tests that do not change it."""
+    with _serve(spool_dir=tmp_path_factory.mktemp("spool")) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seconds of a bright square that moves right, 96 x 64, 30 fps, H.264."""
+    path = tmp_path_factory.mktemp("videos") / "square.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.time_base = Fraction(1, 30)
+        for index in range(60):
+            picture = np.full((64, 96, 3), 40, np.uint8)
+            picture[20:44, index : index + 24] = 220
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path

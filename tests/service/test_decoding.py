@@ -1,0 +1,165 @@
+"""Decoder workers: the right clips come back, and nothing a file does reaches the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.config import Preprocessing
+from model.video import Limits, load_clips
+from service.decoding import DecoderPool, Job, WorkerLimits, _answer, _worker_main
+from service.errors import VideoRejectedError
+from service.settings import MIB
+
+SEEN = Preprocessing(num_frames=4, image_size=32, frame_stride=4)
+LIMITS = WorkerLimits(memory_bytes=2048 * MIB, timeout_s=20.0, video=Limits())
+
+
+def with_pool(
+    body: Callable[[DecoderPool], Awaitable[object]],
+    limits: WorkerLimits = LIMITS,
+    workers: int = 1,
+) -> list[str]:
+    """Runs `body` with a pool; returns the reasons of the restarts."""
+    restarts: list[str] = []
+
+    async def run() -> None:
+        pool = DecoderPool(workers, limits, restarts.append)
+        await pool.start()
+        try:
+            await body(pool)
+        finally:
+            pool.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    return restarts
+
+
+def child_pids() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children() if child.name == "decoder"]
+
+
+def test_clips_from_a_worker_are_those_decoded_here(video: Path) -> None:
+    async def body(pool: DecoderPool) -> None:
+        clips = await pool.decode(Job(video, SEEN, views=2, crops=3))
+        here = load_clips(video, SEEN, views=2, crops=3)
+        assert clips.frames.shape == (6, 4, 32, 32, 3)
+        assert np.array_equal(clips.frames, here.frames)
+        assert np.array_equal(clips.times, here.times)
+        assert clips.facts == here.facts
+
+    assert with_pool(body) == []
+
+
+def test_a_refused_video_keeps_its_worker(video: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"no video at all, only words")
+
+    async def body(pool: DecoderPool) -> None:
+        before = child_pids()
+        with pytest.raises(VideoRejectedError) as refusal:
+            await pool.decode(Job(broken, SEEN, 1, 1))
+        assert refusal.value.code in {"unsupported_format", "undecodable_video"}
+        await pool.decode(Job(video, SEEN, 1, 1))
+        assert child_pids() == before
+
+    assert with_pool(body) == []
+
+
+def test_a_worker_that_dies_is_replaced_and_only_its_request_fails(video: Path) -> None:
+    async def body(pool: DecoderPool) -> None:
+        (pid,) = child_pids()
+        os.kill(pid, signal.SIGSTOP)  # so that it is killed while it has work
+        job = asyncio.create_task(pool.decode(Job(video, SEEN, 1, 1)))
+        await asyncio.sleep(0.2)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(VideoRejectedError) as refusal:
+            await job
+        assert refusal.value.code == "decoder_crashed"
+        clips = await pool.decode(Job(video, SEEN, 1, 1))
+        assert len(clips.frames) == 1
+
+    assert with_pool(body) == ["decoder_crashed"]
+
+
+def test_a_worker_that_hangs_is_replaced_after_the_time_limit(video: Path) -> None:
+    async def body(pool: DecoderPool) -> None:
+        (pid,) = child_pids()
+        os.kill(pid, signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(VideoRejectedError) as refusal:
+            await pool.decode(Job(video, SEEN, 1, 1))
+        assert refusal.value.code == "decoding_timeout"
+        assert time.monotonic() - started < 15
+        assert len((await pool.decode(Job(video, SEEN, 1, 1))).frames) == 1
+
+    assert with_pool(body, LIMITS._replace(timeout_s=1.0)) == ["decoding_timeout"]
+
+
+def test_two_jobs_run_side_by_side_and_a_third_waits(video: Path) -> None:
+    async def body(pool: DecoderPool) -> None:
+        jobs = [pool.decode(Job(video, SEEN, views, 1)) for views in (1, 2, 3)]
+        answers = await asyncio.gather(*jobs)
+        assert [len(clips.frames) for clips in answers] == [1, 2, 3]
+
+    with_pool(body, workers=2)
+
+
+def test_a_caller_that_leaves_gives_its_worker_back(video: Path) -> None:
+    async def body(pool: DecoderPool) -> None:
+        for _ in range(3):
+            leaving = asyncio.create_task(pool.decode(Job(video, SEEN, 1, 1)))
+            await asyncio.sleep(0)
+            leaving.cancel()
+        assert len((await pool.decode(Job(video, SEEN, 1, 1))).frames) == 1
+
+    assert with_pool(body) == []
+
+
+def test_closing_leaves_no_process_behind(video: Path) -> None:
+    async def body(pool: DecoderPool) -> None:
+        await pool.decode(Job(video, SEEN, 1, 1))
+        assert len(child_pids()) == 2
+
+    with_pool(body, workers=2)
+    assert child_pids() == []
+
+
+def test_a_video_over_the_memory_limit_is_refused_not_fatal(video: Path) -> None:
+    class Hungry:
+        """Stands in for a decoder that runs out of memory."""
+
+        def __call__(self, *args: object, **options: object) -> None:
+            raise MemoryError
+
+    ours, theirs = multiprocessing.Pipe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("service.decoding.load_clips", Hungry())
+        _answer(theirs, Job(video, SEEN, 1, 1), Limits())
+    refusal = pickle.loads(ours.recv_bytes())
+    assert refusal.code == "video_too_large"
+
+
+def test_the_worker_loop_answers_until_its_parent_is_gone(video: Path) -> None:
+    # In a thread-free child of fork: the limits must not fall on the test process.
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    worker = context.Process(target=_worker_main, args=(theirs, LIMITS))
+    worker.start()
+    theirs.close()
+    assert ours.recv_bytes() == b"ready"
+    ours.send_bytes(pickle.dumps(Job(video, SEEN, 1, 1)))
+    shape = pickle.loads(ours.recv_bytes()).shape
+    assert len(ours.recv_bytes()) == np.prod(shape)
+    ours.close()
+    worker.join(10)
+    assert worker.exitcode == 0
