@@ -62,6 +62,8 @@ def save_huggingface(
 ) -> None:
     """A folder for `TimesformerForVideoClassification.from_pretrained`.
 
+    A space-only model gives logits per frame there: transformers does not average over the frames.
+
     Raises:
         CheckpointError: the folder has something in it, a scheme that `transformers` does not
             have, or not as many labels as classes.
