@@ -1,0 +1,312 @@
+"""`POST /v1/classify` as clients use it: over a socket, with real bytes."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from export.bundle import BundleStore
+from export.runtime import load_runtime
+from model.demo import STORE
+from model.video import load_clips
+from service.classification import softmax
+
+URL = "/v1/classify"
+
+
+def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert body["code"] == code
+    assert body["status"] == status
+    assert body["detail"]
+    assert body["request_id"] == response.headers["x-request-id"]
+    return dict(body)
+
+
+def spool_files(folder: Path) -> list[Path]:
+    return list(folder.iterdir())
+
+
+def test_form_and_raw_body_get_the_same_answer(client: httpx.Client, video: Path) -> None:
+    content = video.read_bytes()
+    form = client.post(URL, files={"file": content})
+    raw = client.post(URL, content=content)
+    assert form.status_code == raw.status_code == 200
+    assert form.json()["predictions"] == raw.json()["predictions"]
+
+
+def test_the_scores_are_the_mean_softmax_of_the_network_on_the_views(
+    client: httpx.Client, video: Path
+) -> None:
+    answer = client.post(
+        URL, params={"views": 2, "crops": 3, "top_k": 100}, content=video.read_bytes()
+    ).json()
+    bundle = BundleStore(STORE).open("demo")
+    clips = load_clips(video, bundle.config.preprocessing, views=2, crops=3)
+    logits = load_runtime(bundle, "cpu").run(clips.frames).logits
+    scores = softmax(logits).mean(axis=0)
+    assert len(answer["predictions"]) == len(bundle.manifest.labels)
+    for prediction in answer["predictions"]:
+        assert prediction["label"] == bundle.manifest.labels[prediction["class_index"]]
+        assert prediction["score"] == pytest.approx(scores[prediction["class_index"]], abs=1e-5)
+    ordered = [prediction["score"] for prediction in answer["predictions"]]
+    assert ordered == sorted(ordered, reverse=True)
+
+
+def test_the_answer_says_what_was_looked_at_and_by_whom(client: httpx.Client, video: Path) -> None:
+    answer = client.post(URL, params={"views": 2}, content=video.read_bytes()).json()
+    assert answer["model"] == {"name": "demo", "version": "1"}
+    assert answer["sampling"]["mode"] == "dense"
+    assert np.shape(answer["sampling"]["times_s"]) == (2, 8)
+    assert answer["video"]["width"] == 96
+    assert answer["video"]["height"] == 64
+    assert answer["video"]["frames"] == 60
+    assert answer["video"]["duration_s"] == pytest.approx(2.0)
+    assert answer["video"]["truncated"] is False
+    timings = answer["timings_ms"]
+    parts = timings["upload"] + timings["decode"] + timings["queue"] + timings["inference"]
+    assert 0 < parts <= timings["total"]
+
+
+def test_parameters_of_the_form_win_over_the_query(client: httpx.Client, video: Path) -> None:
+    answer = client.post(
+        URL,
+        params={"top_k": 3},
+        files={"file": video.read_bytes()},
+        data={"top_k": "1", "views": "2"},
+    ).json()
+    assert len(answer["predictions"]) == 1
+    assert answer["sampling"]["views"] == 2
+
+
+def test_labels_below_the_threshold_are_left_out(client: httpx.Client, video: Path) -> None:
+    content = video.read_bytes()
+    scores = [p["score"] for p in client.post(URL, content=content).json()["predictions"]]
+    threshold = (scores[0] + scores[1]) / 2
+    kept = client.post(URL, params={"threshold": threshold}, content=content).json()
+    assert [p["score"] for p in kept["predictions"]] == scores[:1]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"top_k": "0"},
+        {"top_k": "many"},
+        {"views": "0"},
+        {"views": "31"},
+        {"crops": "2"},
+        {"crops": "three"},
+        {"threshold": "1.5"},
+        {"threshold": "nan"},
+        {"topk": "3"},
+        {"views": "11", "crops": "3"},
+    ],
+)
+def test_wrong_parameters_are_named_in_query_and_form(
+    client: httpx.Client, video: Path, parameters: dict[str, str]
+) -> None:
+    content = video.read_bytes()
+    for response in (
+        client.post(URL, params=parameters, content=content),
+        client.post(URL, files={"file": content}, data=parameters),
+    ):
+        body = problem(response, 422, "invalid_parameters")
+        assert body["errors"][0]["field"] in {*parameters, "views"}
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b"", 422, "empty_file"),
+        (b"these are words, not a video", 422, "undecodable_video"),
+        (b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n", 422, "undecodable_video"),
+    ],
+)
+def test_what_is_no_video_is_refused_with_a_stable_code(
+    client: httpx.Client, content: bytes, status: int, code: str
+) -> None:
+    problem(client.post(URL, content=content), status, code)
+
+
+def test_no_path_of_the_server_is_in_an_answer(client: httpx.Client, video: Path) -> None:
+    for content in (b"words", video.read_bytes()[:400], b""):
+        assert "timesformer-upload" not in client.post(URL, content=content).text
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "message"),
+    [
+        ({"content-type": "multipart/form-data"}, b"x", "boundary"),
+        ({"content-type": "multipart/form-data; boundary=b"}, b"nonsense", "cannot be read"),
+        ({"content-type": "multipart/form-data; boundary=b"}, b"--b--\r\n", "0 parts"),
+        (
+            {"content-type": "multipart/form-data; boundary=b"},
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc',
+            "ends before",
+        ),
+        (
+            {"content-type": "multipart/form-data; boundary=b"},
+            b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\na\r\n' * 2 + b"--b--\r\n",
+            "2 parts",
+        ),
+        (
+            {"content-type": "multipart/form-data; boundary=b"},
+            b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n' + b"y" * 2000 + b"\r\n--b--",
+            "longer than",
+        ),
+        (
+            {"content-type": "multipart/form-data; boundary=b"},
+            b"".join(
+                b'--b\r\nContent-Disposition: form-data; name="f%d"\r\n\r\ny\r\n' % n
+                for n in range(40)
+            )
+            + b"--b--\r\n",
+            "more than 32",
+        ),
+    ],
+)
+def test_a_malformed_form_says_what_is_wrong_with_it(
+    client: httpx.Client, headers: dict[str, str], content: bytes, message: str
+) -> None:
+    body = problem(client.post(URL, headers=headers, content=content), 400, "bad_request")
+    assert message in body["detail"]
+
+
+def test_a_form_may_come_in_pieces_of_any_size(client: httpx.Client, video: Path) -> None:
+    request = client.build_request("POST", URL, files={"file": video.read_bytes()})
+    body = request.read()
+    whole = client.send(request).json()["predictions"]
+    pieces = (body[start : start + 97] for start in range(0, len(body), 97))
+    answer = client.post(
+        URL, content=pieces, headers={"content-type": request.headers["content-type"]}
+    )
+    assert answer.json()["predictions"] == whole
+
+
+def test_uploads_over_the_limit_are_refused_announced_or_not(
+    serve: Any, video: Path, tmp_path: Path
+) -> None:
+    with serve(max_upload_bytes=10_000, spool_dir=tmp_path) as client:
+        announced = client.post(URL, content=b"x" * 10_001)
+        problem(announced, 413, "upload_too_large")
+        chunked = client.post(URL, content=(b"x" * 1000 for _ in range(11)))
+        problem(chunked, 413, "upload_too_large")
+        assert spool_files(tmp_path) == []
+
+
+def test_a_slow_sender_is_cut_off(serve: Any, tmp_path: Path) -> None:
+    def trickle() -> Any:
+        for _ in range(50):
+            yield b"x"
+            time.sleep(0.1)
+
+    with serve(upload_timeout_s=0.5, spool_dir=tmp_path) as client:
+        problem(client.post(URL, content=trickle()), 408, "upload_timeout")
+        assert spool_files(tmp_path) == []
+
+
+def test_nothing_stays_in_the_spool(client: httpx.Client, serve: Any, tmp_path: Path) -> None:
+    with serve(spool_dir=tmp_path, decode_workers=1) as client:
+        address = (client.base_url.host, client.base_url.port)
+        for content in (b"", b"words", b"x" * 3_000_000):
+            client.post(URL, content=content)
+        with socket.create_connection(address) as gone:  # leaves in the middle of its upload
+            gone.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nabc")
+            time.sleep(0.2)
+        deadline = time.monotonic() + 10
+        while spool_files(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert spool_files(tmp_path) == []
+
+
+def test_an_answer_that_takes_too_long_is_a_504(serve: Any, video: Path, tmp_path: Path) -> None:
+    with serve(request_timeout_s=0.001, spool_dir=tmp_path) as client:
+        problem(client.post(URL, content=video.read_bytes()), 504, "request_timeout")
+
+
+def test_a_full_queue_answers_503_with_retry_after(serve: Any, video: Path, tmp_path: Path) -> None:
+    content = video.read_bytes()
+    with serve(
+        max_clips_per_request=12, max_queue_clips=12, decode_workers=4, spool_dir=tmp_path
+    ) as client:
+        answers: list[httpx.Response] = []
+
+        def post() -> None:
+            answers.append(
+                httpx.post(
+                    f"{client.base_url}{URL}", params={"views": 12}, content=content, timeout=60
+                )
+            )
+
+        threads = [threading.Thread(target=post) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        refused = [answer for answer in answers if answer.status_code == 503]
+        assert {answer.status_code for answer in answers} == {200, 503}
+        for answer in refused:
+            problem(answer, 503, "queue_full")
+            assert int(answer.headers["retry-after"]) >= 1
+        assert client.post(URL, content=content).status_code == 200
+
+
+def test_ten_clients_get_what_one_gets_alone_and_are_batched(
+    serve: Any, video: Path, tmp_path: Path
+) -> None:
+    """Their clips are joined, which the batch histogram shows, and nobody's answer changes."""
+    content = video.read_bytes()
+    shapes = [{"views": views, "crops": crops} for views in (1, 2, 3, 4, 5) for crops in (1, 3)]
+    with serve(decode_workers=4, spool_dir=tmp_path) as client:
+        alone = [client.post(URL, params=shape, content=content).json() for shape in shapes]
+        ran_alone = _batches(client)
+        together: dict[int, Any] = {}
+
+        def post(index: int) -> None:
+            together[index] = httpx.post(
+                f"{client.base_url}{URL}", params=shapes[index], content=content, timeout=60
+            ).json()
+
+        threads = [threading.Thread(target=post, args=(index,)) for index in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for index, answer in enumerate(alone):
+            for one, other in zip(
+                answer["predictions"], together[index]["predictions"], strict=True
+            ):
+                assert one["class_index"] == other["class_index"]
+                assert one["score"] == pytest.approx(other["score"], abs=2e-6)
+        clips = sum(shape["views"] * shape["crops"] for shape in shapes)
+        batches, in_batches = (
+            after - before for after, before in zip(_batches(client), ran_alone, strict=True)
+        )
+        assert in_batches == clips
+        assert batches < len(shapes) * 2, "requests should have shared batches"
+
+
+def _batches(client: httpx.Client) -> tuple[float, float]:
+    """How many batches ran, and how many clips were in them."""
+    lines = dict(
+        line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#"
+    )
+    return (
+        float(lines["timesformer_batch_clips_count"]),
+        float(lines["timesformer_batch_clips_sum"]),
+    )
+
+
+def test_errors_are_json_that_names_no_internals(client: httpx.Client) -> None:
+    body = json.loads(client.post(URL, content=b"words").text)
+    assert set(body) == {"type", "title", "status", "code", "detail", "request_id"}

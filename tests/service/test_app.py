@@ -1,0 +1,151 @@
+"""What every request has in common: ids, errors, health, metrics, the API's description."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+
+from export.bundle import BundleStore
+from model.demo import STORE
+from service import uploads
+from service.app import create_app
+from service.settings import load_settings
+
+
+def test_it_is_alive_and_ready_and_says_what_runs_it(client: httpx.Client) -> None:
+    assert client.get("/health/live").json() == {"live": True}
+    assert client.get("/health/ready").json() == {
+        "ready": True,
+        "model": {"name": "demo", "version": "1"},
+        "engine": "onnxruntime",
+        "provider": "CPUExecutionProvider",
+        "device": "cpu",
+    }
+
+
+def test_the_models_are_listed_with_what_they_are(client: httpx.Client) -> None:
+    (model,) = client.get("/v1/models").json()["models"]
+    manifest = BundleStore(STORE).open("demo").manifest
+    assert model["labels"] == list(manifest.labels)
+    assert model["preprocessing"]["num_frames"] == 8
+    assert model["architecture"]["attention_type"] == "divided_space_time"
+    assert model["device"] == "cpu"
+    assert 0 < model["parameters"] < 2_000_000
+
+
+def test_a_request_keeps_the_id_that_its_client_gave(client: httpx.Client) -> None:
+    given = client.get("/health/live", headers={"X-Request-ID": "order-66.a_b"})
+    assert given.headers["x-request-id"] == "order-66.a_b"
+
+
+@pytest.mark.parametrize("identifier", ["", "a b", "x" * 200, "é".encode(), b"a\tb"])
+def test_an_id_that_could_harm_a_log_is_replaced(
+    client: httpx.Client, identifier: str | bytes
+) -> None:
+    answer = client.get("/health/live", headers={"X-Request-ID": identifier})
+    assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("GET", "/v1/classify", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+    ],
+)
+def test_the_frameworks_own_errors_are_problems_too(
+    client: httpx.Client, method: str, path: str, status: int, code: str
+) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["code"] == code
+
+
+def test_metrics_count_requests_by_route_template_only(client: httpx.Client) -> None:
+    client.get("/nowhere/secret-42")
+    client.request("BREW", "/nowhere")
+    text = client.get("/metrics").text
+    assert 'timesformer_requests_total{method="GET",route="unmatched",status="404"}' in text
+    assert "secret-42" not in text
+    assert "BREW" not in text
+
+
+def test_metrics_say_which_bundle_runs_on_what(client: httpx.Client) -> None:
+    text = client.get("/metrics").text
+    assert (
+        'timesformer_model_info{device="cpu",engine="onnxruntime",name="demo",'
+        'provider="CPUExecutionProvider",version="1"} 1.0' in text
+    )
+    assert "timesformer_ready 1.0" in text
+
+
+def test_refusals_are_counted_by_their_code(client: httpx.Client) -> None:
+    client.post("/v1/classify", content=b"words")
+    assert 'timesformer_rejected_total{code="undecodable_video"}' in client.get("/metrics").text
+
+
+def test_a_defect_of_ours_is_a_500_problem_with_its_id_and_a_log(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr("service.routes.models.cost", broken)
+    answer = client.get("/v1/models")
+    assert answer.status_code == 500
+    assert answer.json()["code"] == "internal_error"
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] == answer.json()["request_id"]
+    assert "secret detail" in caplog.text
+
+
+def test_the_description_of_the_api_is_whole(client: httpx.Client) -> None:
+    description = client.get("/openapi.json").json()
+    classify = description["paths"]["/v1/classify"]["post"]
+    assert set(classify["requestBody"]["content"]) >= {
+        "multipart/form-data",
+        "application/octet-stream",
+    }
+    assert {"400", "408", "413", "415", "422", "503", "504"} <= set(classify["responses"])
+    problem = classify["responses"]["422"]["content"]
+    assert list(problem) == ["application/problem+json"]
+    assert {parameter["name"] for parameter in classify["parameters"]} == {
+        "top_k",
+        "views",
+        "crops",
+        "threshold",
+    }
+    assert description["components"]["schemas"]["ClassifyResponse"]["examples"]
+
+
+def test_before_it_is_ready_work_is_refused_and_it_is_alive_all_the_same() -> None:
+    transport = httpx.ASGITransport(create_app(load_settings()))  # starts nothing
+
+    async def ask(path: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get(path)
+
+    assert asyncio.run(ask("/health/live")).status_code == 200
+    for path in ("/health/ready", "/v1/models"):
+        answer = asyncio.run(ask(path))
+        assert answer.status_code == 503
+        assert answer.json()["code"] == "not_ready"
+
+
+def test_old_spool_files_of_a_killed_server_go_and_young_ones_stay(tmp_path: Path) -> None:
+    old = tmp_path / f"{uploads.SPOOL_PREFIX}old"
+    young = tmp_path / f"{uploads.SPOOL_PREFIX}young"
+    foreign = tmp_path / "foreign"
+    for path in (old, young, foreign):
+        path.write_bytes(b"x")
+    for path in (old, foreign):
+        os.utime(path, (0, 0))
+    assert uploads.remove_leftovers(tmp_path) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", young.name]
