@@ -174,7 +174,7 @@ def _agree(source: str, statements: Iterable[tuple[str, Mapping[str, Any]]]) -> 
                     f"but {value!r} in {where}{resize}"
                 )
             agreed[field] = value
-            stated_in[field] = where
+            stated_in.setdefault(field, where)
     return agreed
 
 
