@@ -1,0 +1,63 @@
+# Two commands on a fresh machine: `make serve` and `make test`.
+PYTHON ?= python3
+PORT ?= 8000
+# The newest torch on an index may bring gigabytes of CUDA; this version is what CI runs.
+TORCH ?= torch==2.13.0
+PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: serve test lint format types unit docs lock bench demo clean
+
+serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
+	.venv/bin/timesformer serve --port $(PORT) --log-format text
+
+test: .venv/.dev lint types unit ## everything that CI checks
+
+lint: .venv/.dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/lint-imports
+
+types: .venv/.dev
+	.venv/bin/mypy
+
+unit: .venv/.dev
+	.venv/bin/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+
+format: .venv/.dev
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+docs: .venv/.dev ## docs/reference.md, from the definitions in the code
+	.venv/bin/python -m service.reference > docs/reference.md
+
+bench: .venv/.dev ## figures for this machine; never part of pass or fail
+	.venv/bin/python -m tests.benchmarks.serving
+
+demo: .venv/.dev ## train and export the bundled demo model again (about an hour on two cores)
+	.venv/bin/python -m model.demo.recipe --out build/demo
+	.venv/bin/timesformer export build/demo/weights.safetensors --name demo \
+		--training build/demo/training.json --store build/demo/bundles
+
+lock: .venv/.dev
+	.venv/bin/uv pip compile pyproject.toml --extra cpu $(LOCK) --output-file requirements.lock
+	echo "torch ; python_version < '3'" | .venv/bin/uv pip compile pyproject.toml --extra cpu \
+		--extra dev --override - $(LOCK) --output-file tests/requirements.lock
+LOCK = --upgrade --quiet --universal --python-version 3.11 --fork-strategy fewest \
+	--generate-hashes --no-header --no-annotate
+
+clean:
+	rm -rf .venv build dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/.venv:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.serve: .venv/.venv requirements.lock pyproject.toml
+	$(PIP) --require-hashes --requirement requirements.lock
+	$(PIP) --no-deps --editable .
+	touch $@
+
+.venv/.dev: .venv/.serve tests/requirements.lock
+	$(PIP) --require-hashes --requirement tests/requirements.lock
+	$(PIP) $(TORCH)
+	touch $@
