@@ -31,6 +31,7 @@ ONNX_FLOAT32 = "model.onnx"
 ACTIVE = "active.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_STAGING = ".staging-"
 # Older active versions that the pointer remembers, the newest first.
 _HISTORY = 20
 
@@ -119,7 +120,9 @@ class Bundle:
             self.config = self.manifest.config
         except FileNotFoundError:
             raise BundleError(f"{path} holds no {MANIFEST}: it is not a bundle") from None
-        except (ValidationError, ConfigError, OSError) as error:
+        except ValidationError as error:
+            raise BundleError(f"{path / MANIFEST} cannot be used: {_problems(error)}") from error
+        except (ConfigError, OSError) as error:
             raise BundleError(f"{path / MANIFEST} cannot be used: {error}") from error
         if len(self.manifest.labels) != self.config.num_classes:
             raise BundleError(
@@ -173,21 +176,16 @@ class BundleStore:
         self.root = root
 
     def names(self) -> list[str]:
-        if not self.root.is_dir():
-            return []
-        return sorted(
-            entry.name
-            for entry in self.root.iterdir()
-            if _NAME.fullmatch(entry.name) and self.versions(entry.name)
-        )
+        entries = (entry.name for entry in _entries(self.root))
+        return sorted(name for name in entries if _NAME.fullmatch(name) and self.versions(name))
 
     def versions(self, name: str) -> list[str]:
         """Published versions of a name, oldest first; none if there is no such name."""
-        folder = self._folder(name)
-        if not folder.is_dir():
-            return []
-        found = (entry.name for entry in folder.iterdir() if (entry / MANIFEST).is_file())
-        return sorted((name for name in found if _VERSION.fullmatch(name)), key=int)
+        found = _entries(self._folder(name))
+        versions = (entry.name for entry in found if _VERSION.fullmatch(entry.name))
+        return sorted(
+            (v for v in versions if (self._folder(name) / v / MANIFEST).is_file()), key=int
+        )
 
     def active(self, name: str) -> str | None:
         """The version that serves, or None when none was ever activated.
@@ -208,25 +206,44 @@ class BundleStore:
         if version is None:
             raise BundleError(
                 f"{name} has no active version in {self.root}: "
-                f"`timesformer bundles activate {name} VERSION` sets one"
+                f"`timesformer bundles activate {name} VERSION --store {self.root}` sets one"
             )
         if version not in self.versions(name):
             known = ", ".join(self.versions(name)) or "none"
             raise BundleError(f"{self.root} has no version {version} of {name}; it has: {known}")
-        return Bundle(self._folder(name) / version)
+        bundle = Bundle(self._folder(name) / version)
+        if (bundle.name, bundle.version) != (name, version):
+            raise BundleError(
+                f"{bundle.path / MANIFEST} is of {bundle.name} version {bundle.version}: "
+                "the folder was moved or copied; publish the bundle under this name instead"
+            )
+        return bundle
 
     @contextlib.contextmanager
     def staging(self, name: str) -> Iterator[Path]:
-        """An empty folder on the store's disk to write a bundle into; removed at the end."""
+        """An empty folder on the store's disk to write a bundle into; removed at the end.
+
+        It is locked for as long as its process lives, so that folders which a killed export left
+        behind are told from those in use, and removed here.
+
+        Raises:
+            BundleError: the disk is full or cannot be written to, also inside the block.
+        """
         folder = self._folder(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only if nothing was ever published under the name
+        with _writing(folder):
+            with self._lock(name, create=True):
+                for entry in folder.glob(f"{_STAGING}*"):
+                    _remove_if_abandoned(entry)
+                path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+                in_use = os.open(path, os.O_RDONLY)
+                fcntl.flock(in_use, fcntl.LOCK_EX)
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(in_use)
+                with contextlib.suppress(OSError, BundleError), self._lock(name):
+                    folder.rmdir()  # only if nothing was ever published under the name
 
     def publish(self, staging: Path, manifest: Manifest) -> Bundle:
         """Turns a staging folder into the next version of `manifest.name`.
@@ -235,22 +252,19 @@ class BundleStore:
         synced before the rename, so that a power cut leaves the whole version or none.
 
         Raises:
-            BundleError: an artefact in it did not pass verification.
+            BundleError: an artefact in it did not pass verification, or the disk is full; the store
+                is as it was.
         """
-        files = {
-            path.relative_to(staging).as_posix(): FileEntry(
-                sha256=sha256_of(path), size=path.stat().st_size
-            )
-            for path in sorted(staging.rglob("*"))
-            if path.is_file()
-        }
         folder = self._folder(manifest.name)
-        with self._lock(manifest.name):
-            version = str(int((self.versions(manifest.name) or ["0"])[-1]) + 1)
+        files = _hashes(staging)
+        with _writing(folder), self._lock(manifest.name):
+            version = self._next_version(manifest.name)
             manifest = manifest.model_copy(
                 update={"version": version, "created": datetime.now(UTC), "files": files}
             )
-            (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+            (staging / MANIFEST).write_text(
+                manifest.model_dump_json(indent=2) + "\n", encoding="utf-8"
+            )
             Bundle(staging).verify()
             for path in (*staging.rglob("*"), staging):
                 _sync(path)
@@ -295,6 +309,14 @@ class BundleStore:
             )
         return self.root / name
 
+    def _next_version(self, name: str) -> str:
+        """Past every number that was ever taken, as far as the folder and the pointer remember: a
+        version that was deleted must not come back as another bundle."""
+        taken = [entry.name for entry in _entries(self._folder(name))] + self._history(name)
+        return str(
+            max((int(number) for number in taken if _VERSION.fullmatch(number)), default=0) + 1
+        )
+
     def _history(self, name: str) -> list[str]:
         """Active versions, the present one first."""
         pointer = self._folder(name) / ACTIVE
@@ -312,26 +334,97 @@ class BundleStore:
         return history
 
     def _point(self, name: str, history: list[str]) -> None:
+        """Replaces the pointer; the caller holds the lock."""
         pointer = self._folder(name) / ACTIVE
         content = {"version": history[0], "previous": history[1 : _HISTORY + 1]}
-        beside = pointer.with_name(f".{ACTIVE}.{os.getpid()}")
-        beside.write_text(json.dumps(content) + "\n")
-        _sync(beside)
-        beside.replace(pointer)
-        _sync(pointer.parent)
+        beside = pointer.with_name(f".{ACTIVE}.new")
+        with _writing(pointer):
+            beside.write_text(json.dumps(content) + "\n")
+            _sync(beside)
+            beside.replace(pointer)
+            _sync(pointer.parent)
 
     @contextlib.contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def _lock(self, name: str, create: bool = False) -> Iterator[None]:
         """One writer per name at a time, across processes; the kernel frees it if one dies."""
         folder = self._folder(name)
-        if not folder.is_dir():
-            raise BundleError(f"{self.root} has no bundle named {name}")
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        while True:
+            if create:
+                folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            except (FileNotFoundError, NotADirectoryError):
+                if create and not folder.exists():
+                    continue  # removed, empty, by an export that failed just now
+                raise BundleError(f"{self.root} has no bundle named {name}") from None
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if not _is_at(descriptor, folder):
+                    continue  # removed while we waited: the lock is on a folder that is no more
+                yield
+                return
+            finally:
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """A full disk, a quota, a missing right: a sentence that says what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"cannot write {target}: {error.strerror or error}; nothing has changed"
+        ) from error
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise BundleError(f"cannot read {folder}: {error.strerror}") from error
+
+
+def _remove_if_abandoned(staging: Path) -> None:
+    """Removes a staging folder whose process is gone, and its lock with it."""
+    try:
+        descriptor = os.open(staging, os.O_RDONLY)
+    except OSError:
+        return  # removed just now by the process it belongs to, or another user's
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(staging, ignore_errors=True)
+    except BlockingIOError:
+        pass  # in use
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _problems(error: ValidationError) -> str:
+    """In one line what is wrong with a manifest."""
+    return "; ".join(
+        f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
+        for problem in error.errors()
+    )
+
+
+def _hashes(folder: Path) -> dict[str, FileEntry]:
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(
+            sha256=sha256_of(path), size=path.stat().st_size
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def sha256_of(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from export.bundle import (
     LABELS,
@@ -21,6 +22,7 @@ from export.bundle import (
     BundleError,
     BundleStore,
     Manifest,
+    Parity,
     TensorSpec,
     sha256_of,
 )
@@ -32,10 +34,19 @@ from model.checkpoints import Checkpoint, save_safetensors
 from model.config import ModelConfig, Preprocessing
 from model.demo import SAMPLE_CLIP
 from model.timesformer import TimeSformer
-from model.video import load_clips
+from model.video import VideoError, load_clips
 
 _PREPROCESSING_FIELDS = tuple(Preprocessing.__dataclass_fields__)
-_SOFTWARE = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "av", "timesformer-service")
+_SOFTWARE = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "av",
+    "timesformer-service",
+)
 
 
 class VerificationError(ExportError):
@@ -61,30 +72,24 @@ def export_bundle(
         report: is told each step as it begins.
 
     Raises:
-        BundleError: the labels do not fit, or the store refuses the bundle.
+        BundleError: the labels do not fit, or the store refuses the bundle or cannot be written.
         ExportError: the network cannot become a graph.
         VerificationError: the graph's answers are off.
         VideoError: one of `videos` cannot be read.
     """
     config = checkpoint.config
+    parent = store.active(name)  # also refuses a bad name or store before the work begins
     names = _labels(labels or checkpoint.labels, config.num_classes)
     model = checkpoint.build()
     clips = verification_clips(config, videos)
     with store.staging(name) as staging:
         report("writing the weights")
-        save_safetensors(model, staging / WEIGHTS, config, labels=names)
+        _write_weights(model, staging / WEIGHTS, names)
         (staging / LABELS).write_text("".join(f"{label}\n" for label in names), encoding="utf-8")
         report("exporting to ONNX")
         export_onnx(model, staging / ONNX_FLOAT32)
         report(f"verifying on {len(clips)} clips")
-        reference = run_reference(model, clips)
-        runtime = OnnxRuntime(staging / ONNX_FLOAT32, cuda=False)
-        parity = compare(reference, run_in_batches(runtime, clips))
-        if not parity.passed:
-            raise VerificationError(
-                f"{ONNX_FLOAT32} differs from the network by {parity.max_difference:.3g} in its "
-                f"logits, more than {parity.limit:.3g}: nothing was published"
-            )
+        parity = _verify(model, staging / ONNX_FLOAT32, clips)
         report("publishing")
         fields = config.to_dict()
         preprocessing = {key: fields.pop(key) for key in _PREPROCESSING_FIELDS}
@@ -108,7 +113,7 @@ def export_bundle(
             software=software_versions(),
             verification={ONNX_FLOAT32: parity},
             training=dict(training) if training else None,
-            parent=store.active(name),
+            parent=parent,
         )
         return store.publish(staging, manifest)
 
@@ -118,10 +123,47 @@ def verification_clips(config: ModelConfig, videos: Sequence[Path]) -> NDArray[n
 
     Returns:
         uint8 (clips, time, height, width, 3); at least two clips.
+
+    Raises:
+        VideoError: names the video that cannot be read.
     """
     noise = np.random.default_rng(0).integers(0, 256, (1, *_clip_shape(config)[1:]), dtype=np.uint8)
-    seen = [load_clips(video, config.preprocessing, crops=3).frames for video in videos]
+    seen = [_three_crops(video, config.preprocessing) for video in videos]
     return np.concatenate([*seen, noise])
+
+
+def _three_crops(video: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    try:
+        return load_clips(video, preprocessing, crops=3).frames
+    except VideoError as error:
+        raise type(error)(f"cannot verify on {video}: {error}") from error
+
+
+def _write_weights(model: TimeSformer, path: Path, labels: Sequence[str]) -> None:
+    try:
+        save_safetensors(model, path, model.config, labels=labels)
+    except SafetensorError as error:  # its own words for a full disk too; no OSError
+        raise BundleError(f"cannot write {path.name}: {error}; nothing has changed") from error
+
+
+def _verify(model: TimeSformer, graph: Path, clips: NDArray[np.uint8]) -> Parity:
+    """The graph's parity with the network, which it has passed."""
+    runtime = OnnxRuntime(graph, cuda=False)
+    try:
+        parity = compare(run_reference(model, clips), run_in_batches(runtime, clips))
+    except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
+        raise VerificationError(
+            f"{graph.name} does not run as the network does: {error}; nothing was published"
+        ) from error
+    finally:
+        runtime.close()
+    if not parity.passed:
+        raise VerificationError(
+            f"{graph.name} differs from the network by {parity.max_difference:.3g} in its logits "
+            f"and {parity.embedding_max_difference:.3g} in its embedding, "
+            f"more than {parity.limit:.3g}: nothing was published"
+        )
+    return parity
 
 
 def run_reference(model: TimeSformer, clips: NDArray[np.uint8]) -> Outputs:

@@ -18,23 +18,37 @@ def compare(reference: Outputs, actual: Outputs, limit: float = FLOAT32_LIMIT) -
 
     Args:
         limit: largest difference of two logits that passes, relative to the largest logit (or to
-            1, if that is larger).
+            1, if that is larger); the same of the embedding.
+
+    Raises:
+        ValueError: they answer in different shapes.
     """
-    scale = max(1.0, float(np.abs(reference.logits).max()))
+    for name, expected, given in zip(Outputs._fields, reference, actual, strict=True):
+        if expected.shape != given.shape:
+            raise ValueError(f"{name} has shape {given.shape} instead of {expected.shape}")
     difference = np.abs(reference.logits.astype(np.float64) - actual.logits)
-    agreement = reference.logits.argmax(axis=1) == actual.logits.argmax(axis=1)
     embedding_difference = np.abs(reference.embedding.astype(np.float64) - actual.embedding)
-    worst = float(difference.max())
+    agreement = reference.logits.argmax(axis=1) == actual.logits.argmax(axis=1)
+    scaled_limit = limit * _scale(reference.logits)
     return Parity(
         clips=len(reference.logits),
-        max_difference=worst,
+        max_difference=float(difference.max()),
         mean_difference=float(difference.mean()),
         embedding_max_difference=float(embedding_difference.max()),
         top1_agreement=float(agreement.mean()),
-        limit=limit * scale,
-        # Written so that a NaN anywhere fails.
-        passed=worst <= limit * scale and bool(np.isfinite(embedding_difference).all()),
+        limit=scaled_limit,
+        passed=_within(difference, scaled_limit)
+        and _within(embedding_difference, limit * _scale(reference.embedding)),
     )
+
+
+def _scale(values: NDArray[np.float32]) -> float:
+    return max(1.0, float(np.abs(values).max()))
+
+
+def _within(difference: NDArray[np.float64], limit: float) -> bool:
+    """NaN and infinity fail on either side, also where they make the limit infinite."""
+    return bool(np.isfinite(difference).all() and (difference <= limit).all())
 
 
 def run_in_batches(runtime: Runtime, clips: NDArray[np.uint8]) -> Outputs:
