@@ -1,13 +1,16 @@
 """The `timesformer` command. Each subcommand imports its layer when it runs, so that `--help` is
 quick and serving never loads torch.
 
-Exit codes: 0 done; 1 it could not be done, and the message says why; 2 the command line is wrong;
-3 `classify` failed on some of the files, `bundles verify` on some of the bundles.
+Exit codes: 0 done; 1 it could not be done, and the message says why; 2 the command line or a
+setting is wrong; 3 `classify` failed on some of the files, `bundles` or `bundles verify` on some of
+the bundles; 130 interrupted with Ctrl-C.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +23,32 @@ from model.config import ATTENTION_TYPES, VARIANTS, ConfigError
 if TYPE_CHECKING:
     from export.bundle import BundleStore
 
-EXIT_FAILED = 1
 EXIT_PARTLY_FAILED = 3
+EXIT_INTERRUPTED = 130
+
+# Errors whose message is all that a user needs, by module: one can only be raised once its module
+# is loaded, so nothing is imported to catch it.
+_KNOWN_ERRORS = {
+    "export.bundle": "BundleError",
+    "export.onnx": "ExportError",
+    "export.runtime": "RuntimeUnavailableError",
+    "model.checkpoints": "CheckpointError",
+    "model.config": "ConfigError",
+    "model.labels": "LabelError",
+    "model.video": "VideoError",
+    "service.settings": "SettingsError",
+}
+_EXTRAS = {
+    "huggingface_hub": "export",
+    "onnx": "export",
+    "onnxruntime": "cpu` or `gpu",
+    "onnxscript": "export",
+    "safetensors": "export",
+    "torch": "export",
+}
 
 Command = Callable[..., Any]
+_COUNT = click.IntRange(min=1)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 _store_option = click.option(
     "--store",
@@ -33,43 +58,46 @@ _store_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Cli(click.Group):
+    """Turns the errors that we know into one message and an exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+        except ModuleNotFoundError as error:
+            if error.name not in _EXTRAS:
+                raise
+            raise click.ClickException(
+                f"{error.name} is not installed: "
+                f"this needs the extra `{_EXTRAS[error.name]}` of the package timesformer-service"
+            ) from error
+        except Exception as error:
+            if not isinstance(error, _known_errors()):
+                raise
+            if type(error).__name__ == "SettingsError":
+                raise click.UsageError(str(error)) from error
+            raise click.ClickException(str(error)) from error
+
+
+def _known_errors() -> tuple[type[Exception], ...]:
+    return tuple(
+        getattr(sys.modules[module], name)
+        for module, name in _KNOWN_ERRORS.items()
+        if module in sys.modules
+    )
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="timesformer-service")
 def cli() -> None:
     """TimeSformer: export it, serve it, classify videos with it."""
 
 
 def main() -> None:
-    """Entry point: turns the errors that we know into one line and an exit code."""
-    try:
-        cli()
-    except _known_errors() as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(EXIT_FAILED)
-
-
-def _known_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is all that a user needs. Those of torch's side count once loaded."""
-    from export.bundle import BundleError
-    from export.runtime import RuntimeUnavailableError
-    from model.labels import LabelError
-    from model.video import VideoError
-    from service.settings import SettingsError
-
-    known: list[type[Exception]] = [
-        BundleError,
-        ConfigError,
-        LabelError,
-        RuntimeUnavailableError,
-        SettingsError,
-        VideoError,
-    ]
-    if "export.pipeline" in sys.modules:
-        from export.onnx import ExportError
-        from model.checkpoints import CheckpointError
-
-        known += [CheckpointError, ExportError]
-    return tuple(known)
+    """Entry point of the `timesformer` command."""
+    cli()
 
 
 def _settings_options(command: Command) -> Command:
@@ -101,11 +129,26 @@ def serve(**flags: str | None) -> None:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--top-k", default=5, show_default=True, help="Labels per video, best first.")
 @click.option("--views", default=1, show_default=True, help="Clips spread over the video.")
-@click.option("--crops", type=click.Choice(["1", "3"]), default="1", show_default=True)
+@click.option(
+    "--crops",
+    type=click.Choice(["1", "3"]),
+    default="1",
+    show_default=True,
+    help="1: the centre. 3: the two ends and the centre of the long side.",
+)
 @click.option("--threshold", default=0.0, show_default=True, help="Leave out what scores less.")
 @_store_option
-@click.option("--model", envvar="TIMESFORMER_MODEL", help="Name of the bundle.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--model",
+    envvar="TIMESFORMER_MODEL",
+    help="Name of the bundle; needed only when the store has more than one.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    envvar="TIMESFORMER_DEVICE",
+    help="`auto`, the default, takes the GPU if it can be used, else warns and takes the CPU.",
+)
 @_json_option
 def classify(
     files: tuple[Path, ...],
@@ -115,7 +158,7 @@ def classify(
     threshold: float,
     store: Path | None,
     model: str | None,
-    device: str,
+    device: str | None,
     as_json: bool,
 ) -> None:
     """Name the action in video FILES, here, without a server.
@@ -134,8 +177,10 @@ def classify(
         )
     except ValidationError as error:
         problem = error.errors()[0]
-        raise click.UsageError(f"--{problem['loc'][0]}: {problem['msg']}") from None
-    settings = load_settings(store=store, model=model, device=device)
+        option = str(problem["loc"][0]).replace("_", "-")
+        raise click.UsageError(f"--{option}: {problem['msg']}") from None
+    given = {"store": store, "model": model, "device": device}
+    settings = load_settings(**{name: value for name, value in given.items() if value is not None})
     if classify_files(files, settings, parameters, as_json):
         sys.exit(EXIT_PARTLY_FAILED)
 
@@ -157,8 +202,8 @@ def classify(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="JSON with what the checkpoint does not say of its architecture, such as num_heads.",
 )
-@click.option("--num-frames", type=int, help="Frames of a clip; the time embedding is resized.")
-@click.option("--image-size", type=int, help="Pixels; the position embedding is resized.")
+@click.option("--num-frames", type=_COUNT, help="Frames of a clip; the time embedding is resized.")
+@click.option("--image-size", type=_COUNT, help="Pixels; the position embedding is resized.")
 @click.option(
     "--labels",
     "labels_file",
@@ -172,6 +217,12 @@ def classify(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Video whose clips the export is compared on, besides the bundled one; repeatable.",
 )
+@click.option(
+    "--training",
+    "training_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON with metrics of the training, to be kept in the manifest.",
+)
 @click.option("--activate", is_flag=True, help="Make it the active version, also if there is one.")
 @_json_option
 def export(
@@ -183,6 +234,7 @@ def export(
     image_size: int | None,
     labels_file: Path | None,
     videos: tuple[Path, ...],
+    training_file: Path | None,
     activate: bool,
     as_json: bool,
 ) -> None:
@@ -191,32 +243,33 @@ def export(
     CHECKPOINT is an official .pyth file, a Hugging Face folder or hub name, an image ViT to start
     from, or a safetensors file of our own. The first version of a name becomes active by itself.
     """
-    try:
-        from export.pipeline import export_bundle
-        from model.checkpoints import load_checkpoint
-    except ModuleNotFoundError as error:
-        raise click.ClickException(
-            f"{error.name} is not installed: exporting needs the extra `export` of this package"
-        ) from None
     from export.bundle import BundleStore
+    from export.pipeline import export_bundle
+    from model.checkpoints import load_checkpoint
     from model.demo import SAMPLE_CLIP
     from model.labels import read_labels
+    from service.progress import steps
 
-    with _progress(as_json) as report:
+    # What is quickly found wrong is found before the long work.
+    bundles = BundleStore(store)
+    bundles.active(name)
+    config, training = _read_object(config_file), _read_object(training_file)
+    labels = read_labels(labels_file) if labels_file else None
+    with steps(as_json) as report:
         report(f"reading {checkpoint}")
         loaded = load_checkpoint(
             checkpoint,
-            config=_read_config(config_file),
+            config=config,
             num_frames=num_frames,
             image_size=image_size,
         )
-        bundles = BundleStore(store)
         bundle = export_bundle(
             loaded,
             name,
             bundles,
-            labels=read_labels(labels_file) if labels_file else None,
+            labels=labels,
             videos=(SAMPLE_CLIP, *videos),
+            training=training,
             report=report,
         )
     if activate or bundles.active(name) is None:
@@ -234,15 +287,16 @@ def export(
             f"{file}: logits within {result.max_difference:.2g} of the network's "
             f"on {result.clips} clips (limit {result.limit:.2g})"
         )
+    where = shlex.quote(str(store))
     click.echo(f"published {name} version {bundle.version} in {bundle.path}")
     if not active:
         click.echo(
-            f"activate: timesformer bundles activate {name} {bundle.version} --store {store}"
+            f"activate: timesformer bundles activate {name} {bundle.version} --store {where}"
         )
-    click.echo(f"serve it: timesformer serve --store {store} --model {name}")
+    click.echo(f"serve it: timesformer serve --store {where} --model {name}")
 
 
-def _read_config(path: Path | None) -> dict[str, Any] | None:
+def _read_object(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
@@ -254,13 +308,6 @@ def _read_config(path: Path | None) -> dict[str, Any] | None:
     return config
 
 
-def _progress(quiet: bool) -> Any:
-    """A context whose value reports a step: a spinner on a terminal, lines elsewhere."""
-    from service.progress import steps
-
-    return steps(quiet)
-
-
 @cli.group(invoke_without_command=True)
 @_store_option
 @_json_option
@@ -270,87 +317,128 @@ def bundles(context: click.Context, store: Path | None, as_json: bool) -> None:
     from export.bundle import BundleStore
     from model.demo import STORE
 
-    context.obj = BundleStore(store or STORE)
-    if context.invoked_subcommand is None:
-        _list_bundles(context.obj, as_json)
+    context.obj = BundleStore(store or STORE), as_json
+    if context.invoked_subcommand is None and _list_bundles(*context.obj):
+        sys.exit(EXIT_PARTLY_FAILED)
 
 
-def _list_bundles(store: BundleStore, as_json: bool) -> None:
-    rows = [
-        {
-            "name": name,
-            "version": version,
-            "active": store.active(name) == version,
-            "created": bundle.manifest.created.isoformat(timespec="seconds"),
-            "attention_type": bundle.config.attention_type,
-            "classes": bundle.config.num_classes,
-            "verified": all(result.passed for result in bundle.manifest.verification.values()),
-            "path": str(bundle.path),
-        }
-        for name in store.names()
-        for version in store.versions(name)
-        for bundle in [store.open(name, version)]
-    ]
+def _bundles_options(command: Command) -> Command:
+    """`--store` and `--json` also after the subcommand, where people write them."""
+
+    @functools.wraps(command)
+    def with_store(*, store: Path | None, as_json: bool, **arguments: Any) -> None:
+        from export.bundle import BundleStore
+
+        outer_store, outer_json = click.get_current_context().obj
+        command(BundleStore(store) if store else outer_store, as_json or outer_json, **arguments)
+
+    option = click.option("--store", type=click.Path(path_type=Path), help="Folder of bundles.")
+    return option(_json_option(with_store))
+
+
+def _list_bundles(store: BundleStore, as_json: bool) -> int:
+    """Prints what there is; returns how many versions cannot be read, each named on stderr."""
+    from export.bundle import BundleError
+
+    rows, unreadable = [], 0
+    for name in store.names():
+        for version in store.versions(name):
+            try:
+                rows.append(_bundle_row(store, name, version))
+            except BundleError as error:
+                unreadable += 1
+                click.secho(f"{name} {version}: {error}", fg="red", err=True)
+    columns = ["name", "version", "active", "created", "attention_type", "classes", "verified"]
     if as_json:
         click.echo(json.dumps(rows))
-        return
-    if not rows:
+    elif rows:
+        _print_table(str(store.root), columns, rows)
+    elif not unreadable:
         click.echo(f"no bundles in {store.root}; `timesformer export` makes one")
-        return
-    _print_table(
-        str(store.root),
-        ["name", "version", "active", "created", "attention_type", "classes", "verified"],
-        rows,
-    )
+    return unreadable
+
+
+def _bundle_row(store: BundleStore, name: str, version: str) -> dict[str, Any]:
+    bundle = store.open(name, version)
+    return {
+        "name": name,
+        "version": version,
+        "active": store.active(name) == version,
+        "created": bundle.manifest.created.isoformat(timespec="seconds"),
+        "attention_type": bundle.config.attention_type,
+        "classes": bundle.config.num_classes,
+        "verified": all(result.passed for result in bundle.manifest.verification.values()),
+        "path": str(bundle.path),
+    }
 
 
 @bundles.command()
 @click.argument("name")
 @click.argument("version")
-@click.pass_obj
-def activate(store: BundleStore, name: str, version: str) -> None:
+@_bundles_options
+def activate(store: BundleStore, as_json: bool, name: str, version: str) -> None:
     """Make VERSION of NAME the one that serves, after checking it."""
     store.activate(name, version)
-    click.echo(f"{name} version {version} is active")
+    _say_active(name, version, as_json)
 
 
 @bundles.command()
 @click.argument("name")
-@click.pass_obj
-def rollback(store: BundleStore, name: str) -> None:
+@_bundles_options
+def rollback(store: BundleStore, as_json: bool, name: str) -> None:
     """Go back to the version of NAME that was active before."""
-    bundle = store.rollback(name)
-    click.echo(f"{name} version {bundle.version} is active")
+    _say_active(name, store.rollback(name).version, as_json)
+
+
+def _say_active(name: str, version: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"name": name, "version": version, "active": True}))
+    else:
+        click.echo(f"{name} version {version} is active")
 
 
 @bundles.command()
 @click.argument("name", required=False)
 @click.argument("version", required=False)
-@click.pass_obj
-def verify(store: BundleStore, name: str | None, version: str | None) -> None:
-    """Check files against their hashes: one VERSION, all of NAME, or the whole store."""
+@_bundles_options
+def verify(store: BundleStore, as_json: bool, name: str | None, version: str | None) -> None:
+    """Check files against their hashes: one VERSION, all of NAME, or the whole store.
+
+    With --json, one object a bundle. Exit code 3 if any is not as it was published.
+    """
     from export.bundle import BundleError
 
     failed = False
-    for each in [name] if name else store.names():
+    names = [name] if name else store.names()
+    if not names:
+        raise BundleError(f"there are no bundles in {store.root}")
+    for each in names:
         versions = [version] if version else store.versions(each)
         if not versions:
             raise BundleError(f"{store.root} has no bundle named {each}")
         for number in versions:
+            problem = None
             try:
                 store.open(each, number).verify()
-                click.echo(f"{each} {number}: ok")
             except BundleError as error:
-                failed = True
-                click.secho(f"{each} {number}: {error}", fg="red")
+                failed, problem = True, str(error)
+            _say_verified(each, number, problem, as_json)
     if failed:
         sys.exit(EXIT_PARTLY_FAILED)
+
+
+def _say_verified(name: str, version: str, problem: str | None, as_json: bool) -> None:
+    if as_json:
+        row = {"name": name, "version": version, "ok": problem is None, "problem": problem}
+        click.echo(json.dumps(row))
+    else:
+        click.secho(f"{name} {version}: {problem or 'ok'}", fg="red" if problem else None)
 
 
 @cli.command()
 @click.option("--variant", type=click.Choice(list(VARIANTS)), help="By default all of them.")
 @click.option("--scheme", type=click.Choice(ATTENTION_TYPES), help="Attention scheme.")
-@click.option("--classes", type=int, help="Number of classes.")
+@click.option("--classes", type=_COUNT, help="Number of classes.")
 @_json_option
 def info(variant: str | None, scheme: str | None, classes: int | None, as_json: bool) -> None:
     """Say what a variant costs: parameters, multiply-adds and memory of one view."""
@@ -380,26 +468,29 @@ def info(variant: str | None, scheme: str | None, classes: int | None, as_json: 
     readable = [
         {
             **row,
+            "stride": row["frame_stride"],
             "parameters": f"{row['parameters'] / 1e6:,.1f} M",
             "multiply-adds": f"{row['multiply_adds'] / 1e9:,.1f} G",
             "activations": f"{row['activation_bytes'] / 2**20:,.0f} MiB",
         }
         for row in rows
     ]
-    columns = ["variant", "scheme", "classes", "clip", "frame_stride", "parameters"]
-    _print_table("one view, float32, batch 1", [*columns, "multiply-adds", "activations"], readable)
+    columns = ["variant", "classes", "clip", "stride", "parameters", "multiply-adds", "activations"]
+    schemes = ", ".join(sorted({row["scheme"] for row in rows}))
+    _print_table(f"{schemes}: one view, float32, batch 1", columns, readable)
 
 
 def _print_table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
+    from service.progress import print_table
+
+    table = Table()
     for column in columns:
         table.add_column(column)
     for row in rows:
         table.add_row(*(_cell(row[column]) for column in columns))
-    Console().print(table)
+    print_table(title, table)
 
 
 def _cell(value: object) -> str:

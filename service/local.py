@@ -3,54 +3,94 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from model.video import Limits, VideoError, load_clips
 from service.classification import classification
 from service.models import ServedModel, load_model
+from service.progress import print_table
 from service.schemas import Classification, ClassifyParameters
 from service.settings import Settings
+
+
+class UnreadableFile(VideoError):  # noqa: N818 - named as the others of its kind
+    """Not there, a folder, or not ours to read."""
+
+    code = "unreadable_file"
 
 
 def classify_files(
     files: Sequence[Path], settings: Settings, parameters: ClassifyParameters, as_json: bool
 ) -> int:
-    """Prints an answer for each file as it is done; returns how many files failed."""
-    model = load_model(settings)
+    """Prints an answer for each file as it is done; returns how many files failed.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        RuntimeUnavailableError: the device cannot run it.
+    """
+    # Clips go through the network one at a time here, so it is not warmed up with a full batch.
+    model = load_model(settings.model_copy(update={"max_batch_clips": 1}))
     limits = Limits(
         max_pixels=settings.max_video_pixels, max_duration_s=settings.max_video_duration_s
     )
-    errors = Console(stderr=True)
     failed = 0
-    shown = track(files, "classifying", console=errors, disable=len(files) == 1, transient=True)
-    for file in shown:
-        try:
-            answer = _classify(file, model, parameters, limits)
-        except VideoError as error:
-            failed += 1
-            if as_json:
-                problem = {"file": str(file), "error": {"code": error.code, "detail": str(error)}}
-                print(json.dumps(problem))
-            else:
-                errors.print(f"[red]{file}: {error}[/red]", highlight=False)
-            continue
-        if as_json:
-            print(json.dumps({"file": str(file), **answer.model_dump(mode="json")}))
-        else:
-            Console().print(_table(file, answer))
+    with _progress(len(files)) as progress:
+        for file in progress.track(files, description="classifying"):
+            try:
+                answer = _classify(file, model, parameters, limits)
+            except VideoError as error:
+                failed += 1
+                _print_problem(file, error, as_json)
+                continue
+            _print_answer(file, answer, as_json)
     model.runtime.close()
     return failed
+
+
+def _progress(files: int) -> Progress:
+    """A bar on stderr when the answers go elsewhere; on a terminal they are progress enough.
+
+    `redirect_stdout` would send the answers to stderr.
+    """
+    errors = Console(stderr=True)
+    wanted = files > 1 and errors.is_terminal and not sys.stdout.isatty()
+    return Progress(console=errors, transient=True, redirect_stdout=False, disable=not wanted)
+
+
+def _print_problem(file: Path, error: VideoError, as_json: bool) -> None:
+    if as_json:
+        _print_json({"file": str(file), "error": {"code": error.code, "detail": str(error)}})
+    else:
+        click.secho(f"{click.format_filename(file)}: {error}", fg="red", err=True)
+
+
+def _print_answer(file: Path, answer: Classification, as_json: bool) -> None:
+    if as_json:
+        _print_json({"file": str(file), **answer.model_dump(mode="json")})
+    else:
+        print_table(click.format_filename(file), _table(answer))
+
+
+def _print_json(line: dict[str, object]) -> None:
+    click.echo(json.dumps(line))  # echo flushes: a reader sees each answer when it is done
 
 
 def _classify(
     file: Path, model: ServedModel, parameters: ClassifyParameters, limits: Limits
 ) -> Classification:
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise UnreadableFile(f"{error.strerror}.") from error
     clips = load_clips(
         file,
         model.bundle.config.preprocessing,
@@ -63,12 +103,12 @@ def _classify(
     return classification(model.bundle, clips, np.stack(rows), parameters)
 
 
-def _table(file: Path, answer: Classification) -> Table:
-    table = Table(title=str(file), title_justify="left")
+def _table(answer: Classification) -> Table:
+    table = Table()
     table.add_column("label")
     table.add_column("score", justify="right")
-    for prediction in answer.predictions:
-        table.add_row(prediction.label, f"{prediction.score:.3f}")
+    for prediction in answer.predictions:  # as text: "Pushing [something]" is no markup
+        table.add_row(Text(prediction.label), f"{prediction.score:.3f}")
     if answer.video.truncated:
         table.caption = "the file is truncated or damaged; the rest was used"
     return table

@@ -6,8 +6,11 @@ which wins over the environment.
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,16 +21,24 @@ from export.runtime.interface import Device
 
 ENV_PREFIX = "TIMESFORMER_"
 MIB = 1024 * 1024
+# What Kubernetes sets in every pod for every Service, here for those named `timesformer...`.
+_SERVICE_LINK = re.compile(
+    ENV_PREFIX + r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_.+)?)"
+)
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 
 
 class SettingsError(ValueError):
-    """A setting has a value that cannot be used; the message names its environment variable."""
+    """A setting that is unknown or has a value that cannot be used; the message names its
+    environment variable."""
 
 
 class Settings(BaseSettings):
     """Validated once, at start."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+    )
 
     host: str = Field(
         "127.0.0.1",
@@ -133,14 +144,50 @@ def load_settings(**overrides: Any) -> Settings:
     """Settings from the environment, with those given here on top.
 
     Raises:
-        SettingsError: names each variable that is wrong, and why.
+        SettingsError: names each variable that is unknown or wrong, and why.
     """
+    problems = [_unknown(name) for name in _unknown_names(os.environ)]
     try:
-        return Settings(**overrides)
+        settings = Settings(**overrides)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            name = ENV_PREFIX + "_".join(map(str, problem["loc"])).upper()
-            subject = name if problem["loc"] else "settings"
-            lines.append(f"{subject}: {problem['msg']} (got {problem['input']!r})")
-        raise SettingsError("\n".join(lines)) from error
+        raise SettingsError("\n".join(problems + _problems(error))) from error
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return settings
+
+
+def _unknown_names(environment: Mapping[str, str]) -> list[str]:
+    """Variables with our prefix that set nothing: most likely a typo."""
+    known = _variables()
+    return [
+        name
+        for name, value in environment.items()
+        if (upper := name.upper()).startswith(ENV_PREFIX)
+        and upper not in known
+        and not _SERVICE_LINK.fullmatch(upper)
+        and not _SERVICE_ADDRESS.fullmatch(value)
+    ]
+
+
+def _unknown(name: str) -> str:
+    nearest = difflib.get_close_matches(name.upper(), _variables(), n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(_variables())}"
+    return f"{name}: there is no such setting; {hint}"
+
+
+def _variables() -> list[str]:
+    return [f"{ENV_PREFIX}{field.upper()}" for field in Settings.model_fields]
+
+
+def _problems(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        name = ENV_PREFIX + "_".join(map(str, problem["loc"])).upper()
+        subject = name if problem["loc"] else "settings"
+        lines.append(f"{subject}: {problem['msg']} (got {problem['input']!r})")
+        if _SERVICE_ADDRESS.fullmatch(str(problem["input"])):
+            lines[-1] += (
+                "; Kubernetes sets this for a Service named timesformer: "
+                "set enableServiceLinks: false in the pod"
+            )
+    return lines
