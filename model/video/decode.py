@@ -160,7 +160,7 @@ def _is_reliable(video: OpenVideo, index: PacketIndex) -> bool:
     AVI stores no presentation times. FFmpeg guesses, and where frames are reordered guesses wrong.
     """
     guessed = video.format == "avi" and video.stream.codec_context.has_b_frames
-    return index.complete and len(index.frames) > 1 and not guessed
+    return index.orderly and len(index.frames) > 1 and not guessed
 
 
 def probe(path: str | Path, limits: Limits = Limits()) -> VideoFacts:  # noqa: B008 (frozen)

@@ -29,7 +29,8 @@ class PacketIndex:
     Arrays of (packets,): `pts` and `dts` int64 in units of the stream's time base, `NO_TIME` where
     missing; `key`, decoding can start here; `corrupt`, the demuxer saw damage.
     `frames`: int64 (frames,), the packets that put a frame on screen, in order of presentation, no
-    two at the same time. `damaged`: demuxing stopped at an error.
+    two at the same time. `orderly`: each of them has a time of its own, and decoding times never go
+    back; otherwise times are not to be trusted. `damaged`: demuxing stopped at an error.
     """
 
     pts: NDArray[np.int64]
@@ -38,7 +39,7 @@ class PacketIndex:
     corrupt: NDArray[np.bool_]
     frames: NDArray[np.int64]
     timeline: Timeline
-    complete: bool
+    orderly: bool
     damaged: bool
 
 
@@ -74,14 +75,16 @@ def scan_packets(video: OpenVideo, limits: Limits) -> PacketIndex:
     visible = np.frombuffer(shown, np.bool_)
     timed = np.flatnonzero(visible & (times != NO_TIME))
     distinct, first = np.unique(times[timed], return_index=True)
+    decoding = np.array(dts, np.int64)
+    in_order = bool(np.all(np.diff(decoding[decoding != NO_TIME]) >= 0))
     return PacketIndex(
         pts=times,
-        dts=np.array(dts, np.int64),
+        dts=decoding,
         key=np.frombuffer(key, np.bool_),
         corrupt=np.frombuffer(corrupt, np.bool_),
         frames=timed[first],
         timeline=to_timeline(distinct, video.time_base),
-        complete=len(timed) == np.count_nonzero(visible),
+        orderly=in_order and len(distinct) == np.count_nonzero(visible),
         damaged=damaged,
     )
 

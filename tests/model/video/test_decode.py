@@ -103,9 +103,27 @@ def test_every_kind_of_sound_file_gives_the_right_frames_without_reading_them_al
     assert clips.facts == reference.facts
 
 
-def test_avi_with_b_frames_is_read_in_decoded_order(tmp_path: Path) -> None:
+def test_avi_with_b_frames_is_read_from_end_to_end(tmp_path: Path, decoded_by: list[bool]) -> None:
     path = write_video(tmp_path / "clip.avi", 100, codec="mpeg4", options={"bf": "2", "g": "12"})
     assert numbers_of_all(path)[0] == list(range(100))
+    assert decoded_by == []
+
+
+def test_frames_keep_their_decoded_order_where_their_times_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoded(_: OpenVideo) -> Iterator[av.VideoFrame | None]:
+        for number, pts in enumerate([1, 2, 4, 3, 7, 5]):
+            frame = av.VideoFrame.from_ndarray(draw(number), "rgb24")
+            frame.pts = pts
+            yield frame
+        yield None
+
+    monkeypatch.setattr("model.video.sequential.decode_sequentially", decoded)
+    path = write_video(tmp_path / "clip.avi", 100, codec="mpeg4", options={"bf": "2"})
+    numbers, timeline = numbers_of_all(path)
+    assert numbers == [0, 1, 2, 3, 4, 5]
+    assert np.allclose(timeline.times * 30, [0, 1, 2, 3, 4, 6])
 
 
 def test_clips_are_ordered_by_view_then_crop(tmp_path: Path) -> None:
@@ -147,7 +165,9 @@ def test_frames_before_zero_count_from_the_first(tmp_path: Path) -> None:
     assert timeline.times[0] == 0
 
 
-def test_frames_that_an_edit_list_cuts_away_are_not_sampled(tmp_path: Path) -> None:
+def test_frames_that_an_edit_list_cuts_away_are_not_sampled(
+    tmp_path: Path, decoded_by: list[bool]
+) -> None:
     options = {"avoid_negative_ts": "disabled", "movflags": "use_metadata_tags"}
     path = write_video(
         tmp_path / "clip.mp4",
@@ -157,6 +177,7 @@ def test_frames_that_an_edit_list_cuts_away_are_not_sampled(tmp_path: Path) -> N
         container_options=options,
     )
     clips = load_clips(path, SEEN, views=2)
+    assert decoded_by == [True]
     assert clips.facts.frames == 50
     assert numbers_in(clips) == [[10, 25, 40, 55], [14, 29, 44, 59]]
 
@@ -172,6 +193,23 @@ def test_rotation_metadata_is_applied(tmp_path: Path, degrees: int) -> None:
     turned_back = np.rot90(clips.frames[0], degrees // 90, axes=(1, 2))
     assert clips.facts.rotation == degrees
     assert number_in(turned_back[-1]) == number_in(turned_back[0]) + 23 == 26
+
+
+def test_pixels_are_stretched_as_stored_and_then_turned(tmp_path: Path) -> None:
+    def stretch(stream: av.VideoStream) -> None:
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+
+    def stretch_and_turn(stream: av.VideoStream) -> None:
+        stretch(stream)
+        stream.set_display_rotation(-90)
+
+    lying = load_clips(write_video(tmp_path / "lying.mov", 30, change=stretch), SEEN, crops=3)
+    upright = load_clips(
+        write_video(tmp_path / "upright.mov", 30, change=stretch_and_turn), SEEN, crops=3
+    )
+    assert (upright.facts.width, upright.facts.height) == (SIDE, 2 * SIDE)
+    turned = np.rot90(lying.frames, -1, axes=(2, 3))
+    assert np.abs(upright.frames.astype(int) - turned).mean() < 1
 
 
 def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
@@ -195,28 +233,37 @@ def test_facts_come_from_what_is_there(tmp_path: Path) -> None:
     assert load_clips(tmp_path / "clip.mkv", SEEN).facts == facts
 
 
-def test_cover_art_is_not_the_video(tmp_path: Path) -> None:
-    covers: list[tuple[OutputContainer, av.VideoStream]] = []
+class Cover:
+    """Cover art, in two steps: all streams must be there before the first packet is written."""
 
-    def add_cover(container: OutputContainer) -> None:
-        cover = container.add_stream("mjpeg", rate=1)
-        assert isinstance(cover, av.VideoStream)
-        cover.width = cover.height = 16
-        cover.pix_fmt = "yuvj420p"
-        cover.disposition = Disposition.attached_pic
-        covers.append((container, cover))
+    def add(self, container: OutputContainer) -> None:
+        stream = container.add_stream("mjpeg", rate=1)
+        assert isinstance(stream, av.VideoStream)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuvj420p"
+        stream.disposition = Disposition.attached_pic
+        self.container, self.stream = container, stream
 
-    def fill_cover(_: av.VideoStream) -> None:
+    def fill(self, _: object = None) -> None:
         frame = av.VideoFrame(16, 16, "yuvj420p")
         frame.pts = 0
-        for container, cover in covers:
-            container.mux([*cover.encode(frame), *cover.encode(None)])
+        self.container.mux([*self.stream.encode(frame), *self.stream.encode(None)])
 
-    path = write_video(tmp_path / "clip.mp4", 60, before=add_cover, change=fill_cover)
+
+def test_cover_art_is_not_the_video(tmp_path: Path) -> None:
+    cover = Cover()
+    path = write_video(tmp_path / "clip.mp4", 60, before=cover.add, change=cover.fill)
     with av.open(str(path)) as container:
         assert len(container.streams.video) == 2
-    assert probe(path).codec == "h264"
-    assert probe(path).frames == 60
+    assert (probe(path).codec, probe(path).frames) == ("h264", 60)
+
+
+def test_a_song_with_cover_art_is_no_video(tmp_path: Path) -> None:
+    song = write_sound(tmp_path / "song.mp4", Cover())
+    with av.open(str(song)) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(NoVideoStream):
+        probe(song)
 
 
 def test_threads_change_nothing(tmp_path: Path) -> None:
@@ -242,9 +289,12 @@ def test_damage_in_the_middle_is_read_from_end_to_end(tmp_path: Path) -> None:
     assert load_clips(path, SEEN, views=3).truncated
 
 
-def write_sound(path: Path) -> Path:
+def write_sound(path: Path, cover: Cover | None = None) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=8000)
+        if cover is not None:
+            cover.add(container)
+            cover.fill()
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))

@@ -128,10 +128,18 @@ def test_swscale_and_numpy_agree_on_noise() -> None:
     assert psnr(crop_frame(frame, 224, 1, 1.0), spatial_views(rgb[None], 224)[:, 0]) > 48
 
 
-def test_conversion_is_not_biased() -> None:
-    rgb = smooth(240, 320)
-    frame = av.VideoFrame.from_ndarray(rgb, "rgb24").reformat(format="yuv444p")
-    assert np.abs((to_rgb(frame).astype(float) - rgb).mean(axis=(0, 1))).max() < 0.5
+@pytest.mark.parametrize("height", [64, 32], ids=["as it is", "scaled"])
+@pytest.mark.parametrize(("cb", "cr"), [(128, 128), (100, 150), (150, 110), (133, 121)])
+def test_conversion_is_not_biased(height: int, cb: int, cr: int) -> None:
+    frame = av.VideoFrame(256, 64, "yuv420p")
+    luma = np.tile(np.arange(256).clip(80, 170).astype(np.uint8), (64, 1))
+    frame.planes[0].update(luma.tobytes())
+    for plane, chroma in zip(frame.planes[1:], (cb, cr), strict=True):
+        plane.update(bytes([chroma]) * plane.buffer_size)
+    y, u, v = (luma[0] - 16.0) * 255 / 219, (cb - 128) * 255 / 224, (cr - 128) * 255 / 224
+    exact = np.stack([y + 1.402 * v, y - 0.344136 * u - 0.714136 * v, y + 1.772 * u], axis=-1)
+    error = to_rgb(frame, 256, height) - exact
+    assert np.abs(error.mean(axis=(0, 1))).max() < 0.5
 
 
 @pytest.mark.parametrize(("colour_range", "white"), [(1, 255), (2, 235)])
