@@ -1,0 +1,540 @@
+"""Procedural clips of twelve motions, from nothing but a seed: what the demo model learns from.
+
+A scene is a textured background with up to three textured objects on it. What its label names
+happens to all of it, as when a camera pans, zooms or rolls, or to the objects alone. Textures,
+colours, sizes, blur, noise, bars and compression are drawn without a look at the label, so one
+frame says nothing about the class: only time does. numpy and PyAV, no torch.
+
+Lengths are in short sides of the frame, times in seconds from the middle of the clip, x points
+right and y down, angles grow clockwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from model.config import Preprocessing
+
+LABELS = (
+    "moving left",
+    "moving right",
+    "moving up",
+    "moving down",
+    "approaching",
+    "receding",
+    "turning clockwise",
+    "turning counter-clockwise",
+    "still",
+    "shaking",
+    "swinging",
+    "flickering",
+)
+
+Array = npt.NDArray[np.float32]
+Frames = npt.NDArray[np.uint8]
+Times = npt.NDArray[np.float64]
+
+# A pose says how a layer differs from rest: x, y, angle, log of the scale, log of the brightness.
+X, Y, ANGLE, ZOOM, LIGHT = range(5)
+TILE = 2.0  # side of the background's endlessly repeated texture
+TEXELS = 256  # texels along one side of a texture
+SUBFRAMES = 3  # samples a pixel, spread over its area and over the shutter time
+OBJECT_MARGIN = 1.15  # an object's texture ends here, in radii of the object
+
+# Steady motions: (component of the pose, sign, slowest and fastest rate in 1/s). A clip lasts
+# 0.93 s and a short side is 73 px of the network's input: 0.06 is 0.6 px from frame to frame.
+_STEADY = {
+    "moving left": (X, -1, 0.06, 0.7),
+    "moving right": (X, 1, 0.06, 0.7),
+    "moving up": (Y, -1, 0.06, 0.7),
+    "moving down": (Y, 1, 0.06, 0.7),
+    "approaching": (ZOOM, 1, 0.25, 1.4),
+    "receding": (ZOOM, -1, 0.25, 1.4),
+    "turning clockwise": (ANGLE, 1, 0.4, 3.2),
+    "turning counter-clockwise": (ANGLE, -1, 0.4, 3.2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Motion:
+    """A pose over time: a steady part, and waves that come back to where they began."""
+
+    velocity: Array  # (5,), pose per second
+    acceleration: float  # relative change of the velocity per second
+    amplitudes: Array  # (waves, 5)
+    frequencies: Array  # (waves,), Hz
+    phases: Array  # (waves,), radians
+
+    def pose(self, time: float) -> Array:
+        """The pose (5,) at a time in seconds from the middle of the clip."""
+        steady = self.velocity * np.float32(time + 0.5 * self.acceleration * time * abs(time))
+        waves = np.sin(2 * math.pi * self.frequencies * time + self.phases)
+        return (steady + waves @ self.amplitudes).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A texture, where it lies, and how it moves. `radius` is None for the endless background."""
+
+    pyramid: tuple[Array, ...]  # (side, side, 4) RGBA in 0..1, every level half the one before
+    centre: tuple[float, float]
+    angle: float
+    radius: float | None
+    motion: Motion
+
+
+@dataclasses.dataclass(frozen=True)
+class Camera:
+    """How a scene is taken: everything of it is independent of what moves."""
+
+    shutter: float  # seconds
+    smear: Motion  # motion during the shutter time: blur that gives no motion away
+    gamma: float
+    saturation: float
+    noise: float  # standard deviation on a 0..1 scale
+    bars: tuple[float, float]  # height above and below, width left and right, 0 for none
+
+
+def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return float(math.exp(rng.uniform(math.log(low), math.log(high))))
+
+
+# ---- motions ----------------------------------------------------------------------------------
+
+
+def _waves(
+    rng: np.random.Generator, amplitude: Array, low: float, high: float, count: int
+) -> tuple[Array, Array, Array]:
+    """`count` waves of `low` to `high` Hz that together are about as large as `amplitude` (5,)."""
+    share = rng.standard_normal((count, 5)) / math.sqrt(count)
+    frequencies = rng.uniform(low, high, count)
+    return (
+        (share * amplitude).astype(np.float32),
+        frequencies.astype(np.float32),
+        rng.uniform(0, 2 * math.pi, count).astype(np.float32),
+    )
+
+
+def make_motion(label: str, rng: np.random.Generator) -> Motion:
+    """Draws a motion of the class `label`, with the slight tremble that every clip has."""
+    velocity = np.zeros(5, np.float32)
+    acceleration = 0.0
+    tremble = _log_uniform(rng, 0.0002, 0.002)
+    waves = _waves(rng, np.array([tremble, tremble, tremble, 0, tremble], np.float32), 0.5, 10, 3)
+    if label in _STEADY:
+        component, sign, slow, fast = _STEADY[label]
+        velocity[component] = sign * _log_uniform(rng, slow, fast)
+        if component in (X, Y):  # up to 15 degrees off the axis
+            velocity[1 - component] = velocity[component] * math.tan(rng.uniform(-0.26, 0.26))
+        acceleration = rng.uniform(-0.8, 0.8)
+    elif label == "shaking":
+        shift = _log_uniform(rng, 0.012, 0.06)
+        turn = rng.choice([0.0, 1.0]) * shift
+        waves = _waves(rng, np.array([shift, shift, turn, 0, 0], np.float32), 2.5, 11, 6)
+    elif label == "swinging":
+        waves = _swing(rng)
+    elif label == "flickering":
+        light = np.array([0, 0, 0, 0, _log_uniform(rng, 0.25, 0.9)], np.float32)
+        waves = _waves(rng, light, 1.5, 11, 5)
+    return Motion(velocity, acceleration, *waves)
+
+
+def _swing(rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """One smooth wave, to and fro at least once in 0.93 s: a shift in any direction or a turn."""
+    amplitude = np.zeros((1, 5), np.float32)
+    if rng.random() < 0.35:
+        amplitude[0, ANGLE] = _log_uniform(rng, 0.15, 0.7)
+    else:
+        shift, direction = _log_uniform(rng, 0.04, 0.2), rng.uniform(0, 2 * math.pi)
+        amplitude[0, X], amplitude[0, Y] = shift * math.cos(direction), shift * math.sin(direction)
+    frequency = rng.uniform(0.95, 1.8, 1).astype(np.float32)
+    return amplitude, frequency, rng.uniform(0, 2 * math.pi, 1).astype(np.float32)
+
+
+# ---- textures: (side, side, 3) float32 around 0..1 that repeat without a seam -------------------
+
+
+def _noise(rng: np.random.Generator, side: int, slope: float) -> Array:
+    """Noise (side, side) of mean 0 and deviation 1 with amplitudes falling as 1/f^slope."""
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]) * side
+    frequency[0, 0] = 1
+    white = np.fft.rfft2(rng.standard_normal((side, side), np.float32))
+    field = np.fft.irfft2(white / frequency**slope, (side, side))
+    field -= field.mean()
+    return (field / field.std()).astype(np.float32)
+
+
+def _colours(rng: np.random.Generator, count: int) -> Array:
+    """Colours (count, 3): a common brightness each, and some chroma."""
+    return (rng.uniform(0, 1, (count, 1)) + rng.normal(0, 0.2, (count, 3))).astype(np.float32)
+
+
+def _clouds(rng: np.random.Generator, side: int) -> Array:
+    """1/f noise, like natural images, between three colours; sometimes with hard edges: blobs."""
+    first, second = (_noise(rng, side, rng.uniform(0.8, 2.0)) for _ in range(2))
+    if rng.random() < 0.5:
+        first = np.tanh(rng.uniform(1, 8) * _noise(rng, side, rng.uniform(1.4, 2.2)))
+    base, one, two = _colours(rng, 3)
+    return base + first[..., None] * (one - base) * 0.5 + second[..., None] * (two - base) * 0.2
+
+
+def _leaves(rng: np.random.Generator, side: int) -> Array:
+    """Dead leaves: shapes of all sizes that hide each other, as things do in photographs."""
+    texture = np.empty((side, side, 3), np.float32)
+    texture[:] = _colours(rng, 1)[0]
+    for colour in _colours(rng, int(rng.integers(15, 70))):
+        height, width = (int(_log_uniform(rng, 0.03, 0.25) * side) for _ in range(2))
+        rows, cols = np.ogrid[-height : height + 1, -width : width + 1]
+        row, col = rng.integers(0, side, 2)
+        if rng.random() < 0.5:
+            inside = (rows / height) ** 2 + (cols / width) ** 2 <= 1
+        else:
+            inside = np.abs(rows / height + rng.uniform(-0.7, 0.7) * cols / width) <= 0.6
+        at = np.ix_((rows.ravel() + row) % side, (cols.ravel() + col) % side)
+        texture[at] = np.where(inside[..., None], colour, texture[at])
+    return texture
+
+
+def _plaid(rng: np.random.Generator, side: int) -> Array:
+    """Two crossing waves, soft or as hard as a chessboard. Never wider apart than a fast step."""
+    rows, cols = np.meshgrid(*[np.arange(side, dtype=np.float32) / side * 2 * math.pi] * 2)
+    along, across = rng.integers(2, 6, 2)
+    tilt = int(rng.integers(-2, 3))
+    wave = np.sin(along * rows + tilt * cols) * rng.uniform(0.5, 1.5)
+    wave = wave + np.sin(across * cols - tilt * rows + rng.uniform(0, 6.3))
+    wave = np.tanh(rng.uniform(0.7, 8) * wave)
+    dark, bright = _colours(rng, 2)
+    return (dark + (wave[..., None] + 1) * 0.5 * (bright - dark)).astype(np.float32)
+
+
+def make_texture(rng: np.random.Generator, side: int = TEXELS) -> Array:
+    """A texture (side, side, 3) in 0..1: leaves, clouds or plaid over clouds, any contrast."""
+    clouds = _clouds(rng, side)
+    kind = rng.random()
+    if kind < 0.45:
+        texture = _leaves(rng, side) + rng.uniform(0, 0.4) * (clouds - clouds.mean())
+    elif kind < 0.8:
+        texture = clouds
+    else:
+        weight = rng.uniform(0.3, 0.7)
+        texture = weight * _plaid(rng, side) + (1 - weight) * clouds
+    texture -= texture.mean()
+    texture *= _log_uniform(rng, 0.08, 0.3) / max(float(texture.std()), 1e-3)
+    return np.clip(texture + rng.uniform(0.3, 0.7), 0, 1).astype(np.float32)
+
+
+def _outline(rng: np.random.Generator, side: int) -> Array:
+    """Opacity (side, side) of an object of radius 1: a polygon, an ellipse or a flower."""
+    axis = np.linspace(-OBJECT_MARGIN, OBJECT_MARGIN, side, dtype=np.float32)
+    x, y = np.meshgrid(axis, axis / np.float32(rng.uniform(0.45, 1.0)))
+    distance, theta = np.hypot(x, y), np.arctan2(y, x)
+    corners = int(rng.integers(3, 7))
+    if rng.random() < 0.5:
+        part = math.pi / corners
+        radius = math.cos(part) / np.cos(np.mod(theta, 2 * part) - part)
+    else:
+        petal = rng.uniform(0, 0.3)
+        radius = 1 - petal + petal * np.sin(corners * theta)
+    return np.clip((radius - distance) * side / 6 + 0.5, 0, 1).astype(np.float32)
+
+
+def _pyramid(colour: Array, alpha: Array | None) -> tuple[Array, ...]:
+    """Levels (side, side, 4), each half as fine as the one before, down to a sixteenth."""
+    opacity = np.ones(colour.shape[:2], np.float32) if alpha is None else alpha
+    levels = [np.dstack([colour * opacity[..., None], opacity])]  # premultiplied
+    for _ in range(4):
+        fine = levels[-1]
+        levels.append((fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]) / 4)
+    return tuple(np.ascontiguousarray(level, np.float32) for level in levels)
+
+
+# ---- scenes -----------------------------------------------------------------------------------
+
+
+def _background(rng: np.random.Generator, motion: Motion) -> Layer:
+    centre = (rng.uniform(-0.25, 0.25), rng.uniform(-0.25, 0.25))
+    # A tile turned by less than a right angle: no stripe is always upright.
+    return Layer(_pyramid(make_texture(rng), None), centre, rng.uniform(-1.6, 1.6), None, motion)
+
+
+def _object(rng: np.random.Generator, motion: Motion) -> Layer:
+    side = TEXELS // 2
+    pyramid = _pyramid(make_texture(rng, side), _outline(rng, side))
+    centre = (rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3))
+    angle = rng.uniform(0, 2 * math.pi)
+    return Layer(pyramid, centre, angle, _log_uniform(rng, 0.15, 0.45), motion)
+
+
+def make_layers(label: str, rng: np.random.Generator) -> list[Layer]:
+    """The background and its objects; either everything or only the objects move as `label`."""
+    if label not in LABELS:
+        raise ValueError(f"unknown motion {label!r}; known are {LABELS}")
+    scene_moves = rng.random() < 0.55
+    motion = make_motion(label, rng)
+    if scene_moves:
+        return [_background(rng, motion)]
+    objects = [_object(rng, motion) for _ in range(rng.choice([1, 2, 3], p=[0.6, 0.25, 0.15]))]
+    return [_background(rng, make_motion("still", rng)), *objects]
+
+
+def make_camera(rng: np.random.Generator) -> Camera:
+    """Blur, colour, noise and bars, the same for all classes."""
+    bars = (0.0, 0.0)
+    if rng.random() < 0.12:
+        width = rng.uniform(0.04, 0.16)
+        bars = (width, 0.0) if rng.random() < 0.6 else (0.0, width)
+    return Camera(
+        shutter=rng.choice([0.0, 1.0]) * rng.uniform(0, 1 / 20),
+        smear=make_motion(str(rng.choice(LABELS[:10])), rng),
+        gamma=_log_uniform(rng, 0.7, 1.4),
+        saturation=float(rng.choice([0.0, 1.0], p=[0.15, 0.85])) * rng.uniform(0.3, 1.3),
+        noise=float(rng.choice([0.0, 1.0])) * rng.uniform(0, 0.04),
+        bars=bars,
+    )
+
+
+# ---- from scene to pixels ---------------------------------------------------------------------
+
+
+def _sample(texture: Array, u: Array, v: Array) -> Array:
+    """Bilinear, wrapping look-up of `texture` (side, side, 4) at columns `u` and rows `v`."""
+    side = texture.shape[0]
+    texels = texture.reshape(-1, 4)
+    col, row = np.floor(u), np.floor(v)
+    right, below = (u - col)[..., None], (v - row)[..., None]
+    c0, r0 = col.astype(np.int32) % side, row.astype(np.int32) % side
+    c1, r1 = (c0 + 1) % side, (r0 + 1) % side * side
+    r0 *= side
+    top = texels[r0 + c0] * (1 - right) + texels[r0 + c1] * right
+    bottom = texels[r1 + c0] * (1 - right) + texels[r1 + c1] * right
+    return np.asarray(top * (1 - below) + bottom * below, np.float32)
+
+
+def _turn_and_scale(layer: Layer, pose: Array) -> tuple[np.float32, np.float32]:
+    """Cosine and sine of how far the layer is turned, times its scale."""
+    angle, scale = layer.angle + float(pose[ANGLE]), math.exp(pose[ZOOM]) * (layer.radius or 1.0)
+    return np.float32(math.cos(angle) * scale), np.float32(math.sin(angle) * scale)
+
+
+def _to_layer(layer: Layer, pose: Array, xs: Array, ys: Array) -> tuple[Array, Array]:
+    """Where the points of the frame at `xs` x `ys` lie on the layer, each (rows, columns)."""
+    cos, sin = _turn_and_scale(layer, pose)
+    x, y = xs[None] - (layer.centre[0] + pose[X]), ys[:, None] - (layer.centre[1] + pose[Y])
+    square = cos * cos + sin * sin
+    return (cos * x + sin * y) / square, (cos * y - sin * x) / square
+
+
+def _to_frame(layer: Layer, pose: Array, u: Array, v: Array) -> Array:
+    """The inverse of `_to_layer` less the centre: points (..., 2) of the frame."""
+    cos, sin = _turn_and_scale(layer, pose)
+    return np.stack([cos * u - sin * v + pose[X], sin * u + cos * v + pose[Y]], -1)
+
+
+def _look_up(layer: Layer, u: Array, v: Array, texels_per_unit: float) -> Array:
+    """The layer's RGBA (..., 4) at points of its own, about as fine as asked for."""
+    if layer.radius is None:
+        extent = TILE
+    else:  # beyond its margin an object is transparent, not repeated
+        extent = 2 * OBJECT_MARGIN
+        u, v = (np.clip(axis, -OBJECT_MARGIN, OBJECT_MARGIN) for axis in (u, v))
+    excess = layer.pyramid[0].shape[0] / extent / texels_per_unit
+    level = min(int(math.log2(max(excess, 1.0))), len(layer.pyramid) - 1)
+    texture = layer.pyramid[level]
+    density, middle = np.float32(len(texture) / extent), np.float32(len(texture) / 2 - 0.5)
+    return _sample(texture, u * density + middle, v * density + middle)
+
+
+def _draw(layer: Layer, pose: Array, xs: Array, ys: Array, canvas: Array) -> None:
+    """Puts one layer in one pose onto `canvas` (height, width, 3), pixels at `xs` x `ys`."""
+    rows, cols = slice(None), slice(None)
+    scale = math.exp(pose[ZOOM]) * (layer.radius or 1.0)
+    if layer.radius is not None:
+        reach = scale * OBJECT_MARGIN * math.sqrt(2)
+        x, y = layer.centre[0] + pose[X], layer.centre[1] + pose[Y]
+        rows = slice(*np.searchsorted(ys, (y - reach, y + reach)))
+        cols = slice(*np.searchsorted(xs, (x - reach, x + reach)))
+    u, v = _to_layer(layer, pose, xs[cols], ys[rows])
+    seen = _look_up(layer, u, v, scale / float(xs[1] - xs[0]))
+    canvas[rows, cols] *= 1 - seen[..., 3:]
+    canvas[rows, cols] += seen[..., :3] * np.float32(math.exp(pose[LIGHT]))
+
+
+def _axes(size: tuple[int, int], short: float, offset: tuple[float, float]) -> tuple[Array, Array]:
+    """x of every column and y of every row, sampled at `offset` within the pixel."""
+    height, width = size
+    xs = (np.arange(width) + offset[0] - width / 2) / short
+    ys = (np.arange(height) + offset[1] - height / 2) / short
+    return xs.astype(np.float32), ys.astype(np.float32)
+
+
+def _expose(
+    layers: list[Layer], camera: Camera, time: float, size: tuple[int, int], short: float
+) -> Array:
+    """One frame (height, width, 3) in 0..1 as it reaches the sensor at `time`."""
+    canvas = np.zeros((SUBFRAMES, *size, 3), np.float32)
+    for index, part in enumerate(canvas):
+        # The samples lie on a diagonal pattern within the pixel and along the shutter time.
+        offset = (index + 0.5) / SUBFRAMES, ((2 * index + 1) % SUBFRAMES + 0.5) / SUBFRAMES
+        xs, ys = _axes(size, short, offset)
+        smear = camera.smear.velocity * np.float32(camera.shutter * (offset[0] - 0.5))
+        for layer in layers:
+            _draw(layer, layer.motion.pose(time) + smear, xs, ys, part)
+    return np.asarray(canvas.mean(0), np.float32)
+
+
+def _develop(frame: Array, camera: Camera, rng: np.random.Generator) -> Frames:
+    """Colour, noise and bars: what the sensor makes of it, uint8."""
+    grey = frame.mean(-1, keepdims=True)
+    frame = grey + (frame - grey) * np.float32(camera.saturation)
+    frame = np.clip(frame, 0, 1) ** np.float32(camera.gamma)
+    if camera.noise:
+        frame = frame + rng.standard_normal(frame.shape, np.float32) * np.float32(camera.noise)
+    pixels = (np.clip(frame, 0, 1) * 255 + 0.5).astype(np.uint8)
+    for axis, share in enumerate(camera.bars):
+        bar = round(share * pixels.shape[axis])
+        if bar:
+            view = np.swapaxes(pixels, 0, axis)
+            view[:bar] = view[-bar:] = 0
+    return pixels
+
+
+def take(
+    layers: list[Layer],
+    rng: np.random.Generator,
+    times: Times,
+    size: tuple[int, int],
+    short: float,
+) -> Frames:
+    """Takes the scene with a camera drawn from `rng`, see `render_frames`."""
+    camera = make_camera(rng)
+    return np.stack([_develop(_expose(layers, camera, t, size, short), camera, rng) for t in times])
+
+
+def flow(layers: list[Layer], times: Times, cells: int, view: float) -> Array:
+    """How far what is seen moves from each frame to the next, mean over square cells.
+
+    Args:
+        layers: The scene.
+        times: When the frames are taken.
+        cells: Cells along one side of a square view.
+        view: Side of that view.
+
+    Returns:
+        (len(times) - 1, cells, cells, 2): x and y.
+    """
+    points = 8 * cells
+    xs, ys = _axes((points, points), points / view, (0.5, 0.5))
+    fields = []
+    for before, after in itertools.pairwise(times):
+        field = np.zeros((points, points, 2), np.float32)
+        for layer in layers:
+            first, last = layer.motion.pose(before), layer.motion.pose(after)
+            u, v = _to_layer(layer, (first + last) / 2, xs, ys)
+            cover = _look_up(layer, u, v, TEXELS)[..., 3:]
+            path = _to_frame(layer, last, u, v) - _to_frame(layer, first, u, v)
+            field += cover * (path - field)
+        fields.append(field.reshape(cells, 8, cells, 8, 2).mean((1, 3)))
+    return np.stack(fields)
+
+
+def render_frames(
+    label: str, rng: np.random.Generator, times: Times, size: tuple[int, int]
+) -> Frames:
+    """Draws a clip of the class `label`.
+
+    Args:
+        label: One of `LABELS`.
+        rng: Decides all that the label leaves open.
+        times: When each frame is taken, in seconds from the middle of the clip.
+        size: Height and width in pixels.
+
+    Returns:
+        uint8 RGB frames (len(times), height, width, 3).
+
+    Raises:
+        ValueError: an unknown label.
+    """
+    return take(make_layers(label, rng), rng, times, size, min(size))
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def encode(
+    file: Path | io.BytesIO, frames: Frames, rate: int, codec: str, options: dict[str, str]
+) -> None:
+    """Writes frames (time, height, width, 3) with even sides as an mp4 file."""
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1  # so small that threads only cost
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def decode(file: Path | io.BytesIO) -> Iterator[Frames]:
+    """Every frame (height, width, 3) of a file that `encode` wrote."""
+    with av.open(file) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")
+
+
+def _codec(rng: np.random.Generator) -> tuple[str, dict[str, str]]:
+    """A codec and a quality from very good to poor."""
+    if rng.random() < 0.5:
+        return "mpeg4", {"qscale": str(rng.integers(2, 16)), "flags": "+qscale"}
+    return "libx264", {"crf": str(rng.integers(16, 36)), "preset": "veryfast"}
+
+
+def training_clip(
+    label: str, rng: np.random.Generator, preprocessing: Preprocessing, cells: int
+) -> tuple[Frames, Array]:
+    """What the network is given of a rendered video, and how everything in it moves.
+
+    The frames are those that serving samples, up to the file's own frame rate; drawn right away
+    in the network's scale and then, two times in three, compressed.
+
+    Returns:
+        Frames (time, size, size, 3), and the flow (time - 1, cells, cells, 2) in pixels.
+    """
+    side, step = preprocessing.image_size, preprocessing.frame_stride / 30
+    rate = float(rng.choice([15, 23.976, 25, 30, 60]))
+    times = np.arange(preprocessing.num_frames) * step + rng.uniform(0, 1 / rate)
+    times = np.floor(times * rate) / rate
+    times -= times.mean()
+    layers = make_layers(label, rng)
+    short = side * 256 / 224
+    frames = take(layers, rng, times, (side, side), short)
+    if rng.random() < 2 / 3:
+        file = io.BytesIO()
+        encode(file, frames, 8, *_codec(rng))
+        file.seek(0)
+        frames = np.stack(list(decode(file)))
+    return frames, flow(layers, times, cells, side / short) * np.float32(short)
+
+
+def write_clip(
+    path: Path, label: str, seed: int | list[int], seconds: float = 2.0, rate: int = 30
+) -> None:
+    """Renders a video of the class `label` and writes it as an mp4 of 160 to 320 px a side.
+
+    Raises:
+        ValueError: an unknown label.
+    """
+    rng = np.random.default_rng(seed)
+    sides = [int(rng.integers(80, 121)) * 2, int(rng.integers(120, 161)) * 2]
+    height, width = rng.permutation(sides)
+    times = np.arange(round(seconds * rate)) / rate
+    frames = render_frames(label, rng, times - times.mean(), (int(height), int(width)))
+    encode(path, frames, rate, *_codec(rng))

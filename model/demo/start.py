@@ -1,0 +1,121 @@
+"""How the demo network starts: as a bank of motion-energy detectors (Adelson and Bergen, 1985).
+
+With random weights a small transformer needs some hundred thousand clips before it notices that
+anything moves. So its first block begins as what is known to see motion, and training takes it
+from there:
+
+    patch embedding      lower half of the width: Gabor filters in pairs of sine and cosine;
+                         upper half: nothing of the picture, place and a code of the frame's time
+    temporal attention   every frame asks for the one after it (by the code) and copies its
+                         filters' answers to the upper half
+    MLP                  for each pair, answers now and a frame later are added with their phases
+                         shifted against each other; the energy of the sum tells direction
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from model.timesformer import TimeSformer
+
+CYCLES = (0.5, 1.0, 1.75, 3.0)  # of the Gabor filters, per patch
+CODE_NORM = 4.0  # of a frame's time code; the filters' answers have a norm of about 8
+CODE_GAIN = 2.5  # sharpness of the first attention: well above 0.9 on the frame asked for
+
+
+@torch.no_grad()
+def start_as_motion_energy(network: TimeSformer, clips: Tensor) -> None:
+    """Initialises a divided space-time network in place.
+
+    Args:
+        network: Of an even width, and heads of at least as many channels as it has frames.
+        clips: uint8 (batch, time, height, width, 3), to set the scale of the filters by.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    _filters(network, clips)
+    code = _codes(network)
+    _look_ahead(network, code)
+    _energies(network)
+
+
+def _filters(network: TimeSformer, clips: Tensor) -> None:
+    """Gabor pairs of all directions and scales, each of variance 1 over the clips."""
+    projection = network.patch_embed.proj
+    size, half = projection.kernel_size[0], projection.out_channels // 2
+    axis = (torch.arange(size) - (size - 1) / 2) / size
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    window = torch.exp(-(x**2 + y**2) / (2 * 0.33**2))
+    projection.weight.zero_()
+    directions = math.ceil(half / 2 / len(CYCLES))
+    for pair in range(half // 2):
+        angle = math.pi * (pair // len(CYCLES)) / directions
+        phase = math.cos(angle) * x + math.sin(angle) * y
+        phase = 2 * math.pi * CYCLES[pair % len(CYCLES)] * phase
+        for part, wave in enumerate((phase.cos(), phase.sin())):
+            flat = (wave * window).sum() / window.sum()  # to be taken away: blind to brightness
+            projection.weight[2 * pair + part] = (wave - flat) * window
+    images = (clips.flatten(0, 1).float() / 255 - network.mean) / network.std
+    answers = projection(images.permute(0, 3, 1, 2))[:, : half // 2 * 2]
+    scale = answers.square().mean((0, 2, 3)).reshape(-1, 2).mean(1).sqrt()
+    projection.weight[: len(scale) * 2] /= scale.repeat_interleave(2)[:, None, None, None]
+
+
+def _codes(network: TimeSformer) -> Tensor:
+    """Orthogonal time codes (time, dim / 2) and faint places, in the upper half of the width."""
+    half = network.config.embed_dim // 2
+    code = torch.linalg.qr(torch.randn(half, half))[0][: network.config.num_frames]
+    network.time_embed.zero_()
+    network.time_embed[0, :, half:] = code * CODE_NORM
+    network.pos_embed.zero_()
+    nn.init.normal_(network.pos_embed[..., half:], std=0.1)
+    return code
+
+
+def _look_ahead(network: TimeSformer, code: Tensor) -> None:
+    """Half the first temporal attention's heads copy the next frame; the last one copies itself."""
+    block = network.blocks[0]
+    temporal = block.before["temporal"]
+    frames, half = code.shape
+    dim, width = 2 * half, network.config.head_dim
+    query, key, value = temporal.attn.qkv.weight.split(dim)
+    asked = torch.arange(frames).add(1).clamp(max=frames - 1)
+    for head in range(half // width):
+        rows = slice(head * width, (head + 1) * width)
+        query[rows], key[rows], value[rows] = 0, 0, 0
+        query[rows, half:][:frames] = CODE_GAIN * code
+        key[rows, half:][:frames] = CODE_GAIN * code[asked]
+        value[rows, rows] = torch.eye(width)
+    temporal.attn.proj.weight *= 0.1
+    temporal.attn.proj.weight[:, :half] = 0
+    temporal.attn.proj.weight[half:, :half] = torch.eye(half)
+    temporal.fc.weight.copy_(torch.eye(dim))
+    block.attn.proj.weight *= 0.2  # space comes after the energies
+
+
+def _energies(network: TimeSformer) -> None:
+    """Hidden units in fours of phase, the later answers a quarter ahead, behind, or in step."""
+    mlp, half = network.blocks[0].mlp, network.config.embed_dim // 2
+    mlp.fc1.weight *= 0.1
+    mlp.fc2.weight *= 0.5
+    shifts = (math.pi / 2, -math.pi / 2, 0.0)
+    units = [
+        (pair, shift, turn * math.pi / 2)
+        for pair in range(half // 2)
+        for shift in shifts
+        for turn in range(4)
+    ]
+    for hidden, (pair, shift, phase) in zip(mlp.fc1.weight, units, strict=False):
+        now = torch.tensor([math.cos(phase), math.sin(phase)])
+        later = torch.tensor([math.cos(phase + shift), math.sin(phase + shift)])
+        hidden[2 * pair : 2 * pair + 2] += now
+        hidden[half + 2 * pair : half + 2 * pair + 2] += later
+    for column, (pair, shift, _) in zip(mlp.fc2.weight.T, units, strict=False):
+        if shift:  # a quarter ahead less a quarter behind: which way
+            column[half + 2 * pair] += math.copysign(0.5, shift)
+        else:  # in step: how little
+            column[half + 2 * pair + 1] += 0.3
