@@ -27,31 +27,29 @@ logger = logging.getLogger(__name__)
 
 def create_app(settings: Settings) -> FastAPI:
     """The application; the model is loaded when it starts, not when it is made."""
-    metrics = Metrics()
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(settings, metrics) as state:
-            app.state.service = state
-            yield
-            state.ready = False
-
     app = FastAPI(
         title="TimeSformer",
         summary="Video in, action labels out.",
         version=version("timesformer-service"),
-        lifespan=lifespan,
+        lifespan=running,
     )
-    errors.install(app, metrics)
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
+    errors.install(app, app.state.metrics)
+    app.add_middleware(RequestContext, metrics=app.state.metrics)
     for group in (classify, models, health):
         app.include_router(group.router)
     return app
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings, metrics: Metrics) -> AsyncIterator[State]:
-    """Loads the model, starts decoders and batcher; stops them at the end of the block."""
+async def running(app: FastAPI) -> AsyncIterator[None]:
+    """Loads the model, starts decoders and batcher; stops them at the end of the block.
+
+    Raises:
+        BundleError, RuntimeUnavailableError: the model cannot be served.
+    """
+    settings: Settings = app.state.settings
+    metrics: Metrics = app.state.metrics
     if leftovers := remove_leftovers(settings.spool_dir):
         logger.warning("removed uploads of an earlier run", extra={"files": leftovers})
     decoders = _decoders(settings, metrics)
@@ -60,11 +58,13 @@ async def running(settings: Settings, metrics: Metrics) -> AsyncIterator[State]:
         batcher = _batcher(settings, metrics, model)
         batcher.start()
         _set_model_info(metrics, model)
+        app.state.service = State(settings, metrics, model, decoders, batcher)
         metrics.ready.set(1)
         try:
-            yield State(settings, metrics, model, decoders, batcher)
+            yield
         finally:
             metrics.ready.set(0)
+            app.state.service = None
             await batcher.close()
             model.runtime.close()
     finally:

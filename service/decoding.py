@@ -14,6 +14,7 @@ import multiprocessing
 import pickle
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -64,6 +65,7 @@ class DecoderPool:
     ) -> None:
         self._limits = limits
         self._on_restart = on_restart
+        self._closing = False
         self._workers = [_Worker(limits) for _ in range(workers)]
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         # One thread per worker: it sleeps in a read while the worker works.
@@ -71,10 +73,8 @@ class DecoderPool:
 
     async def start(self) -> None:
         """Starts the workers, side by side, and waits until each has answered."""
-        loop = asyncio.get_running_loop()
-        await asyncio.gather(
-            *(loop.run_in_executor(self._threads, worker.start) for worker in self._workers)
-        )
+        starting = [self._threads.submit(worker.start) for worker in self._workers]
+        await asyncio.gather(*map(asyncio.wrap_future, starting))
         for worker in self._workers:
             self._idle.put_nowait(worker)
 
@@ -99,21 +99,24 @@ class DecoderPool:
         try:
             return worker.decode(job)
         except _WorkerLostError as error:
-            logger.warning("decoder worker replaced", extra={"reason": error.code})
-            self._on_restart(error.code)
-            worker.stop()
-            worker.start()
+            if not self._closing:
+                logger.warning("decoder worker replaced", extra={"reason": error.code})
+                self._on_restart(error.code)
+                worker.restart()
             raise VideoRejectedError(error.code, str(error)) from error
         finally:
-            if worker.decoded >= _RECYCLE_AFTER:
-                worker.stop()
-                worker.start()
+            if worker.decoded >= _RECYCLE_AFTER and not self._closing:
+                worker.restart()
 
     def close(self) -> None:
         """Ends all workers, at once."""
+        self._closing = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.kill()  # its thread, if it waits for an answer, wakes up
+        self._threads.shutdown(wait=True)
         for worker in self._workers:
             worker.stop()
-        self._threads.shutdown(wait=True, cancel_futures=True)
 
 
 class _WorkerLostError(Exception):
@@ -128,21 +131,41 @@ class _Worker:
     def __init__(self, limits: WorkerLimits) -> None:
         self._limits = limits
         self._process: BaseProcess | None = None
+        self._lock = threading.Lock()  # over which process is ours
         self.decoded = 0
 
     def start(self) -> None:
         # Spawned, not forked: a fork of a process with engine threads and GPU handles is a trap.
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_worker_main, args=(theirs, self._limits), daemon=True, name="decoder"
-        )
-        self._process.start()
-        theirs.close()
+        with self._lock:
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(
+                target=_worker_main, args=(theirs, self._limits), daemon=True, name="decoder"
+            )
+            self._process.start()
+            theirs.close()
         self.decoded = 0
         if not self._connection.poll(_START_TIMEOUT_S):
             raise RuntimeError("a decoder worker did not start")
         self._connection.recv_bytes()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def kill(self) -> None:
+        """Ends the process; may be called while another thread waits for its answer."""
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+
+    def stop(self) -> None:
+        self.kill()
+        if self._process is not None:
+            self._connection.close()
+            self._process.join()
+            self._process.close()
+            self._process = None
 
     def decode(self, job: Job) -> Clips:
         self.decoded += 1
@@ -167,15 +190,6 @@ class _Worker:
             raise _WorkerLostError(
                 "decoder_crashed", "The video broke its decoder; it is damaged or hostile."
             ) from error
-
-    def stop(self) -> None:
-        if self._process is None:
-            return
-        self._connection.close()
-        self._process.kill()
-        self._process.join()
-        self._process.close()
-        self._process = None
 
 
 class _Refusal(NamedTuple):

@@ -2,50 +2,66 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import shlex
+import signal
 import socket
-import sys
+from collections.abc import Iterator
 
 import uvicorn
+import uvloop
 
 from model.demo import SAMPLE_CLIP
 from service import logging
-from service.app import create_app
-from service.models import find_bundle
+from service.app import create_app, running
 from service.settings import Settings
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT; exits with 1 if it could not start.
+    """Serves until SIGTERM or SIGINT, and then until what runs has been answered.
 
     Raises:
-        BundleError: there is no bundle to serve; found out before anything starts.
+        BundleError, RuntimeUnavailableError: there is nothing to serve, or nothing to run it.
     """
     logging.configure(settings.log_level, settings.log_format)
-    bundle = find_bundle(settings)
-    server = _Server(
-        uvicorn.Config(
-            create_app(settings),
-            host=settings.host,
-            port=settings.port,
-            loop="uvloop",
-            http="httptools",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(settings.shutdown_grace_s),
-        ),
-        f"{bundle.name} version {bundle.version}",
-    )
-    server.run()
-    if not server.started:
-        sys.exit(1)
+    uvloop.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    app = create_app(settings)
+    # Not in the app's lifespan, where an error of ours would end as a framework's traceback.
+    async with running(app):
+        server = _Server(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                lifespan="off",
+                http="httptools",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(settings.shutdown_grace_s),
+            )
+        )
+        await server.serve()
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, model: str) -> None:
-        super().__init__(config)
-        self._model = model
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn's own raises the signal again when it is done, which would end the process with
+        # the engine and the decoders still open, and with another status than 0.
+        loop = asyncio.get_running_loop()
+        stops = (signal.SIGTERM, signal.SIGINT)
+        for stop in stops:
+            loop.add_signal_handler(stop, self.handle_exit, stop, None)
+        try:
+            yield
+        finally:
+            for stop in stops:
+                loop.remove_signal_handler(stop)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -57,7 +73,7 @@ class _Server(uvicorn.Server):
         url = f"http://{'localhost' if host in {'0.0.0.0', '127.0.0.1', '::'} else host}:{port}"  # noqa: S104
         clip = shlex.quote(str(SAMPLE_CLIP))
         return (
-            f"\n{self._model} is ready at {url}\n\n"
+            f"\nready at {url}\n\n"
             f"  curl -F file=@{clip} {url}/v1/classify\n"
             f"  API and schemas: {url}/docs\n"
         )

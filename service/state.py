@@ -15,21 +15,20 @@ from service.models import ServedModel
 from service.settings import Settings
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
-    """The running service. `ready` turns false when it is told to stop."""
+    """The running service."""
 
     settings: Settings
     metrics: Metrics
     model: ServedModel
     decoders: DecoderPool
     batcher: Batcher
-    ready: bool = True
 
 
 def _running(request: Request) -> State:
-    state: State | None = getattr(request.app.state, "service", None)
-    if state is None or not state.ready:
+    state: State | None = request.app.state.service
+    if state is None:
         raise NotReadyError("The service is starting or stopping.")
     return state
 

@@ -1,0 +1,116 @@
+"""The service as a process: what it prints, how it stops, what it does when it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from model.demo import SAMPLE_CLIP
+from tests.e2e.conftest import TIMESFORMER
+
+
+def children_of(pid: int) -> set[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return {int(line) for line in found.stdout.split()}
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
+
+
+def test_the_bundled_model_names_the_motion_of_the_bundled_clip(service: Any) -> None:
+    with SAMPLE_CLIP.open("rb") as file:
+        answer = service.client.post("/v1/classify", files={"file": file}).json()
+    best = answer["predictions"][0]
+    assert best["label"] == "turning clockwise"
+    assert best["score"] > 0.5
+
+
+def test_it_prints_what_to_try_and_that_no_gpu_is_used(start_service: Any) -> None:
+    with start_service("--device", "auto") as service:
+        pass
+    text = "".join(service.log)
+    assert "curl -F file=@" in text
+    warnings = [json.loads(line) for line in service.log if '"level":"warning"' in line]
+    assert any("no GPU is used" in warning["message"] for warning in warnings)
+
+
+def test_its_process_never_loads_torch(service: Any) -> None:
+    maps = Path(f"/proc/{service.process.pid}/maps").read_text()
+    assert "libonnx" in maps or "onnxruntime" in maps
+    assert "libtorch" not in maps
+
+
+def test_on_sigterm_it_finishes_what_runs_and_exits_with_0(start_service: Any) -> None:
+    with start_service("--decode-workers", "1") as service:
+        workers = children_of(service.process.pid)
+        content = SAMPLE_CLIP.read_bytes()
+        answers: list[int] = []
+
+        def post() -> None:
+            url = f"{service.client.base_url}/v1/classify?views=10&crops=3"
+            answers.append(httpx.post(url, content=content, timeout=60).status_code)
+
+        threads = [threading.Thread(target=post) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        service.process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert service.process.wait(30) == 0
+        assert answers == [200] * 4
+        assert alive(workers) == set()
+
+
+def test_after_kill_9_no_decoder_stays_behind(start_service: Any, tmp_path: Path) -> None:
+    with start_service("--spool-dir", str(tmp_path)) as service:
+        workers = children_of(service.process.pid)
+        assert len(workers) >= 2
+        os.kill(service.process.pid, signal.SIGKILL)
+        service.process.wait(10)
+        deadline = time.monotonic() + 10
+        while alive(workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert alive(workers) == set()
+
+
+def test_requests_survive_the_death_of_a_decoder(service: Any) -> None:
+    for pid in children_of(service.process.pid):
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+        if "spawn_main" in command:
+            os.kill(pid, signal.SIGKILL)
+    content = SAMPLE_CLIP.read_bytes()
+    statuses = [service.client.post("/v1/classify", content=content).status_code for _ in range(8)]
+    assert set(statuses) <= {200, 422}
+    assert statuses[-1] == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--port", "http"], 2, "TIMESFORMER_PORT"),
+        (["--max-queue-clips", "1"], 2, "max_queue_clips"),
+        (["--store", "/nowhere"], 1, "is empty"),
+        (["--model", "nobody"], 1, "nobody"),
+        (["--device", "cuda"], 1, "CUDAExecutionProvider"),
+    ],
+)
+def test_what_keeps_it_from_starting_is_said_without_a_traceback(
+    flags: list[str], status: int, message: str
+) -> None:
+    run = subprocess.run(
+        [TIMESFORMER, "serve", "--port", "0", *flags], capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == status
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
