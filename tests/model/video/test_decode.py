@@ -436,5 +436,25 @@ def test_damaged_copies_raise_nothing_but_typed_errors(name: str, tmp_path: Path
         assert clips.frames.shape == (2, 4, SIDE, SIDE, 3)
 
 
+def test_damage_is_never_mistaken_for_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = write_video(tmp_path / "clip.mp4", 120, options={"g": "40", "bf": "2"}).read_bytes()
+    generator = random.Random(3)
+    path = tmp_path / "damaged.mp4"
+    for _ in range(60):
+        data = bytearray(whole)
+        start = generator.randrange(len(data) // 10, len(data) * 9 // 10)
+        for _ in range(generator.choice((1, 3, 20))):
+            data[min(start + generator.randrange(200), len(data) - 1)] = generator.randrange(256)
+        path.write_bytes(data)
+        clips = load_clips(path, SEEN, views=2)
+        with monkeypatch.context() as patch:
+            patch.setattr("model.video.decode.decode_at", lambda *_: False)
+            reference = load_clips(path, SEEN, views=2)
+        if clips.facts.frames == reference.facts.frames:
+            assert np.array_equal(clips.frames, reference.frames)
+
+
 def test_drawn_numbers_are_read_back() -> None:
     assert [number_in(draw(number)) for number in (0, 1, 85, 170, 255)] == [0, 1, 85, 170, 255]
