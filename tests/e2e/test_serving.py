@@ -23,8 +23,14 @@ def children_of(pid: int) -> set[int]:
     return {int(line) for line in found.stdout.split()}
 
 
-def alive(pids: set[int]) -> set[int]:
-    return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
+def left_after_a_moment(pids: set[int]) -> set[int]:
+    """Which of the processes are still there once they had time to notice and end."""
+    deadline = time.monotonic() + 10
+    while (left := {pid for pid in pids if Path(f"/proc/{pid}").exists()}) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    return left
 
 
 def test_the_bundled_model_names_the_motion_of_the_bundled_clip(service: Any) -> None:
@@ -69,7 +75,7 @@ def test_on_sigterm_it_finishes_what_runs_and_exits_with_0(start_service: Any) -
             thread.join()
         assert service.process.wait(30) == 0
         assert answers == [200] * 4
-        assert alive(workers) == set()
+        assert left_after_a_moment(workers) == set()
 
 
 def test_after_kill_9_no_decoder_stays_behind(start_service: Any, tmp_path: Path) -> None:
@@ -78,10 +84,7 @@ def test_after_kill_9_no_decoder_stays_behind(start_service: Any, tmp_path: Path
         assert len(workers) >= 2
         os.kill(service.process.pid, signal.SIGKILL)
         service.process.wait(10)
-        deadline = time.monotonic() + 10
-        while alive(workers) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert alive(workers) == set()
+        assert left_after_a_moment(workers) == set()
 
 
 def test_requests_survive_the_death_of_a_decoder(service: Any) -> None:
