@@ -7,14 +7,15 @@ Writes `weights.safetensors`, the state dict of the variant "demo", and `trainin
 clips are kept in `--cache` for the next run. The same seed, steps, clips and software give the
 same weights on the same machine.
 
-Twelve labels alone teach motion slowly. So while it trains, a linear on the patches after the
-first block also predicts how far each patch moves to the next frame, which the renderer knows;
-it is no part of the saved network.
+Twelve labels alone teach motion slowly. So a linear on the patches after the first block also
+predicts how far each patch moves to the next frame, which the renderer knows: at first that alone,
+which runs one block only, then together with the classes. It is no part of the saved network.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -26,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
@@ -38,12 +39,13 @@ from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from model.config import VARIANTS, ModelConfig
 from model.demo import render
-from model.demo.render import LABELS
+from model.demo.render import LABELS, Frames
 from model.demo.start import start_as_motion_energy
 from model.timesformer import TimeSformer
 from model.video import load_clips
 
 FLOW_SCALE = 3.0  # pixels: the flow is learned in units of this
+LOG_EVERY = 100  # steps
 HELD_OUT_SECONDS = 1.2  # a little over the span of a clip
 
 
@@ -52,15 +54,17 @@ class Recipe:
     """All that decides what is learned."""
 
     seed: int = 0
-    steps: int = 4000
-    clips: int = 8000
+    flow_steps: int = 400
+    steps: int = 6000
+    clips: int = 6000
     held_out: int = 480
     batch: int = 32
+    flow_learning_rate: float = 3e-3
     learning_rate: float = 2e-3
     warm_up: int = 100  # steps
     weight_decay: float = 0.05
     label_smoothing: float = 0.05
-    flow_weight: float = 3.0
+    flow_weight: float = 2.0
     average_over: float = 0.05  # share of all steps that the averaged weights look back on
 
 
@@ -70,14 +74,14 @@ class Rendered(NamedTuple):
     Clip i is of class i modulo the number of labels.
     """
 
-    frames: npt.NDArray[np.uint8]
+    frames: Frames
     flow: npt.NDArray[np.float16]
 
 
 # ---- data -------------------------------------------------------------------------------------
 
 
-def _render(index: int, seed: int, config: ModelConfig) -> tuple[render.Frames, render.Array]:
+def _render(index: int, seed: int, config: ModelConfig) -> tuple[Frames, render.Array]:
     rng = np.random.default_rng([seed, index])
     label = LABELS[index % len(LABELS)]
     return render.training_clip(label, rng, config.preprocessing, config.grid)
@@ -121,7 +125,7 @@ UPSIDE_DOWN = _relabel(_UPRIGHT, _TURNS)
 TRANSPOSE = _relabel(("moving left", "moving up"), ("moving right", "moving down"), _TURNS)
 BACKWARDS = _relabel(_SIDEWAYS, _UPRIGHT, ("approaching", "receding"), _TURNS)
 
-Example = tuple[npt.NDArray[np.uint8], npt.NDArray[np.floating[Any]], int]
+Example = tuple[Frames, npt.NDArray[np.floating[Any]], int]
 
 
 def augment(example: Example, rng: np.random.Generator) -> Example:
@@ -166,60 +170,108 @@ def draw_batch(
 # ---- training ---------------------------------------------------------------------------------
 
 
-def _optimiser(modules: Iterable[nn.Module], recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that lets biases, norms and embeddings of one row be as large as they like."""
-    weights = [weight for module in modules for weight in module.parameters()]
+class Flow(nn.Module):
+    """Predicts from patches how far each moves to the next frame, in units of `FLOW_SCALE`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, 2)
+
+    def loss(self, patches: Tensor, flow: Tensor) -> Tensor:
+        """Mean error for patches (batch, time, grid, grid, dim); nothing follows the last frame."""
+        return F.smooth_l1_loss(self.linear(patches[:, :-1]), flow)
+
+
+def _optimiser(
+    weights: Iterable[nn.Parameter], rate: float, decay: float, steps: int, warm_up: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW without decay of biases and norms; linear warm-up, then half a cosine to zero."""
+    every = list(weights)
     groups = [
-        {"params": [w for w in weights if w.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},
+        {"params": [weight for weight in every if weight.ndim > 1], "weight_decay": decay},
+        {"params": [weight for weight in every if weight.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+
+    def share(step: int) -> float:
+        return min((step + 1) / warm_up, 1) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, share)
 
 
-def _rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then half a cosine to zero."""
-    return min((step + 1) / recipe.warm_up, 1.0) * (
-        0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
+def learn_flow(
+    network: TimeSformer, flow: Flow, recipe: Recipe, rendered: Rendered, rng: np.random.Generator
+) -> None:
+    """Trains the embedding and the first block, alone, to say how far every patch moves."""
+    first = network.blocks[0]
+    others = {id(weight) for block in network.blocks[1:] for weight in block.parameters()}
+    others |= {id(weight) for part in (network.norm, network.head) for weight in part.parameters()}
+    used = [weight for weight in network.parameters() if id(weight) not in others]
+    optimiser, schedule = _optimiser(
+        [*used, *flow.parameters()], recipe.flow_learning_rate, 0.0, recipe.flow_steps, 30
     )
+    for step in range(1, recipe.flow_steps + 1):
+        frames, target, _ = draw_batch(rendered, recipe.batch, rng)
+        _, patches = first(*network._embed(frames))
+        loss = flow.loss(patches, target)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        schedule.step()
+        if step % LOG_EVERY == 0:
+            print(f"flow step {step} of {recipe.flow_steps}: {loss.item():.4f}", flush=True)
+
+
+def learn_classes(
+    network: TimeSformer,
+    flow: Flow,
+    recipe: Recipe,
+    rendered: Rendered,
+    rng: np.random.Generator,
+    out: Path,
+) -> TimeSformer:
+    """Trains all; returns a copy with averaged weights, which is also saved in `out` as it goes."""
+    average = copy.deepcopy(network)
+    keep = 1 - 1 / max(recipe.average_over * recipe.steps, 1)
+    seen: list[Tensor] = []
+    network.blocks[0].register_forward_hook(lambda _block, _input, output: seen.append(output[1]))
+    weights = [*network.parameters(), *flow.parameters()]
+    optimiser, schedule = _optimiser(
+        weights, recipe.learning_rate, recipe.weight_decay, recipe.steps, recipe.warm_up
+    )
+    losses: list[tuple[float, float]] = []
+    for step in range(1, recipe.steps + 1):
+        frames, target, labels = draw_batch(rendered, recipe.batch, rng)
+        logits, _ = network(frames)
+        classes = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        flows = flow.loss(seen.pop(), target)
+        optimiser.zero_grad()
+        (classes + recipe.flow_weight * flows).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            for slow, fast in zip(average.parameters(), network.parameters(), strict=True):
+                slow.lerp_(fast, 1 - min(keep, step / (step + 9)))
+        losses.append((classes.item(), flows.item()))
+        if step % LOG_EVERY == 0 or step == recipe.steps:
+            of_classes, of_flow = np.mean(losses, axis=0)
+            losses.clear()
+            print(
+                f"step {step} of {recipe.steps}: {of_classes:.4f}, flow {of_flow:.4f}", flush=True
+            )
+            _save(average, out)
+    return average
 
 
 def train(recipe: Recipe, config: ModelConfig, rendered: Rendered, out: Path) -> TimeSformer:
-    """Trains a network and returns it with averaged weights, also saved in `out` as it goes."""
+    """The network of `config`, trained by the recipe."""
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng([recipe.seed, 1 << 30])
-    network = TimeSformer(config)
+    network, flow = TimeSformer(config), Flow(config.embed_dim)
     start_as_motion_energy(network, torch.from_numpy(rendered.frames[:48].copy()))
-    flow_head = nn.Linear(config.embed_dim, 2)
-    patches: list[Tensor] = []
-    hook = network.blocks[0].register_forward_hook(lambda _m, _in, out: patches.append(out[1]))
-    both = nn.ModuleList([network, flow_head])
-    optimiser = _optimiser([both], recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, recipe))
-    decay = 1 - 1 / max(recipe.average_over * recipe.steps, 1)
-    average = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-    )
-    log = {"classes": 0.0, "flow": 0.0}
-    for step in range(1, recipe.steps + 1):
-        frames, flow, labels = draw_batch(rendered, recipe.batch, rng)
-        patches.clear()
-        logits, _ = network(frames)
-        classes = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        flows = F.smooth_l1_loss(flow_head(patches[0][:, :-1]), flow)
-        optimiser.zero_grad()
-        (classes + recipe.flow_weight * flows).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        average.update_parameters(network)
-        log = {"classes": log["classes"] + classes.item(), "flow": log["flow"] + flows.item()}
-        if step % 100 == 0 or step == recipe.steps:
-            shown = ", ".join(f"{name} {total / 100:.4f}" for name, total in log.items())
-            print(f"step {step} of {recipe.steps}: {shown}", flush=True)
-            log = dict.fromkeys(log, 0.0)
-            _save(average.module, out)
-    hook.remove()
-    return average.module
+    learn_flow(network, flow, recipe, rendered, rng)
+    return learn_classes(network, flow, recipe, rendered, rng, out)
 
 
 def _save(network: nn.Module, out: Path) -> None:
@@ -231,18 +283,18 @@ def _save(network: nn.Module, out: Path) -> None:
 # ---- evaluation -------------------------------------------------------------------------------
 
 
-def _held_out_clip(index: int, seed: int, config: ModelConfig) -> npt.NDArray[np.uint8]:
+def _held_out_clip(index: int, seed: int, config: ModelConfig) -> Frames:
     """A clip of other seeds than in training, by way of an mp4 file and the decoder of serving."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         label = LABELS[index % len(LABELS)]
         render.write_clip(path, label, [seed, 1 << 31, index], seconds=HELD_OUT_SECONDS)
-        return load_clips(path, config.preprocessing).frames[0]
+        return cast(Frames, load_clips(path, config.preprocessing).frames[0])
 
 
 def held_out_set(
     recipe: Recipe, config: ModelConfig, workers: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+) -> tuple[Frames, npt.NDArray[np.int64]]:
     """Held-out clips (n, time, size, size, 3), and their labels."""
     task = functools.partial(_held_out_clip, seed=recipe.seed, config=config)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
@@ -251,10 +303,10 @@ def held_out_set(
 
 
 @torch.no_grad()
-def classify(network: nn.Module, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+def classify(network: nn.Module, frames: Frames) -> npt.NDArray[np.int64]:
     """The most likely label's index of each clip."""
     network.eval()
-    parts = [network(part)[0].argmax(-1) for part in torch.from_numpy(frames).split(32)]
+    parts = [network(part)[0].argmax(-1) for part in torch.split(torch.from_numpy(frames), 32)]
     return torch.cat(parts).numpy()
 
 
@@ -313,7 +365,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipe = Recipe(args.seed, args.steps, args.clips, args.held_out)
+    recipe = Recipe(seed=args.seed, steps=args.steps, clips=args.clips, held_out=args.held_out)
     accuracy = run(recipe, VARIANTS["demo"], args.out, args.cache, args.workers)
     print(f"held-out top-1 accuracy {accuracy:.1%}, written to {args.out}")
 

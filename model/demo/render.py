@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -78,7 +79,7 @@ class Motion:
         """The pose (5,) at a time in seconds from the middle of the clip."""
         steady = self.velocity * np.float32(time + 0.5 * self.acceleration * time * abs(time))
         waves = np.sin(2 * math.pi * self.frequencies * time + self.phases)
-        return (steady + waves @ self.amplitudes).astype(np.float32)
+        return np.asarray(steady + waves @ self.amplitudes, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,7 @@ def _noise(rng: np.random.Generator, side: int, slope: float) -> Array:
     white = np.fft.rfft2(rng.standard_normal((side, side), np.float32))
     field = np.fft.irfft2(white / frequency**slope, (side, side))
     field -= field.mean()
-    return (field / field.std()).astype(np.float32)
+    return np.asarray(field / field.std(), np.float32)
 
 
 def _colours(rng: np.random.Generator, count: int) -> Array:
@@ -184,7 +185,8 @@ def _clouds(rng: np.random.Generator, side: int) -> Array:
     if rng.random() < 0.5:
         first = np.tanh(rng.uniform(1, 8) * _noise(rng, side, rng.uniform(1.4, 2.2)))
     base, one, two = _colours(rng, 3)
-    return base + first[..., None] * (one - base) * 0.5 + second[..., None] * (two - base) * 0.2
+    texture = base + first[..., None] * (one - base) * 0.5 + second[..., None] * (two - base) * 0.2
+    return np.asarray(texture, np.float32)
 
 
 def _leaves(rng: np.random.Generator, side: int) -> Array:
@@ -213,7 +215,7 @@ def _plaid(rng: np.random.Generator, side: int) -> Array:
     wave = wave + np.sin(across * cols - tilt * rows + rng.uniform(0, 6.3))
     wave = np.tanh(rng.uniform(0.7, 8) * wave)
     dark, bright = _colours(rng, 2)
-    return (dark + (wave[..., None] + 1) * 0.5 * (bright - dark)).astype(np.float32)
+    return np.asarray(dark + (wave[..., None] + 1) * 0.5 * (bright - dark), np.float32)
 
 
 def make_texture(rng: np.random.Generator, side: int = TEXELS) -> Array:
@@ -229,7 +231,7 @@ def make_texture(rng: np.random.Generator, side: int = TEXELS) -> Array:
         texture = weight * _plaid(rng, side) + (1 - weight) * clouds
     texture -= texture.mean()
     texture *= _log_uniform(rng, 0.08, 0.3) / max(float(texture.std()), 1e-3)
-    return np.clip(texture + rng.uniform(0.3, 0.7), 0, 1).astype(np.float32)
+    return np.asarray(np.clip(texture + rng.uniform(0.3, 0.7), 0, 1), np.float32)
 
 
 def _outline(rng: np.random.Generator, side: int) -> Array:
@@ -244,7 +246,7 @@ def _outline(rng: np.random.Generator, side: int) -> Array:
     else:
         petal = rng.uniform(0, 0.3)
         radius = 1 - petal + petal * np.sin(corners * theta)
-    return np.clip((radius - distance) * side / 6 + 0.5, 0, 1).astype(np.float32)
+    return np.asarray(np.clip((radius - distance) * side / 6 + 0.5, 0, 1), np.float32)
 
 
 def _pyramid(colour: Array, alpha: Array | None) -> tuple[Array, ...]:
@@ -438,7 +440,7 @@ def flow(layers: list[Layer], times: Times, cells: int, view: float) -> Array:
         field = np.zeros((points, points, 2), np.float32)
         for layer in layers:
             first, last = layer.motion.pose(before), layer.motion.pose(after)
-            u, v = _to_layer(layer, (first + last) / 2, xs, ys)
+            u, v = _to_layer(layer, np.float32(0.5) * (first + last), xs, ys)
             cover = _look_up(layer, u, v, TEXELS)[..., 3:]
             path = _to_frame(layer, last, u, v) - _to_frame(layer, first, u, v)
             field += cover * (path - field)
@@ -474,7 +476,7 @@ def encode(
 ) -> None:
     """Writes frames (time, height, width, 3) with even sides as an mp4 file."""
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
+        stream = cast(av.VideoStream, container.add_stream(codec, rate=rate, options=options))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1  # so small that threads only cost
@@ -485,9 +487,9 @@ def encode(
 
 def decode(file: Path | io.BytesIO) -> Iterator[Frames]:
     """Every frame (height, width, 3) of a file that `encode` wrote."""
-    with av.open(file) as container:
+    with av.open(file, "r") as container:
         for frame in container.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")
+            yield cast(Frames, frame.to_ndarray(format="rgb24"))
 
 
 def _codec(rng: np.random.Generator) -> tuple[str, dict[str, str]]:

@@ -15,11 +15,13 @@ from there:
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from model.timesformer import TimeSformer
+from model.attention import PatchAttention
+from model.timesformer import Block, TimeSformer
 
 CYCLES = (0.5, 1.0, 1.75, 3.0)  # of the Gabor filters, per patch
 CODE_NORM = 4.0  # of a frame's time code; the filters' answers have a norm of about 8
@@ -66,23 +68,23 @@ def _filters(network: TimeSformer, clips: Tensor) -> None:
 
 
 def _codes(network: TimeSformer) -> Tensor:
-    """Orthogonal time codes (time, dim / 2) and faint places, in the upper half of the width."""
+    """Orthogonal time codes (time, dim / 2), and places, both in the upper half of the width."""
     half = network.config.embed_dim // 2
-    code = torch.linalg.qr(torch.randn(half, half))[0][: network.config.num_frames]
+    code: Tensor = torch.linalg.qr(torch.randn(half, half))[0][: network.config.num_frames]
     network.time_embed.zero_()
     network.time_embed[0, :, half:] = code * CODE_NORM
     network.pos_embed.zero_()
-    nn.init.normal_(network.pos_embed[..., half:], std=0.1)
+    nn.init.normal_(network.pos_embed[..., half:], std=0.3)
     return code
 
 
 def _look_ahead(network: TimeSformer, code: Tensor) -> None:
     """Half the first temporal attention's heads copy the next frame; the last one copies itself."""
-    block = network.blocks[0]
-    temporal = block.before["temporal"]
+    block = cast(Block, network.blocks[0])
+    temporal = cast(PatchAttention, block.before["temporal"])
     frames, half = code.shape
     dim, width = 2 * half, network.config.head_dim
-    query, key, value = temporal.attn.qkv.weight.split(dim)
+    query, key, value = torch.split(temporal.attn.qkv.weight, dim)
     asked = torch.arange(frames).add(1).clamp(max=frames - 1)
     for head in range(half // width):
         rows = slice(head * width, (head + 1) * width)
@@ -99,7 +101,7 @@ def _look_ahead(network: TimeSformer, code: Tensor) -> None:
 
 def _energies(network: TimeSformer) -> None:
     """Hidden units in fours of phase, the later answers a quarter ahead, behind, or in step."""
-    mlp, half = network.blocks[0].mlp, network.config.embed_dim // 2
+    mlp, half = cast(Block, network.blocks[0]).mlp, network.config.embed_dim // 2
     mlp.fc1.weight *= 0.1
     mlp.fc2.weight *= 0.5
     shifts = (math.pi / 2, -math.pi / 2, 0.0)
