@@ -220,11 +220,15 @@ def _facts_of_tensors(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str
     return facts
 
 
-def _depth(tensors: Iterable[str], layout: Layout) -> int:
-    """One more than the highest block number, so that a missing block is found missing."""
+def _depth(tensors: Mapping[str, Tensor], layout: Layout) -> int:
+    """One more than the highest block number, so that a missing block is found missing.
+
+    No model has more blocks than tensors; a higher number is left to be found unexpected.
+    """
     before = layout.block.split("{}")[0]
-    numbers = (name[len(before) :].split(".")[0] for name in tensors if name.startswith(before))
-    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+    names = (name.removeprefix(before) for name in tensors if name.startswith(before))
+    numbers = (int(name.split(".")[0]) for name in names if name.split(".")[0].isdecimal())
+    return max((number + 1 for number in numbers if number < len(tensors)), default=0)
 
 
 def _attention_type(tensors: Mapping[str, Tensor], layout: Layout) -> str:

@@ -41,7 +41,12 @@ def _state(model: TimeSformer) -> dict[str, Tensor]:
 
 def _assert_same(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     assert state.keys() == expected.keys()
-    assert [name for name in state if not torch.equal(state[name], expected[name])] == []
+    different = [
+        name
+        for name, tensor in state.items()
+        if tensor.dtype != expected[name].dtype or not torch.equal(tensor, expected[name])
+    ]
+    assert different == []
 
 
 # --- the original implementations ----------------------------------------------------------------
@@ -457,10 +462,14 @@ def test_a_cfg_that_contradicts_its_tensors_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path, config=HEADS)
 
 
-def test_heads_are_not_guessed(tmp_path: Path) -> None:
-    path = _official(tmp_path / "m.pyth", random_model(tiny_config()), None)
+@pytest.mark.parametrize("width", [24, 128])  # 128: the demo's, which nobody has published
+def test_heads_are_not_guessed(tmp_path: Path, width: int) -> None:
+    path = _official(tmp_path / "m.pyth", random_model(tiny_config(embed_dim=width)), None)
     with pytest.raises(CheckpointError, match="pass --config with num_heads"):
         load_checkpoint(path)
+
+
+def test_heads_of_published_widths_are_known(tmp_path: Path) -> None:
     published = tiny_config(embed_dim=192, num_heads=3, depth=1)
     path = _official(tmp_path / "n.pyth", random_model(published), None)
     assert load_checkpoint(path).config.num_heads == 3
@@ -540,6 +549,14 @@ def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
     lost = [name for name in state if name.startswith("blocks.1.")]
     torch.save({name: state[name] for name in state.keys() - set(lost)}, tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match=f"{len(lost)} missing: .* and {len(lost) - 10} more"):
+        load_checkpoint(tmp_path / "m.pth", config=HEADS)
+
+
+def test_a_block_number_beyond_all_measure_builds_no_such_model(tmp_path: Path) -> None:
+    state = _state(random_model(tiny_config()))
+    state["blocks.1000000000.norm1.weight"] = torch.zeros(24)
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"1 unexpected: blocks\.1000000000"):
         load_checkpoint(tmp_path / "m.pth", config=HEADS)
 
 
