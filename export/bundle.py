@@ -231,7 +231,8 @@ class BundleStore:
         """
         folder = self._folder(name)
         with _writing(folder):
-            with self._lock(name, create=True):
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._lock(name):
                 for entry in folder.glob(f"{_STAGING}*"):
                     _remove_if_abandoned(entry)
                 path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
@@ -242,8 +243,6 @@ class BundleStore:
             finally:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(in_use)
-                with contextlib.suppress(OSError, BundleError), self._lock(name):
-                    folder.rmdir()  # only if nothing was ever published under the name
 
     def publish(self, staging: Path, manifest: Manifest) -> Bundle:
         """Turns a staging folder into the next version of `manifest.name`.
@@ -345,26 +344,20 @@ class BundleStore:
             _sync(pointer.parent)
 
     @contextlib.contextmanager
-    def _lock(self, name: str, create: bool = False) -> Iterator[None]:
-        """One writer per name at a time, across processes; the kernel frees it if one dies."""
-        folder = self._folder(name)
-        while True:
-            if create:
-                folder.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            except (FileNotFoundError, NotADirectoryError):
-                if create and not folder.exists():
-                    continue  # removed, empty, by an export that failed just now
-                raise BundleError(f"{self.root} has no bundle named {name}") from None
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                if not _is_at(descriptor, folder):
-                    continue  # removed while we waited: the lock is on a folder that is no more
-                yield
-                return
-            finally:
-                os.close(descriptor)
+    def _lock(self, name: str) -> Iterator[None]:
+        """One writer per name at a time, across processes; the kernel frees it if one dies.
+
+        The lock is on the folder of the name, which therefore is never removed here.
+        """
+        try:
+            descriptor = os.open(self._folder(name), os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(f"{self.root} has no bundle named {name}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -400,13 +393,6 @@ def _remove_if_abandoned(staging: Path) -> None:
         pass  # in use
     finally:
         os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _problems(error: ValidationError) -> str:

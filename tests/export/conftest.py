@@ -1,0 +1,177 @@
+"""Bundles to test with: one exported for real, and one made by hand that tells colours."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from export.bundle import (
+    LABELS,
+    ONNX_FLOAT32,
+    WEIGHTS,
+    Bundle,
+    BundleStore,
+    Manifest,
+    Parity,
+    TensorSpec,
+)
+from export.pipeline import export_bundle
+from model.checkpoints import Checkpoint, load_checkpoint, save_safetensors
+from model.config import ModelConfig
+from tests.model.conftest import random_model, tiny_config
+
+COLOURS = ("red", "green", "blue")
+PASSED = Parity(
+    clips=2,
+    max_difference=0.0,
+    mean_difference=0.0,
+    embedding_max_difference=0.0,
+    top1_agreement=1.0,
+    limit=1e-4,
+    passed=True,
+)
+
+
+def write_video(path: Path, colour: str = "red", frames: int = 40) -> Path:
+    """A 48 x 32 video that is all of one colour, 30 fps."""
+    picture = np.zeros((32, 48, 3), np.uint8)
+    picture[..., COLOURS.index(colour)] = 220
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.time_base = Fraction(1, 30)
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def colour_config() -> ModelConfig:
+    return tiny_config(num_classes=3, embed_dim=16, image_size=16)
+
+
+def write_colour_graph(path: Path) -> None:
+    """A graph whose logits are the mean of the clip's red, green and blue, divided by 64."""
+    frames = helper.make_tensor_value_info("frames", TensorProto.UINT8, ["batch", 4, 16, 16, 3])
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
+        for name, size in (("logits", 3), ("embedding", 16))
+    ]
+    constants = {
+        "axes": np.array([1, 2, 3], np.int64),
+        "divisor": np.array(64, np.float32),
+        "spread": np.ones((3, 16), np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["frames"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
+        helper.make_node("Div", ["means", "divisor"], ["logits"]),
+        helper.make_node("MatMul", ["logits", "spread"], ["embedding"]),
+    ]
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "colours", [frames], outputs, initializers)
+    opsets = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+
+
+def colour_manifest(name: str = "colours") -> Manifest:
+    config = colour_config()
+    return Manifest(
+        name=name,
+        version="0",
+        created=datetime.now(UTC),
+        source="made by hand",
+        architecture=config.to_dict(),
+        preprocessing=dataclasses.asdict(config.preprocessing),
+        labels=COLOURS,
+        inputs=(TensorSpec(name="frames", dtype="uint8", shape=(-1, 4, 16, 16, 3)),),
+        outputs=(
+            TensorSpec(name="logits", dtype="float32", shape=(-1, 3)),
+            TensorSpec(name="embedding", dtype="float32", shape=(-1, 16)),
+        ),
+        weights_sha256="0" * 64,
+        files={},
+        software={},
+        verification={ONNX_FLOAT32: PASSED},
+    )
+
+
+def publish_colours(store: BundleStore, name: str = "colours", **changes: object) -> Bundle:
+    """Publishes the hand-made bundle; `changes` are of its manifest."""
+    with store.staging(name) as staging:
+        write_colour_graph(staging / ONNX_FLOAT32)
+        (staging / LABELS).write_text("\n".join(COLOURS) + "\n")
+        (staging / WEIGHTS).write_bytes(b"none")
+        return store.publish(staging, colour_manifest(name).model_copy(update=changes))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BundleStore:
+    return BundleStore(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("videos") / "red.mp4")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Our own file of a tiny model with random weights, and with labels."""
+    config = tiny_config()
+    path = tmp_path_factory.mktemp("checkpoint") / "weights.safetensors"
+    labels = [f"action {index}" for index in range(config.num_classes)]
+    save_safetensors(random_model(config), path, config, labels=labels)
+    return load_checkpoint(path)
+
+
+@pytest.fixture(scope="session")
+def exported(
+    checkpoint: Checkpoint, video: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """The checkpoint's bundle, exported once for all tests: do not change its files."""
+    store = BundleStore(tmp_path_factory.mktemp("exported"))
+    return export_bundle(checkpoint, "tiny", store, videos=[video], training={"top1": 0.5})
+
+
+@pytest.fixture
+def quick_export(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on the checkpoint's graph is copied, not made again: seconds less a test."""
+    graph = exported.file(ONNX_FLOAT32)
+    monkeypatch.setattr("export.pipeline.export_onnx", lambda model, path: shutil.copy(graph, path))
+
+
+@contextlib.contextmanager
+def _full_disk(after: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """Inside the block the kernel refuses to write files beyond so many bytes."""
+    return _full_disk
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Networks this small take longer on several."""
+    torch.set_num_threads(1)

@@ -1,0 +1,111 @@
+"""ONNX Runtime: a device that was asked for, or an error; never another one in silence."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from export.bundle import ONNX_FLOAT32, Bundle, BundleError, BundleStore
+from export.runtime import RuntimeUnavailableError, load_runtime
+from export.runtime.onnxruntime import OnnxRuntime
+from tests.export.conftest import publish_colours
+
+without_gpu = pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="a GPU may be here"
+)
+
+
+@pytest.fixture
+def bundle(store: BundleStore) -> Bundle:
+    return publish_colours(store)
+
+
+def clips(count: int = 2) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, 4, 16, 16, 3), dtype=np.uint8)
+
+
+def test_runs_a_bundle_on_the_cpu_and_says_so(bundle: Bundle) -> None:
+    runtime = load_runtime(bundle, "cpu", threads=1)
+    frames = clips()
+    outputs = runtime.run(frames)
+
+    assert (runtime.engine, runtime.provider, runtime.device) == (
+        "onnxruntime",
+        "CPUExecutionProvider",
+        "cpu",
+    )
+    assert outputs.logits.dtype == outputs.embedding.dtype == np.float32
+    np.testing.assert_allclose(outputs.logits, frames.mean(axis=(1, 2, 3)) / 64, rtol=1e-5)
+    runtime.close()
+
+
+def test_several_threads_may_run_it_at_once(bundle: Bundle) -> None:
+    runtime = load_runtime(bundle, "cpu", threads=1)
+    batches = [clips(count) for count in range(1, 9)]
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda frames: runtime.run(frames).logits, batches))
+    for frames, logits in zip(batches, answers, strict=True):
+        np.testing.assert_allclose(logits, frames.mean(axis=(1, 2, 3)) / 64, rtol=1e-5)
+
+
+@without_gpu
+def test_a_gpu_that_is_asked_for_and_not_there_is_an_error(bundle: Bundle) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="no CUDAExecutionProvider"):
+        load_runtime(bundle, "cuda")
+
+
+@without_gpu
+def test_left_the_choice_it_takes_the_cpu_and_warns(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load_runtime(bundle, "auto", threads=1).device == "cpu"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "no GPU is used: this ONNX Runtime has no CUDAExecutionProvider" in record.message
+
+
+def test_the_cpu_that_is_asked_for_is_no_warning(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_runtime(bundle, "cpu", threads=1)
+    assert not caplog.records
+
+
+def test_an_engine_that_falls_back_in_silence_is_found_out(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ONNX Runtime does when its CUDA libraries are there and the driver is not."""
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPU..."]
+    )
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda path, options, providers: real(path, options, ["CPUExecutionProvider"]),
+    )
+    with pytest.raises(RuntimeUnavailableError, match="fell back to CPUExecutionProvider"):
+        load_runtime(bundle, "cuda")
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", None])
+def test_a_file_that_is_no_model_is_an_error_that_names_it(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "model.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RuntimeUnavailableError, match=r"cannot load .*model\.onnx"):
+        OnnxRuntime(path, cuda=False)
+
+
+def test_a_bundle_without_the_graph_is_an_error(bundle: Bundle) -> None:
+    files = {name: e for name, e in bundle.manifest.files.items() if name != ONNX_FLOAT32}
+    bundle.manifest = bundle.manifest.model_copy(update={"files": files})
+    with pytest.raises(BundleError, match=r"has no model\.onnx"):
+        load_runtime(bundle, "cpu")

@@ -1,0 +1,267 @@
+"""From a checkpoint to a published bundle; and what stops it on the way."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+
+from export.bundle import LABELS, MANIFEST, ONNX_FLOAT32, WEIGHTS, Bundle, BundleError, BundleStore
+from export.onnx import ExportError
+from export.pipeline import VerificationError, export_bundle, run_reference, verification_clips
+from export.runtime.onnxruntime import OnnxRuntime
+from model.checkpoints import Checkpoint, load_checkpoint
+from model.timesformer import TimeSformer
+from model.video import UndecodableVideo
+
+from .conftest import write_video
+
+FullDisk = Callable[[int], AbstractContextManager[None]]
+
+
+class TestTheBundle:
+    def test_answers_as_the_checkpoint_does(self, exported: Bundle, checkpoint: Checkpoint) -> None:
+        config = checkpoint.config
+        clips = np.random.default_rng(1).integers(
+            0, 256, (3, config.num_frames, config.image_size, config.image_size, 3), dtype=np.uint8
+        )
+        expected = run_reference(checkpoint.build(), clips)
+        actual = OnnxRuntime(exported.file(ONNX_FLOAT32), cuda=False).run(clips)
+        np.testing.assert_allclose(actual.logits, expected.logits, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(actual.embedding, expected.embedding, rtol=0, atol=1e-5)
+
+    def test_is_sound_and_holds_these_files(self, exported: Bundle) -> None:
+        exported.verify()
+        found = {path.name for path in exported.path.iterdir()}
+        assert found == {LABELS, MANIFEST, ONNX_FLOAT32, WEIGHTS}
+
+    def test_its_weights_load_again_bit_for_bit(
+        self, exported: Bundle, checkpoint: Checkpoint
+    ) -> None:
+        again = load_checkpoint(exported.file(WEIGHTS))
+        assert again.config == checkpoint.config
+        assert again.labels == checkpoint.labels
+        assert all(torch.equal(again.state[key], checkpoint.state[key]) for key in checkpoint.state)
+
+    def test_its_manifest_says_everything(self, exported: Bundle, checkpoint: Checkpoint) -> None:
+        manifest = json.loads((exported.path / MANIFEST).read_text())
+
+        assert (manifest["schema_version"], manifest["name"], manifest["version"]) == (
+            1,
+            "tiny",
+            "1",
+        )
+        assert manifest["source"] == "timesformer"
+        assert manifest["architecture"] == {
+            "attention_type": "divided_space_time",
+            "patch_size": 8,
+            "embed_dim": 24,
+            "depth": 2,
+            "num_heads": 2,
+            "mlp_ratio": 4.0,
+            "num_classes": 5,
+            "drop_path_rate": 0.0,
+        }
+        assert manifest["preprocessing"] == {
+            "num_frames": 4,
+            "image_size": 32,
+            "sampling": "dense",
+            "frame_stride": 32,
+            "mean": [0.45] * 3,
+            "std": [0.225] * 3,
+        }
+        assert exported.config == checkpoint.config
+        assert manifest["labels"] == [f"action {index}" for index in range(5)]
+        assert manifest["inputs"] == [
+            {"name": "frames", "dtype": "uint8", "shape": [-1, 4, 32, 32, 3]}
+        ]
+        assert manifest["outputs"] == [
+            {"name": "logits", "dtype": "float32", "shape": [-1, 5]},
+            {"name": "embedding", "dtype": "float32", "shape": [-1, 24]},
+        ]
+        assert manifest["weights_sha256"] == manifest["files"][WEIGHTS]["sha256"]
+        assert manifest["software"]["torch"] == version("torch")
+        assert manifest["software"].keys() >= {"python", "onnx", "onnxruntime", "numpy", "av"}
+        assert manifest["training"] == {"top1": 0.5}
+        assert manifest["parent"] is None
+
+    def test_its_verification_is_in_the_manifest(self, exported: Bundle) -> None:
+        (parity,) = exported.manifest.verification.values()
+        assert parity.passed
+        assert parity.clips == 4  # three crops of the video, and noise
+        assert 0 < parity.max_difference < 1e-5 < parity.limit
+        assert parity.top1_agreement == 1
+
+    def test_its_label_file_has_a_line_a_class(self, exported: Bundle) -> None:
+        assert exported.file(LABELS).read_text().splitlines() == list(exported.manifest.labels)
+
+
+@pytest.mark.usefixtures("quick_export")
+class TestExporting:
+    def test_the_parent_is_what_was_active(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path
+    ) -> None:
+        export_bundle(checkpoint, "tiny", store, videos=[video])
+        store.activate("tiny", "1")
+        export_bundle(checkpoint, "tiny", store, videos=[video])
+        third = export_bundle(checkpoint, "tiny", store, videos=[video])
+        assert (third.version, third.manifest.parent) == ("3", "1")
+
+    def test_labels_that_are_given_win_over_the_checkpoints(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path
+    ) -> None:
+        labels = ["gehen", "läuft", "跑", "d", "e"]
+        bundle = export_bundle(checkpoint, "tiny", store, labels=labels, videos=[video])
+        assert list(bundle.manifest.labels) == labels
+        assert bundle.file(LABELS).read_text(encoding="utf-8").splitlines() == labels
+        assert load_checkpoint(bundle.file(WEIGHTS)).labels == tuple(labels)
+
+    def test_labels_that_do_not_fit_are_refused_before_any_work(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path
+    ) -> None:
+        with pytest.raises(BundleError, match="2 labels for a model of 5 classes: pass --labels"):
+            export_bundle(checkpoint, "tiny", store, labels=["a", "b"], videos=[video])
+        assert not store.root.exists()
+
+    @pytest.mark.parametrize("name", ["../tiny", "a b"])
+    def test_a_bad_name_is_refused_before_any_work(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path, name: str
+    ) -> None:
+        steps: list[str] = []
+        with pytest.raises(BundleError, match="is no bundle name"):
+            export_bundle(checkpoint, name, store, videos=[video], report=steps.append)
+        assert steps == []
+
+    def test_a_video_that_cannot_be_read_is_named(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path, tmp_path: Path
+    ) -> None:
+        broken = tmp_path / "broken.mp4"
+        broken.write_bytes(video.read_bytes()[:40])
+        with pytest.raises(UndecodableVideo, match=r"cannot verify on .*broken\.mp4: ."):
+            export_bundle(checkpoint, "tiny", store, videos=[video, broken])
+        assert not store.root.exists()
+
+    def test_steps_are_told_as_they_begin(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path
+    ) -> None:
+        steps: list[str] = []
+        export_bundle(checkpoint, "tiny", store, videos=[video], report=steps.append)
+        assert steps == [
+            "writing the weights",
+            "exporting to ONNX",
+            "verifying on 4 clips",
+            "publishing",
+        ]
+
+    def test_a_full_disk_is_an_error_of_ours_and_the_store_is_as_it_was(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path, full_disk: FullDisk
+    ) -> None:
+        export_bundle(checkpoint, "tiny", store, videos=[video])
+        weights, graph = (store.open("tiny", "1").file(f) for f in (WEIGHTS, ONNX_FLOAT32))
+        assert weights.stat().st_size < graph.stat().st_size
+
+        for room in (1000, weights.stat().st_size + 1):  # full at the weights, at the graph
+            with pytest.raises(BundleError, match="cannot write"), full_disk(room):
+                export_bundle(checkpoint, "tiny", store, videos=[video])
+
+        assert store.versions("tiny") == ["1"]
+        assert [path.name for path in (store.root / "tiny").iterdir()] == ["1"]
+
+
+def shift_output(graph: onnx.GraphProto, name: str) -> None:
+    """Adds 0.01 to an output of the graph."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [f"{name}_right" if each == name else each for each in names]
+    graph.initializer.append(numpy_helper.from_array(np.array(0.01, np.float32), "shift"))
+    graph.node.append(helper.make_node("Add", [f"{name}_right", "shift"], [name]))
+
+
+def spoil_head(graph: onnx.GraphProto) -> None:
+    (bias,) = (tensor for tensor in graph.initializer if tensor.name == "head.bias")
+    bias.CopyFrom(numpy_helper.from_array(np.full(5, math.nan, np.float32), bias.name))
+
+
+def fix_batch(graph: onnx.GraphProto) -> None:
+    """As if the exporter had taken the batch for a constant."""
+    graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda graph: shift_output(graph, "logits"), r"differs .* by 0\.01 in its logits"),
+        (lambda graph: shift_output(graph, "embedding"), r"and 0\.01 in its embedding"),
+        (spoil_head, "differs from the network by nan"),
+        (fix_batch, "does not run as the network does"),
+    ],
+    ids=["logits", "embedding", "nan", "fixed batch"],
+)
+def test_a_graph_whose_answers_are_off_is_not_published(
+    spoil: Callable[[onnx.GraphProto], None],
+    reason: str,
+    exported: Bundle,
+    checkpoint: Checkpoint,
+    store: BundleStore,
+    video: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def export_wrongly(model: TimeSformer, path: Path) -> None:
+        proto = onnx.load(exported.file(ONNX_FLOAT32))
+        spoil(proto.graph)
+        onnx.save(proto, path)
+
+    monkeypatch.setattr("export.pipeline.export_onnx", export_wrongly)
+    shutil.copytree(exported.path.parent, store.root / "tiny")
+
+    with pytest.raises(VerificationError, match=reason) as caught:
+        export_bundle(checkpoint, "tiny", store, videos=[video])
+
+    assert "nothing was published" in str(caught.value)
+    assert isinstance(caught.value, ExportError)
+    assert [path.name for path in (store.root / "tiny").iterdir()] == ["1"]
+    store.open("tiny", "1").verify()
+
+
+def test_a_change_of_any_single_weight_fails_the_gate(
+    exported: Bundle, checkpoint: Checkpoint, video: Path
+) -> None:
+    """The clips that are compared on exercise every tensor: none could be exported wrongly."""
+    from export.verify import compare, run_in_batches
+
+    clips = verification_clips(checkpoint.config, [video])
+    answers = run_in_batches(OnnxRuntime(exported.file(ONNX_FLOAT32), cuda=False), clips)
+    model = checkpoint.build()
+    blind = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            original = parameter.clone()
+            parameter.mul_(1.1)
+            if compare(run_reference(model, clips), answers).passed:
+                blind.append(name)
+            parameter.copy_(original)
+    assert blind == []
+
+
+def test_clips_to_compare_on_are_three_crops_a_video_and_noise(
+    checkpoint: Checkpoint, video: Path, tmp_path: Path
+) -> None:
+    blue = write_video(tmp_path / "blue.mp4", "blue")
+    clips = verification_clips(checkpoint.config, [video, blue])
+    assert clips.shape == (7, 4, 32, 32, 3)
+    brightest = clips[:6].mean(axis=(1, 2, 3)).argmax(axis=1)
+    assert brightest.tolist() == [0, 0, 0, 2, 2, 2]
+    noise = clips[6]
+    assert all((a != b).mean() > 0.9 for a, b in itertools.pairwise(noise))
+    np.testing.assert_array_equal(clips, verification_clips(checkpoint.config, [video, blue]))
