@@ -19,9 +19,10 @@ Keep = Callable[[int, VideoFrame], None]
 def decode_at(video: OpenVideo, index: PacketIndex, wanted: NDArray[np.int64], keep: Keep) -> bool:
     """Decodes only what the wanted frames depend on, and `keep`s exactly those.
 
-    Bit-identical to the sequential pass: it enters at the keyframe before each wanted frame, and
-    of the frames between skips only those that no other frame refers to. Takes 0.05 to 0.9 of the
-    CPU time of that pass (one clip of eight frames of five minutes; ten seconds of small video).
+    Bit-identical to the sequential pass on sound files: it enters at the keyframe before each
+    wanted frame, and of the frames between skips only those that no other frame refers to. For one
+    clip of eight frames it takes 0.21 of the CPU time of that pass on 30 s of VP8 720p, 0.34 on
+    10 s of H.264, and as much where one GOP holds all and every frame is referred to.
 
     Args:
         wanted: int64 (n,), ascending indices into `index.frames`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import av
 import numpy as np
@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from model.video.index import is_flush, to_timeline
 from model.video.opening import OpenVideo
 from model.video.sampling import Timeline
-
-Keep = Callable[[int, VideoFrame], None]
+from model.video.selective import Keep
 
 
 def decode_sequentially(video: OpenVideo) -> Iterator[VideoFrame | None]:

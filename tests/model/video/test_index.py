@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import av
 import pytest
@@ -17,7 +17,7 @@ from model.video.opening import open_video
 
 from .numbered_video import write_video
 
-Packets = list[av.Packet[av.VideoStream]]
+Packets: TypeAlias = "list[av.Packet[av.VideoStream]]"
 
 
 def scan_changed(path: Path, change: Callable[[Packets], object]) -> PacketIndex:
