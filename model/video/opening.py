@@ -29,7 +29,11 @@ from model.video.transforms import usable_sar
 
 # Demuxers that read one file and nothing else. This list is what stops playlists: with FFmpeg's
 # own choice, an HLS list or a concat script named `clip.mp4` makes requests and opens other files.
-FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "ogg", "asf")
+# The last four are sound, so that the answer to a song is that it holds no video.
+FORMATS = (
+    *("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "ogg", "asf"),
+    *("mp3", "wav", "flac", "aac"),
+)
 FORMATS_IN_WORDS = "MP4, MOV, 3GP, MKV, WebM, AVI, MPEG, MPEG-TS, FLV, Ogg and ASF"
 
 # Canonical names of what people's videos are made of. A decoder nobody needs is attack surface.

@@ -95,7 +95,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[VideoError]]] = {
     "text.mp4": (lambda path: path.write_text("not a video at all " * 50), UndecodableVideo),
     "zeros.mp4": (lambda path: path.write_bytes(bytes(5000)), UndecodableVideo),
     "sound.mp4": (write_sound, NoVideoStream),
-    "sound.wav": (lambda path: path.write_bytes(WAV), UnsupportedFormat),
+    "sound.wav": (lambda path: path.write_bytes(WAV), NoVideoStream),
     "one-frame.mp4": (lambda path: write_video(path, 1), TooFewFrames),
     "raw.avi": (write_rgb, UnsupportedFormat),
     "missing.mp4": (lambda path: None, UndecodableVideo),
