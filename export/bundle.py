@@ -322,9 +322,11 @@ class BundleStore:
         try:
             content = json.loads(pointer.read_bytes())
             history = [content["version"], *content["previous"]]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise BundleError(f"cannot read {pointer}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
             raise BundleError(
                 f"{pointer} is damaged ({error!r}): remove it and activate a version"
             ) from error

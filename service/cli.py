@@ -67,11 +67,12 @@ class _Cli(click.Group):
         except KeyboardInterrupt:
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
         except ModuleNotFoundError as error:
-            if error.name not in _EXTRAS:
+            package = (error.name or "").partition(".")[0]
+            if package not in _EXTRAS:
                 raise
             raise click.ClickException(
-                f"{error.name} is not installed: "
-                f"this needs the extra `{_EXTRAS[error.name]}` of the package timesformer-service"
+                f"{package} is not installed: "
+                f"this needs the extra `{_EXTRAS[package]}` of the package timesformer-service"
             ) from error
         except Exception as error:
             if not isinstance(error, _known_errors()):

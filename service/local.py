@@ -78,6 +78,8 @@ def _print_answer(file: Path, answer: Classification, as_json: bool) -> None:
         _print_json({"file": str(file), **answer.model_dump(mode="json")})
     else:
         print_table(click.format_filename(file), _table(answer))
+        if answer.video.truncated:
+            click.echo("the file is truncated or damaged; the rest was used")
 
 
 def _print_json(line: dict[str, object]) -> None:
@@ -109,6 +111,4 @@ def _table(answer: Classification) -> Table:
     table.add_column("score", justify="right")
     for prediction in answer.predictions:  # as text: "Pushing [something]" is no markup
         table.add_row(Text(prediction.label), f"{prediction.score:.3f}")
-    if answer.video.truncated:
-        table.caption = "the file is truncated or damaged; the rest was used"
     return table

@@ -37,7 +37,11 @@ class Settings(BaseSettings):
     """Validated once, at start."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        allow_inf_nan=False,
+        frozen=True,
+        extra="forbid",
     )
 
     host: str = Field(

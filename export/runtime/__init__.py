@@ -10,7 +10,6 @@ import logging
 
 from export.bundle import ONNX_FLOAT32, Bundle
 from export.runtime.interface import Device, Outputs, Runtime, RuntimeUnavailableError
-from export.runtime.onnxruntime import OnnxRuntime
 
 __all__ = ["Device", "Outputs", "Runtime", "RuntimeUnavailableError", "load_runtime"]
 
@@ -29,6 +28,9 @@ def load_runtime(bundle: Bundle, device: Device = "auto", threads: int = 0) -> R
         RuntimeUnavailableError: `device` cannot run this bundle here.
         BundleError: the bundle lacks the file.
     """
+    # Now, not above: a machine that only exports or shows help need not have every engine.
+    from export.runtime.onnxruntime import OnnxRuntime
+
     path = bundle.file(ONNX_FLOAT32)
     if device != "cpu":
         try:

@@ -342,6 +342,12 @@ class TestActivating:
         store.activate("colours", "1")
         assert store.active("colours") == "1"
 
+    def test_a_pointer_that_cannot_be_read_is_not_called_damaged(self, store: BundleStore) -> None:
+        publish_colours(store)
+        (store.root / "colours" / ACTIVE).mkdir()
+        with pytest.raises(BundleError, match=r"cannot read .*active\.json: Is a directory"):
+            store.active("colours")
+
     def test_a_write_of_the_pointer_that_was_killed_is_not_in_the_way(
         self, store: BundleStore
     ) -> None:

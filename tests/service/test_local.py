@@ -1,0 +1,223 @@
+"""`timesformer classify`: what it answers, file by file, without a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from export.bundle import BundleError, BundleStore
+from export.runtime import Outputs
+from export.runtime.onnxruntime import OnnxRuntime
+from service.local import classify_files
+from service.schemas import ClassifyParameters
+from service.settings import Settings, load_settings
+from tests.export.conftest import COLOURS, publish_colours, write_video
+
+TIMESFORMER = Path(sys.executable).with_name("timesformer")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("videos")
+    return {colour: write_video(folder / f"{colour}.mp4", colour) for colour in COLOURS}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BundleStore:
+    """Holds a model that says which colour a video has."""
+    store = BundleStore(tmp_path / "store")
+    store.activate("colours", publish_colours(store).version)
+    return store
+
+
+@pytest.fixture
+def settings(store: BundleStore) -> Settings:
+    return load_settings(store=store.root, device="cpu", engine_threads=1)
+
+
+def json_lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_each_video_gets_its_own_answer_in_order(
+    videos: dict[str, Path], settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert classify_files(list(videos.values()), settings, ClassifyParameters(), as_json=True) == 0
+    answers = json_lines(capsys.readouterr().out)
+    assert [answer["file"] for answer in answers] == [str(path) for path in videos.values()]
+    assert [answer["predictions"][0]["label"] for answer in answers] == list(COLOURS)
+
+
+def test_an_answer_says_what_was_seen_by_which_model(
+    videos: dict[str, Path], settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parameters = ClassifyParameters(top_k=2, views=3, crops=3)
+    classify_files([videos["blue"]], settings, parameters, as_json=True)
+    (answer,) = json_lines(capsys.readouterr().out)
+
+    assert answer["predictions"][0]["class_index"] == 2
+    assert len(answer["predictions"]) == 2
+    assert answer["model"] == {"name": "colours", "version": "1"}
+    assert (answer["sampling"]["views"], answer["sampling"]["crops"]) == (3, 3)
+    assert [len(times) for times in answer["sampling"]["times_s"]] == [4, 4, 4]
+    assert (answer["video"]["width"], answer["video"]["height"]) == (48, 32)
+    assert answer["video"]["frames"] == 40
+
+
+def test_a_threshold_leaves_out_what_scores_less(
+    videos: dict[str, Path], settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classify_files([videos["red"]], settings, ClassifyParameters(threshold=0.5), as_json=True)
+    (answer,) = json_lines(capsys.readouterr().out)
+    assert [each["label"] for each in answer["predictions"]] == ["red"]
+
+
+def test_what_cannot_be_read_is_counted_and_the_rest_is_answered(
+    videos: dict[str, Path],
+    settings: Settings,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video" * 100)
+    broken = [tmp_path / name for name in ("empty.mp4", "text.mp4", "absent.mp4", ".")]
+    files = [videos["red"], *broken, videos["green"]]
+
+    assert classify_files(files, settings, ClassifyParameters(), as_json=True) == 4
+
+    answers = json_lines(capsys.readouterr().out)
+    assert [answer["file"] for answer in answers] == [str(file) for file in files]
+    assert [answer.get("error", {}).get("code") for answer in answers] == [
+        None,
+        "empty_file",
+        "undecodable_video",
+        "unreadable_file",
+        "unreadable_file",
+        None,
+    ]
+    assert answers[3]["error"]["detail"] == "No such file or directory."
+    assert answers[4]["error"]["detail"] == "Is a directory."
+
+
+def test_people_get_a_table_under_the_file_and_errors_on_stderr(
+    videos: dict[str, Path], settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classify_files([videos["green"], Path("absent.mp4")], settings, ClassifyParameters(), False)
+    output, errors = capsys.readouterr()
+    lines = [line.split() for line in output.splitlines()]
+    assert lines[0] == [str(videos["green"])]
+    assert lines[1] == ["label", "score"]
+    assert lines[2][0] == "green"
+    assert len(lines) == 5
+    assert errors.splitlines() == ["absent.mp4: No such file or directory."]
+
+
+def test_brackets_in_names_and_labels_are_text(
+    videos: dict[str, Path],
+    store: BundleStore,
+    settings: Settings,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Something-Something has labels such as these; rich would take them for markup."""
+    labels = ("Pushing [something]", "[/red]", "[bold]Holding")
+    store.activate("colours", publish_colours(store, labels=labels).version)
+    file = tmp_path / "[bold] [1].mp4"
+    file.write_bytes(videos["red"].read_bytes())
+
+    absent = tmp_path / "[red].mp4"
+    assert classify_files([file, absent], settings, ClassifyParameters(), as_json=False) == 1
+
+    output, errors = capsys.readouterr()
+    assert str(file) in output
+    assert all(label in output for label in labels)
+    assert str(absent) in errors
+
+
+def test_long_names_and_labels_are_neither_wrapped_nor_cut(
+    videos: dict[str, Path],
+    store: BundleStore,
+    settings: Settings,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    labels = tuple(f"{colour} {'very ' * 40}long" for colour in COLOURS)
+    store.activate("colours", publish_colours(store, labels=labels).version)
+    file = tmp_path / f"{'long ' * 30}.mp4"
+    file.write_bytes(videos["red"].read_bytes())
+
+    classify_files([file], settings, ClassifyParameters(), as_json=False)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(file)
+    assert [line for line in lines if line.startswith(labels[0])]
+
+
+def test_a_cut_off_file_is_answered_and_said_to_be_one(
+    videos: dict[str, Path],
+    settings: Settings,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = write_video(tmp_path / "whole.mkv", "red", frames=300).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+    assert classify_files([tmp_path / "cut.mkv"], settings, ClassifyParameters(), False) == 0
+    assert "truncated or damaged; the rest was used" in capsys.readouterr().out
+
+
+def test_clips_go_through_the_network_one_at_a_time(
+    videos: dict[str, Path], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warm-up too: a full batch of it would take a CPU longer than the answer."""
+    sizes = []
+    real = OnnxRuntime.run
+
+    def recorded(self: OnnxRuntime, frames: NDArray[np.uint8]) -> Outputs:
+        sizes.append(len(frames))
+        return real(self, frames)
+
+    monkeypatch.setattr(OnnxRuntime, "run", recorded)
+    classify_files([videos["red"]], settings, ClassifyParameters(views=2, crops=3), as_json=True)
+    assert sizes == [1] * 7
+
+
+def test_a_damaged_bundle_answers_nothing(
+    videos: dict[str, Path], store: BundleStore, settings: Settings
+) -> None:
+    file = store.open("colours").file("model.onnx")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BundleError, match="its hash is off"):
+        classify_files([videos["red"]], settings, ClassifyParameters(), as_json=True)
+
+
+def test_answers_go_to_stdout_also_while_a_bar_is_on_the_terminal(
+    videos: dict[str, Path], store: BundleStore
+) -> None:
+    """As in `timesformer classify --json *.mp4 > answers`: stderr is a terminal, stdout is not."""
+    terminal, stderr = pty.openpty()
+    command = [TIMESFORMER, "classify", "--json", "--store", store.root, "--device", "cpu"]
+    try:
+        process = subprocess.run(
+            [*command, *videos.values()],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**os.environ, "TERM": "xterm"},
+            timeout=60,
+            check=True,
+        )
+        shown = os.read(terminal, 100_000).decode()
+    finally:
+        os.close(stderr)
+        os.close(terminal)
+    labels = [answer["predictions"][0]["label"] for answer in json_lines(process.stdout.decode())]
+    assert labels == list(COLOURS)
+    assert "classifying" in shown
+    assert "predictions" not in shown

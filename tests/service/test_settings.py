@@ -1,0 +1,190 @@
+"""Settings: each from its variable or its flag, and every mistake named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from click.testing import CliRunner
+from pydantic.fields import FieldInfo
+
+from service.cli import cli
+from service.settings import ENV_PREFIX, Settings, SettingsError, load_settings
+
+FIELDS = pytest.mark.parametrize("name", Settings.model_fields)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.upper().startswith(ENV_PREFIX):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """Settings that `timesformer serve` was started with; it does not really start."""
+    settings: list[Settings] = []
+    monkeypatch.setattr("service.server.serve", settings.append)
+    return settings
+
+
+def another_value(field: FieldInfo) -> Any:
+    """A value that the field may have and does not have by default."""
+    default = field.get_default(call_default_factory=True)
+    types = get_args(field.annotation) or (field.annotation,)
+    choices = [value for value in types if isinstance(value, str)]
+    if choices:
+        return next(value for value in choices if value != default)
+    if bool in types:
+        return not default
+    if int in types:
+        return default + 1
+    if float in types:
+        return default + 0.5
+    return Path("/somewhere/else") if Path in types else "something"
+
+
+def variable(name: str) -> str:
+    return f"{ENV_PREFIX}{name.upper()}"
+
+
+@FIELDS
+def test_every_setting_has_a_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = another_value(Settings.model_fields[name])
+    monkeypatch.setenv(variable(name), str(value))
+    changed = {
+        field
+        for field in Settings.model_fields
+        if getattr(load_settings(), field)
+        != Settings.model_fields[field].get_default(call_default_factory=True)
+    }
+    assert changed == {name}
+    assert getattr(load_settings(), name) == value
+
+
+@FIELDS
+def test_every_setting_has_a_flag_that_beats_its_variable(
+    name: str, monkeypatch: pytest.MonkeyPatch, served: list[Settings]
+) -> None:
+    field = Settings.model_fields[name]
+    monkeypatch.setenv(variable(name), str(field.get_default(call_default_factory=True) or "x"))
+    value = another_value(field)
+    result = CliRunner().invoke(cli, ["serve", f"--{name.replace('_', '-')}", str(value)])
+    assert result.exit_code == 0, result.output
+    assert [getattr(settings, name) for settings in served] == [value]
+
+
+@FIELDS
+def test_every_setting_says_what_it_is_for(name: str) -> None:
+    description = Settings.model_fields[name].description or ""
+    assert description.endswith(".")
+    text = " ".join(CliRunner().invoke(cli, ["serve", "--help"], terminal_width=200).output.split())
+    assert f"--{name.replace('_', '-')}" in text
+    assert f"{' '.join(description.split())} [env: {variable(name)}]" in text
+
+
+def test_without_flags_the_variables_count(
+    monkeypatch: pytest.MonkeyPatch, served: list[Settings]
+) -> None:
+    monkeypatch.setenv("TIMESFORMER_PORT", "1234")
+    CliRunner().invoke(cli, ["serve", "--host", "0.0.0.0"], catch_exceptions=False)  # noqa: S104
+    assert [(settings.host, settings.port) for settings in served] == [("0.0.0.0", 1234)]  # noqa: S104
+
+
+def test_variables_may_be_written_in_lower_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("timesformer_port", "1234")
+    assert load_settings().port == 1234
+
+
+@pytest.mark.parametrize("name", ["port", "store", "device"])
+def test_an_empty_variable_counts_as_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compose files pass `${PORT:-}`; an empty store is not the folder where one stands."""
+    monkeypatch.setenv(variable(name), "")
+    assert getattr(load_settings(), name) == Settings.model_fields[name].default
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TIMESFORMER_PORT", "web"),
+        ("TIMESFORMER_PORT", "70000"),
+        ("TIMESFORMER_DEVICE", "tpu"),
+        ("TIMESFORMER_MAX_BATCH_CLIPS", "0"),
+        ("TIMESFORMER_BATCH_SETTLE_MS", "nan"),
+        ("TIMESFORMER_DECODE_TIMEOUT_S", "-1"),
+        ("TIMESFORMER_DECODE_TIMEOUT_S", "inf"),
+        ("TIMESFORMER_DECODE_MEMORY_BYTES", "1"),
+        ("TIMESFORMER_LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_variable_and_itself(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert str(caught.value).startswith(f"{name}: ")
+    assert f"(got {value!r})" in str(caught.value)
+
+
+def test_all_mistakes_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PORT": "web", "DEVICE": "tpu", "PROT": "1"}.items():
+        monkeypatch.setenv(f"TIMESFORMER_{name}", value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    named = {line.partition(":")[0] for line in str(caught.value).splitlines()}
+    assert named == {"TIMESFORMER_PORT", "TIMESFORMER_DEVICE", "TIMESFORMER_PROT"}
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"max_queue_clips \(10\) is below"):
+        load_settings(max_queue_clips=10)
+
+
+@pytest.mark.parametrize(
+    ("typo", "hint"),
+    [
+        ("TIMESFORMER_PROT", r"did you mean TIMESFORMER_PORT\?"),
+        ("TIMESFORMER_MAX_BATCH_CLIP", r"did you mean TIMESFORMER_MAX_BATCH_CLIPS\?"),
+        ("timesformer_modle", r"did you mean TIMESFORMER_MODEL\?"),
+        ("TIMESFORMER_HTTP_PORT", "TIMESFORMER_PORT"),
+        ("TIMESFORMER_QQQQQQQQQQQQQQQQQQ", "known are TIMESFORMER_HOST, TIMESFORMER_PORT"),
+    ],
+)
+def test_a_variable_that_sets_nothing_is_refused_with_the_nearest_name(
+    typo: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(typo, "1")
+    with pytest.raises(SettingsError, match=rf"{typo}: there is no such setting; .*{hint}"):
+        load_settings()
+
+
+def test_what_kubernetes_sets_for_services_of_that_name_is_no_typo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {
+        "TIMESFORMER_SERVICE_HOST": "10.0.0.1",
+        "TIMESFORMER_SERVICE_PORT_HTTP": "8000",
+        "TIMESFORMER_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "TIMESFORMER_GPU_SERVICE_PORT": "8000",
+        "TIMESFORMER_GPU_PORT": "tcp://10.0.0.1:8000",
+        "TIMESFORMER_GPU_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().port == 8000
+
+
+def test_the_port_that_kubernetes_overwrites_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIMESFORMER_PORT", "tcp://10.0.0.1:8000")
+    with pytest.raises(SettingsError, match=r"TIMESFORMER_PORT: .*enableServiceLinks: false"):
+        load_settings()
+
+
+def test_a_wrong_setting_ends_the_command_with_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIMESFORMER_PROT", "1")
+    result = CliRunner().invoke(cli, ["serve"])
+    assert result.exit_code == 2
+    assert "did you mean TIMESFORMER_PORT?" in result.stderr
