@@ -1,0 +1,123 @@
+"""The README, followed word for word: its commands run, its answer has the fields it shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.demo import SAMPLE_CLIP, STORE
+from tests.e2e.conftest import TIMESFORMER, StartService
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"`?make ([a-z]+)", README))
+    assert {"serve", "test"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_link_leads_to_a_file() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_curl_lines_get_the_answer_that_is_shown(start_service: StartService) -> None:
+    inline = re.findall(r"`(curl [^`]+) \.\.\.`", README)
+    curls = [command for command in COMMANDS if command[0] == "curl"]
+    url = next(word for word in curls[0] if word.startswith("http"))
+    curls += [[*shlex.split(line), url] for line in inline]
+    assert len(curls) == 2
+    with start_service() as service:
+        for command in curls:
+            words = [
+                word.replace("http://localhost:8000", str(service.client.base_url).rstrip("/"))
+                for word in command
+            ]
+            run = subprocess.run(
+                [*words, "--silent", "--fail"], cwd=ROOT, capture_output=True, check=True
+            )
+            answer = json.loads(run.stdout)
+            shown = json.loads(re.findall(r"```json\n(.*?)```", README, re.DOTALL)[0])
+            assert answer.keys() == shown.keys()
+            assert answer["predictions"][0]["label"] == shown["predictions"][0]["label"]
+            assert answer["timings_ms"].keys() == shown["timings_ms"].keys()
+            assert answer["sampling"].keys() == shown["sampling"].keys()
+            assert shown["video"].keys() - {"..."} <= answer["video"].keys()
+        assert service.client.get("/docs").status_code == 200
+
+
+def test_the_commands_run_in_their_order(tmp_path: Path, start_service: StartService) -> None:
+    pytest.importorskip("torch")
+    _published_weights(tmp_path)
+    environment = {
+        **os.environ,
+        "PATH": f"{TIMESFORMER.parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    ran = []
+    for command in COMMANDS:
+        if command[0] == "export":
+            environment |= dict(word.split("=", 1) for word in command[1:])
+        if command[0] != "timesformer":
+            continue
+        ran.append(command[1])
+        if command[1] == "serve":
+            store = str(tmp_path / environment["TIMESFORMER_STORE"])
+            with start_service("--store", store, *command[2:]) as service:
+                assert service.client.get("/health/ready").status_code == 200
+            continue
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, (command, run.stdout, run.stderr)
+    assert {"export", "serve", "bundles", "classify", "info"} <= set(ran)
+
+
+def test_the_reference_is_the_one_that_the_code_makes() -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "service.reference"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == (ROOT / "docs/reference.md").read_text(), "run `make docs`"
+
+
+def test_the_bundled_model_is_whole_small_and_says_how_good_it_is() -> None:
+    from export.bundle import BundleStore
+
+    bundle = BundleStore(STORE).open("demo")
+    bundle.verify()
+    size = sum(path.stat().st_size for path in STORE.rglob("*") if path.is_file())
+    assert size + SAMPLE_CLIP.stat().st_size < 10e6
+    assert bundle.manifest.training is not None
+    assert bundle.manifest.training["top1"] > 0.5
+
+
+def _published_weights(folder: Path) -> None:
+    """Small stand-ins under the names that the README uses, of a published width."""
+    from model.checkpoints import save_huggingface, save_official
+    from model.config import ModelConfig
+    from model.timesformer import TimeSformer
+
+    config = ModelConfig().replace(embed_dim=192, num_heads=3, depth=1, image_size=32, num_frames=2)
+    network = TimeSformer(config)
+    labels = [f"action {number}" for number in range(400)]
+    save_official(network, folder / "TimeSformer_divST_8x32_224_K400.pyth")
+    (folder / "kinetics400.txt").write_text("\n".join(labels) + "\n")
+    hub = folder / "facebook/timesformer-base-finetuned-k400"
+    hub.parent.mkdir()
+    save_huggingface(network, hub, labels)
+    (folder / "clip.mp4").write_bytes(SAMPLE_CLIP.read_bytes())
