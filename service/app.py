@@ -17,7 +17,7 @@ from service.decoding import DecoderPool, WorkerLimits
 from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.models import ServedModel, load_model
-from service.routes import classify, health, models
+from service.routes import classify, health, models, page
 from service.settings import Settings
 from service.state import State
 from service.uploads import remove_leftovers
@@ -36,7 +36,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
     errors.install(app, app.state.metrics)
     app.add_middleware(RequestContext, metrics=app.state.metrics)
-    for group in (classify, models, health):
+    for group in (classify, models, health, page):
         app.include_router(group.router)
     return app
 

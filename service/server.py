@@ -75,5 +75,5 @@ class _Server(uvicorn.Server):
         return (
             f"\nready at {url}\n\n"
             f"  curl -F file=@{clip} {url}/v1/classify\n"
-            f"  API and schemas: {url}/docs\n"
+            f"  or drop a video onto {url}/ ; the API is at {url}/docs\n"
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
-from service.metrics import CONTENT_TYPE
+from service.metrics import CONTENT_TYPE, Metrics
 from service.routes.classify import PROBLEM_RESPONSES
 from service.schemas import LiveResponse, ModelName, ReadyResponse
 from service.state import Running
@@ -38,6 +38,7 @@ async def ready(state: Running) -> ReadyResponse:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-async def metrics(state: Running) -> Response:
-    """The metrics of this process in the Prometheus text format."""
-    return Response(state.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+async def metrics(request: Request) -> Response:
+    """The metrics of this process in the Prometheus text format, also while it is not ready."""
+    metrics: Metrics = request.app.state.metrics
+    return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -133,10 +135,23 @@ def test_before_it_is_ready_work_is_refused_and_it_is_alive_all_the_same() -> No
             return await client.get(path)
 
     assert asyncio.run(ask("/health/live")).status_code == 200
+    assert "timesformer_ready 0.0" in asyncio.run(ask("/metrics")).text
     for path in ("/health/ready", "/v1/models"):
         answer = asyncio.run(ask(path))
         assert answer.status_code == 503
         assert answer.json()["code"] == "not_ready"
+
+
+def test_the_page_runs_its_own_script_and_nothing_from_elsewhere(client: httpx.Client) -> None:
+    answer = client.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    policy = answer.headers["content-security-policy"]
+    script = re.search("<script>(.*?)</script>", answer.text, re.DOTALL)
+    assert script is not None
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert not re.search(r"(src|href)=\"?(https?:)?//", answer.text)
 
 
 def test_old_spool_files_of_a_killed_server_go_and_young_ones_stay(tmp_path: Path) -> None:
