@@ -49,7 +49,7 @@ def classify_files(
                 answer = _classify(file, model, parameters, limits)
             except VideoError as error:
                 failed += 1
-                _print_problem(file, error, as_json)
+                _print_problem(progress.console, file, error, as_json)
                 continue
             _print_answer(file, answer, as_json)
     model.runtime.close()
@@ -59,18 +59,19 @@ def classify_files(
 def _progress(files: int) -> Progress:
     """A bar on stderr when the answers go elsewhere; on a terminal they are progress enough.
 
-    `redirect_stdout` would send the answers to stderr.
+    `redirect_stdout` would show on stderr what is printed meanwhile.
     """
     errors = Console(stderr=True)
     wanted = files > 1 and errors.is_terminal and not sys.stdout.isatty()
     return Progress(console=errors, transient=True, redirect_stdout=False, disable=not wanted)
 
 
-def _print_problem(file: Path, error: VideoError, as_json: bool) -> None:
+def _print_problem(errors: Console, file: Path, error: VideoError, as_json: bool) -> None:
     if as_json:
         _print_json({"file": str(file), "error": {"code": error.code, "detail": str(error)}})
     else:
-        click.secho(f"{click.format_filename(file)}: {error}", fg="red", err=True)
+        message = Text(f"{click.format_filename(file)}: {error}", style="red")
+        errors.print(message, soft_wrap=True)  # above the bar, if there is one
 
 
 def _print_answer(file: Path, answer: Classification, as_json: bool) -> None:
