@@ -12,12 +12,12 @@ from fastapi import FastAPI
 
 from model.video import Limits
 from service import errors
-from service.batcher import Batcher
 from service.decoding import DecoderPool, WorkerLimits
 from service.metrics import Metrics
 from service.middleware import RequestContext
-from service.models import ServedModel, load_model
-from service.routes import classify, health, models, page
+from service.models import ModelHost
+from service.routes import classify, health, page
+from service.routes import models as model_list
 from service.settings import Settings
 from service.state import State
 from service.uploads import remove_leftovers
@@ -36,7 +36,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
     errors.install(app, app.state.metrics)
     app.add_middleware(RequestContext, metrics=app.state.metrics)
-    for group in (classify, models, health, page):
+    for group in (classify, model_list, health, page):
         app.include_router(group.router)
     return app
 
@@ -54,19 +54,16 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
         logger.warning("removed uploads of an earlier run", extra={"files": leftovers})
     decoders = _decoders(settings, metrics)
     try:
-        model, _ = await asyncio.gather(asyncio.to_thread(load_model, settings), decoders.start())
-        batcher = _batcher(settings, metrics, model)
-        batcher.start()
-        _set_model_info(metrics, model)
-        app.state.service = State(settings, metrics, model, decoders, batcher)
+        models = ModelHost(settings, metrics)
+        await asyncio.gather(models.start(), decoders.start())
+        app.state.service = State(settings, metrics, models, decoders)
         metrics.ready.set(1)
         try:
             yield
         finally:
             metrics.ready.set(0)
             app.state.service = None
-            await batcher.close()
-            model.runtime.close()
+            await models.close()
     finally:
         decoders.close()
 
@@ -84,21 +81,3 @@ def _decoders(settings: Settings, metrics: Metrics) -> DecoderPool:
         limits,
         on_restart=lambda reason: metrics.decoder_restarts.labels(reason).inc(),
     )
-
-
-def _batcher(settings: Settings, metrics: Metrics, model: ServedModel) -> Batcher:
-    return Batcher(
-        model.runtime.run,
-        max_batch=settings.max_batch_clips,
-        max_queue=settings.max_queue_clips,
-        settle_s=settings.batch_settle_ms / 1e3,
-        on_batch=metrics.batch_clips.observe,
-        on_queue=metrics.queue_clips.set,
-    )
-
-
-def _set_model_info(metrics: Metrics, model: ServedModel) -> None:
-    bundle, runtime = model
-    metrics.model_info.labels(
-        bundle.name, bundle.version, runtime.engine, runtime.provider, runtime.device
-    ).set(1)

@@ -3,7 +3,7 @@ quick and serving never loads torch.
 
 Exit codes: 0 done; 1 it could not be done, and the message says why; 2 the command line or a
 setting is wrong; 3 `classify` failed on some of the files, `bundles` or `bundles verify` on some of
-the bundles; 130 interrupted with Ctrl-C.
+the bundles, `data check` found videos that cannot be used; 130 interrupted with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from model.config import ATTENTION_TYPES, VARIANTS, ConfigError
+from service import cli_training
 
 if TYPE_CHECKING:
     from export.bundle import BundleStore
@@ -35,6 +36,7 @@ _KNOWN_ERRORS = {
     "model.checkpoints": "CheckpointError",
     "model.config": "ConfigError",
     "model.labels": "LabelError",
+    "model.training.errors": "TrainingError",
     "model.video": "VideoError",
     "service.settings": "SettingsError",
 }
@@ -94,6 +96,9 @@ def _known_errors() -> tuple[type[Exception], ...]:
 @click.version_option(package_name="timesformer-service")
 def cli() -> None:
     """TimeSformer: export it, serve it, classify videos with it."""
+
+
+cli.add_command(cli_training.data)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from model.video import Limits, VideoError, load_clips
 from service.classification import classification
-from service.models import ServedModel, load_model
+from service.models import LoadedModel, load_model
 from service.progress import print_table
 from service.schemas import Classification, ClassifyParameters
 from service.settings import Settings
@@ -88,7 +88,7 @@ def _print_json(line: dict[str, object]) -> None:
 
 
 def _classify(
-    file: Path, model: ServedModel, parameters: ClassifyParameters, limits: Limits
+    file: Path, model: LoadedModel, parameters: ClassifyParameters, limits: Limits
 ) -> Classification:
     try:
         file.open("rb").close()

@@ -55,6 +55,12 @@ class Metrics:
             ["name", "version", "engine", "provider", "device"],
             registry=self.registry,
         )
+        self.swaps = Counter(
+            "timesformer_swaps",
+            "Newly activated bundles that took over (done) or could not be used (refused).",
+            ["result"],
+            registry=self.registry,
+        )
         self.ready = Gauge(
             "timesformer_ready", "1 while the service accepts work.", registry=self.registry
         )

@@ -1,22 +1,32 @@
-"""Which bundle serves: loads it, warms it up, and keeps what requests need of it."""
+"""Which bundle serves, and how another takes over without losing a request.
+
+A newly activated bundle is checked, loaded and warmed up beside the one that serves, takes over
+from one request to the next, and the old one is closed when its last request has been answered.
+One that cannot be used is refused, and the old one stays.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from export.bundle import Bundle, BundleError, BundleStore
-from export.runtime import Runtime, load_runtime
+from export.runtime import Runtime, RuntimeUnavailableError, load_runtime
 from model.demo import STORE as DEMO_STORE
+from service.batcher import Batcher
+from service.metrics import Metrics
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
-class ServedModel(NamedTuple):
+class LoadedModel(NamedTuple):
     """A bundle and the engine that runs it."""
 
     bundle: Bundle
@@ -33,7 +43,7 @@ def find_bundle(settings: Settings) -> Bundle:
     return store.open(settings.model or _only_name(store))
 
 
-def load_model(settings: Settings) -> ServedModel:
+def load_model(settings: Settings) -> LoadedModel:
     """Finds, checks, loads and warms the model up; takes seconds, so not for the event loop.
 
     Raises:
@@ -44,10 +54,13 @@ def load_model(settings: Settings) -> ServedModel:
     bundle = find_bundle(settings)
     bundle.verify()
     runtime = load_runtime(bundle, settings.device, settings.engine_threads)
-    config = bundle.config
-    shape = (config.num_frames, config.image_size, config.image_size, 3)
-    for clips in {1, settings.max_batch_clips}:  # the engine's memory grows now, not under load
-        runtime.run(np.zeros((clips, *shape), np.uint8))
+    try:
+        _warm_up(bundle, runtime, settings.max_batch_clips)
+    except Exception as error:  # engines' exceptions share no base but Exception
+        runtime.close()
+        raise RuntimeUnavailableError(
+            f"{bundle.name} version {bundle.version} failed its warm-up: {error}"
+        ) from error
     logger.info(
         "model loaded",
         extra={
@@ -59,7 +72,17 @@ def load_model(settings: Settings) -> ServedModel:
             "seconds": round(time.perf_counter() - started, 2),
         },
     )
-    return ServedModel(bundle, runtime)
+    return LoadedModel(bundle, runtime)
+
+
+def _warm_up(bundle: Bundle, runtime: Runtime, max_batch: int) -> None:
+    """Runs the smallest and the largest batch: the engine's memory grows now, not under load."""
+    config = bundle.config
+    shape = (config.num_frames, config.image_size, config.image_size, 3)
+    for clips in {1, max_batch}:
+        outputs = runtime.run(np.zeros((clips, *shape), np.uint8))
+        if not np.isfinite(outputs.logits).all():
+            raise FloatingPointError("its logits are not finite")
 
 
 def _only_name(store: BundleStore) -> str:
@@ -68,3 +91,125 @@ def _only_name(store: BundleStore) -> str:
         found = f"holds {', '.join(names)}: set TIMESFORMER_MODEL to one" if names else "is empty"
         raise BundleError(f"the bundle store {store.root} {found}")
     return names[0]
+
+
+class ServedModel:
+    """A loaded model with the queue before it, and how many requests use it."""
+
+    def __init__(self, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
+        self.bundle, self.runtime = loaded
+        self.batcher = Batcher(
+            loaded.runtime.run,
+            max_batch=settings.max_batch_clips,
+            max_queue=settings.max_queue_clips,
+            settle_s=settings.batch_settle_ms / 1e3,
+            on_batch=metrics.batch_clips.observe,
+            on_queue=metrics.queue_clips.set,
+        )
+        self.batcher.start()
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[ServedModel]:
+        """Keeps the model open for as long as the block runs."""
+        self._users += 1
+        self._unused.clear()
+        try:
+            yield self
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                self._unused.set()
+
+    async def close(self) -> None:
+        """Frees the engine, once nobody uses it any more."""
+        await self._unused.wait()
+        await self.batcher.close()
+        await asyncio.to_thread(self.runtime.close)
+
+
+class ModelHost:
+    """The model that serves now, and the watch on the store for the next one."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._current: ServedModel | None = None
+        self._refusal: tuple[str | None, str] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def current(self) -> ServedModel:
+        if self._current is None:
+            raise RuntimeError("no model is loaded yet")
+        return self._current
+
+    async def start(self) -> None:
+        """Loads the active bundle.
+
+        Raises:
+            BundleError, RuntimeUnavailableError: it cannot be served.
+        """
+        self._take_over(await asyncio.to_thread(load_model, self._settings))
+        if self._settings.watch_interval_s:
+            self._watcher = asyncio.create_task(self._watch(), name="watch on the store")
+
+    async def refresh(self) -> bool:
+        """Takes the store's active bundle if it is another; says whether it did.
+
+        A bundle that cannot be used is logged, counted and not tried again until another is
+        activated.
+        """
+        version = None
+        try:
+            version = (await asyncio.to_thread(find_bundle, self._settings)).version
+            refused = self._refusal is not None and self._refusal[0] == version
+            if refused or version == self.current.bundle.version:
+                return False
+            loaded = await asyncio.to_thread(load_model, self._settings)
+        except (BundleError, RuntimeUnavailableError) as error:
+            self._refuse(version, str(error))
+            return False
+        self._refusal = None
+        self._take_over(loaded)
+        self._metrics.swaps.labels("done").inc()
+        return True
+
+    def _refuse(self, version: str | None, reason: str) -> None:
+        if self._refusal == (version, reason):
+            return  # said already; the watch would repeat it for ever
+        self._refusal = (version, reason)
+        serving = self.current.bundle.version
+        logger.error("swap refused", extra={"to": version, "serving": serving, "reason": reason})
+        self._metrics.swaps.labels("refused").inc()
+
+    async def close(self) -> None:
+        """Stops the watch and frees the models."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await asyncio.gather(*self._closing)
+        if self._current is not None:
+            await self._current.close()
+
+    def _take_over(self, loaded: LoadedModel) -> None:
+        """From here on requests go to the new model; between two lines of the event loop."""
+        old, self._current = self._current, ServedModel(loaded, self._settings, self._metrics)
+        bundle, runtime = loaded
+        self._metrics.model_info.clear()
+        self._metrics.model_info.labels(
+            bundle.name, bundle.version, runtime.engine, runtime.provider, runtime.device
+        ).set(1)
+        if old is not None:
+            logger.info("swapped", extra={"from": old.bundle.version, "to": bundle.version})
+            closing = asyncio.create_task(old.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.watch_interval_s)
+            await self.refresh()

@@ -59,6 +59,12 @@ class Settings(BaseSettings):
         description="Name of the bundle to serve; its active version is taken. Needed only when "
         "the store has more than one name.",
     )
+    watch_interval_s: float = Field(
+        2.0,
+        ge=0,
+        description="How often the store is asked whether another version was activated, which "
+        "then takes over without losing a request. 0: never.",
+    )
     device: Device = Field(
         "auto",
         description="`cuda` refuses to start without a usable GPU; `auto` warns and takes the "

@@ -7,11 +7,10 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from service.batcher import Batcher
 from service.decoding import DecoderPool
 from service.errors import NotReadyError
 from service.metrics import Metrics
-from service.models import ServedModel
+from service.models import ModelHost
 from service.settings import Settings
 
 
@@ -21,9 +20,8 @@ class State:
 
     settings: Settings
     metrics: Metrics
-    model: ServedModel
+    models: ModelHost
     decoders: DecoderPool
-    batcher: Batcher
 
 
 def _running(request: Request) -> State:

@@ -17,6 +17,7 @@ from service.classification import classification
 from service.decoding import Job
 from service.errors import ClientDisconnectedError, RequestTimeoutError
 from service.logging import request_id
+from service.models import ServedModel
 from service.schemas import ClassifyParameters, ClassifyResponse, Problem, Timings
 from service.state import Running, State
 from service.uploads import FILE_FIELD, Upload, receive
@@ -80,9 +81,11 @@ async def classify(
         request, settings.spool_dir, settings.max_upload_bytes, settings.upload_timeout_s
     ) as upload:
         parameters = merge_parameters(query, upload.fields, settings.max_clips_per_request)
-        clips, decode_s, answer = await _answer_in_time(
-            request, settings.request_timeout_s, _process(state, upload, parameters)
-        )
+        # One model from sampling to labels, also when another takes over meanwhile.
+        with state.models.current.in_use() as model:
+            clips, decode_s, answer = await _answer_in_time(
+                request, settings.request_timeout_s, _process(state, model, upload, parameters)
+            )
     timings = {
         "upload": upload.seconds,
         "decode": decode_s,
@@ -93,7 +96,7 @@ async def classify(
     for stage, seconds in timings.items():
         state.metrics.stage_seconds.labels(stage).observe(seconds)
     response = ClassifyResponse(
-        **vars(classification(state.model.bundle, clips, answer.logits, parameters)),
+        **vars(classification(model.bundle, clips, answer.logits, parameters)),
         timings_ms=Timings(**{key: round(value * 1e3, 2) for key, value in timings.items()}),
         request_id=request_id.get() or "",
     )
@@ -124,16 +127,16 @@ def merge_parameters(
 
 
 async def _process(
-    state: State, upload: Upload, parameters: ClassifyParameters
+    state: State, model: ServedModel, upload: Upload, parameters: ClassifyParameters
 ) -> tuple[Clips, float, Answer]:
     """Decodes, then infers. Returns the clips, the seconds of decoding and the answer."""
     started = time.perf_counter()
-    preprocessing = state.model.bundle.config.preprocessing
+    preprocessing = model.bundle.config.preprocessing
     clips = await state.decoders.decode(
         Job(upload.path, preprocessing, parameters.views, parameters.crops)
     )
     decode_s = time.perf_counter() - started
-    return clips, decode_s, await state.batcher.submit(clips.frames)
+    return clips, decode_s, await model.batcher.submit(clips.frames)
 
 
 async def _answer_in_time(request: Request, timeout_s: float, work: Coroutine[Any, Any, T]) -> T:

@@ -23,7 +23,7 @@ async def live() -> LiveResponse:
 )
 async def ready(state: Running) -> ReadyResponse:
     """200 once the model is loaded and warm, 503 before and while the service stops."""
-    bundle, runtime = state.model
+    bundle, runtime = state.models.current.bundle, state.models.current.runtime
     return ReadyResponse(
         model=ModelName(name=bundle.name, version=bundle.version),
         engine=runtime.engine,

@@ -14,7 +14,7 @@ router = APIRouter(prefix="/v1", tags=["models"])
 @router.get("/models", summary="List the models that serve")
 async def models(state: Running) -> ModelsResponse:
     """The bundles that answer requests, with what they are and what runs them."""
-    bundle, runtime = state.model
+    bundle, runtime = state.models.current.bundle, state.models.current.runtime
     manifest = bundle.manifest
     return ModelsResponse(
         models=(

@@ -1,0 +1,165 @@
+"""Hot swap: another bundle takes over, nothing is lost or mixed, and a bad one changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from export.bundle import ACTIVE, ONNX_FLOAT32, Bundle, BundleStore
+from model.demo import STORE
+from service.metrics import Metrics
+
+DEMO = BundleStore(STORE).open("demo")
+
+
+def publish(store: BundleStore, graph: bytes | None = None) -> Bundle:
+    """The demo bundle again, its labels marked with the version that it becomes."""
+    version = len(store.versions("demo")) + 1
+    with store.staging("demo") as staging:
+        for file in DEMO.manifest.files:
+            shutil.copy(DEMO.path / file, staging / file)
+        if graph is not None:
+            (staging / ONNX_FLOAT32).write_bytes(graph)
+        labels = tuple(f"{version}: {label}" for label in DEMO.manifest.labels)
+        return store.publish(staging, DEMO.manifest.model_copy(update={"labels": labels}))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BundleStore:
+    """Two good versions, the first of them active."""
+    store = BundleStore(tmp_path / "store")
+    publish(store)
+    publish(store)
+    store.activate("demo", "1")
+    return store
+
+
+def wait_until(condition: Any, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def serving(client: httpx.Client) -> str:
+    return str(client.get("/health/ready").json()["model"]["version"])
+
+
+def metric(client: httpx.Client, line: str) -> float:
+    found = [row for row in client.get("/metrics").text.splitlines() if row.startswith(line + " ")]
+    return float(found[0].split()[-1]) if found else 0.0
+
+
+def test_an_activated_version_takes_over_under_load_and_nothing_is_lost_or_mixed(
+    serve: Any, store: BundleStore, video: Path, tmp_path: Path
+) -> None:
+    content = video.read_bytes()
+    swaps = 6
+    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+        answers: list[httpx.Response] = []
+        done = threading.Event()
+
+        def load() -> None:
+            with httpx.Client(base_url=client.base_url, timeout=60) as own:
+                while not done.is_set():
+                    answers.append(own.post("/v1/classify", content=content))
+
+        threads = [threading.Thread(target=load) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for turn in range(swaps):
+            version = "2" if turn % 2 == 0 else "1"
+            store.activate("demo", version)
+            wait_until(lambda version=version: serving(client) == version)
+        done.set()
+        for thread in threads:
+            thread.join()
+        assert {answer.status_code for answer in answers} == {200}
+        versions = set()
+        for answer in (response.json() for response in answers):
+            version = answer["model"]["version"]
+            versions.add(version)
+            assert all(item["label"].startswith(f"{version}: ") for item in answer["predictions"])
+        assert versions == {"1", "2"}
+        assert metric(client, 'timesformer_swaps_total{result="done"}') == swaps
+        info = [row for row in client.get("/metrics").text.splitlines() if "model_info{" in row]
+        assert len(info) == 1, "only what serves now is in the metrics"
+
+
+def test_a_rollback_is_followed_too(serve: Any, store: BundleStore, tmp_path: Path) -> None:
+    store.activate("demo", "2")
+    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+        assert serving(client) == "2"
+        store.rollback("demo")
+        wait_until(lambda: serving(client) == "1")
+
+
+def test_a_version_that_cannot_run_is_refused_once_and_the_old_one_stays(
+    serve: Any,
+    store: BundleStore,
+    video: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    publish(store, graph=b"no graph at all")  # whole by its hashes, and of no use
+    refused = 'timesformer_swaps_total{result="refused"}'
+    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+        store.activate("demo", "3")
+        wait_until(lambda: metric(client, refused) == 1)
+        time.sleep(0.5)
+        assert metric(client, refused) == 1, "it should be tried once, not for ever"
+        assert caplog.text.count("swap refused") == 1
+        assert serving(client) == "1"
+        answer = client.post("/v1/classify", content=video.read_bytes()).json()
+        assert answer["predictions"][0]["label"].startswith("1: ")
+        store.activate("demo", "2")
+        wait_until(lambda: serving(client) == "2")
+
+
+@pytest.mark.parametrize(
+    "pointer", ["{", json.dumps({"version": "9", "previous": []}), json.dumps({"version": 1})]
+)
+def test_a_damaged_pointer_changes_nothing(
+    serve: Any, store: BundleStore, tmp_path: Path, pointer: str
+) -> None:
+    refused = 'timesformer_swaps_total{result="refused"}'
+    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+        (store.root / "demo" / ACTIVE).write_text(pointer)
+        wait_until(lambda: metric(client, refused) == 1)
+        assert serving(client) == "1"
+        (store.root / "demo" / ACTIVE).unlink()
+        store.activate("demo", "2")
+        wait_until(lambda: serving(client) == "2")
+
+
+def test_a_version_damaged_on_the_disk_is_refused(
+    serve: Any, store: BundleStore, tmp_path: Path
+) -> None:
+    refused = 'timesformer_swaps_total{result="refused"}'
+    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+        graph = store.root / "demo" / "2" / ONNX_FLOAT32
+        graph.write_bytes(graph.read_bytes()[:-1])
+        (store.root / "demo" / ACTIVE).write_text('{"version": "2", "previous": ["1"]}')
+        wait_until(lambda: metric(client, refused) == 1)
+        assert serving(client) == "1"
+
+
+def test_with_the_watch_off_nothing_changes(serve: Any, store: BundleStore, tmp_path: Path) -> None:
+    with serve(store=store.root, watch_interval_s=0, spool_dir=tmp_path) as client:
+        store.activate("demo", "2")
+        time.sleep(0.5)
+        assert serving(client) == "1"
+
+
+def test_metrics_of_two_apps_are_apart() -> None:
+    one, other = Metrics(), Metrics()
+    one.swaps.labels("done").inc()
+    assert b'timesformer_swaps_total{result="done"} 1.0' in one.render()
+    assert b'timesformer_swaps_total{result="done"}' not in other.render()
