@@ -21,6 +21,7 @@ from service.errors import VideoRejectedError
 from service.settings import MIB
 
 SEEN = Preprocessing(num_frames=4, image_size=32, frame_stride=4)
+_of_others: set[int | None] = set()
 LIMITS = WorkerLimits(memory_bytes=2048 * MIB, timeout_s=20.0, video=Limits())
 
 
@@ -31,6 +32,8 @@ def with_pool(
 ) -> list[str]:
     """Runs `body` with a pool; returns the reasons of the restarts."""
     restarts: list[str] = []
+    _of_others.clear()
+    _of_others.update(child_pids())
 
     async def run() -> None:
         pool = DecoderPool(workers, limits, restarts.append)
@@ -45,7 +48,11 @@ def with_pool(
 
 
 def child_pids() -> list[int]:
-    return [child.pid for child in multiprocessing.active_children() if child.name == "decoder"]
+    """The pool's workers; those of a service that other tests keep running do not count."""
+    children = multiprocessing.active_children()
+    return [
+        child.pid for child in children if child.name == "decoder" and child.pid not in _of_others
+    ]
 
 
 def test_clips_from_a_worker_are_those_decoded_here(video: Path) -> None:
