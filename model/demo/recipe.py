@@ -55,7 +55,7 @@ class Recipe:
 
     seed: int = 0
     flow_steps: int = 400
-    steps: int = 6000
+    steps: int = 3000
     clips: int = 6000
     held_out: int = 480
     batch: int = 32
@@ -64,7 +64,7 @@ class Recipe:
     warm_up: int = 100  # steps
     weight_decay: float = 0.05
     label_smoothing: float = 0.05
-    flow_weight: float = 2.0
+    flow_weight: float = 5.0
     average_over: float = 0.05  # share of all steps that the averaged weights look back on
 
 

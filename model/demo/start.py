@@ -10,6 +10,8 @@ from there:
                          filters' answers to the upper half
     MLP                  for each pair, answers now and a frame later are added with their phases
                          shifted against each other; the energy of the sum tells direction
+    later space attention  a head each looks to the left, the right, the top and the bottom: what
+                         moves apart there approaches, what moves around turns
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from torch import Tensor, nn
 from model.attention import PatchAttention
 from model.timesformer import Block, TimeSformer
 
+SIDE_GAIN = 2.5  # squared, and over sqrt(head_dim): how one-sided a later head starts
 CYCLES = (0.5, 1.0, 1.75, 3.0)  # of the Gabor filters, per patch
 CODE_NORM = 4.0  # of a frame's time code; the filters' answers have a norm of about 8
+SIDE_NORM = 2.0  # of a patch's place at the rim, in either direction
 CODE_GAIN = 2.5  # sharpness of the first attention: well above 0.9 on the frame asked for
 
 
@@ -40,9 +44,12 @@ def start_as_motion_energy(network: TimeSformer, clips: Tensor) -> None:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
     _filters(network, clips)
-    code = _codes(network)
-    _look_ahead(network, code)
+    code = torch.linalg.qr(torch.randn(*[network.config.embed_dim // 2] * 2))[0]
+    times, sides = code[: network.config.num_frames], code[-2:]
+    _codes(network, times, sides)
+    _look_ahead(network, times)
     _energies(network)
+    _look_aside(network, sides)
 
 
 def _filters(network: TimeSformer, clips: Tensor) -> None:
@@ -67,15 +74,16 @@ def _filters(network: TimeSformer, clips: Tensor) -> None:
     projection.weight[: len(scale) * 2] /= scale.repeat_interleave(2)[:, None, None, None]
 
 
-def _codes(network: TimeSformer) -> Tensor:
-    """Orthogonal time codes (time, dim / 2), and places, both in the upper half of the width."""
-    half = network.config.embed_dim // 2
-    code: Tensor = torch.linalg.qr(torch.randn(half, half))[0][: network.config.num_frames]
+def _codes(network: TimeSformer, times: Tensor, sides: Tensor) -> None:
+    """Says when and where a patch is, in the upper half of the width."""
+    half, grid = network.config.embed_dim // 2, network.config.grid
     network.time_embed.zero_()
-    network.time_embed[0, :, half:] = code * CODE_NORM
+    network.time_embed[0, :, half:] = times * CODE_NORM
+    axis = torch.linspace(-1, 1, grid)
+    places = torch.cartesian_prod(axis, axis) @ sides  # rows of the grid, then columns
     network.pos_embed.zero_()
-    nn.init.normal_(network.pos_embed[..., half:], std=0.3)
-    return code
+    nn.init.normal_(network.pos_embed[..., half:], std=0.1)
+    network.pos_embed[0, 1:, half:] += places * SIDE_NORM
 
 
 def _look_ahead(network: TimeSformer, code: Tensor) -> None:
@@ -121,3 +129,17 @@ def _energies(network: TimeSformer) -> None:
             column[half + 2 * pair] += math.copysign(0.5, shift)
         else:  # in step: how little
             column[half + 2 * pair + 1] += 0.3
+
+
+def _look_aside(network: TimeSformer, sides: Tensor) -> None:
+    """In later blocks the query is a constant and the key is y or x, up or down: head by head."""
+    dim, width = network.config.embed_dim, network.config.head_dim
+    directions = [sign * side for side in sides for sign in (1, -1)]
+    for module in list(network.blocks)[1:]:
+        attention = cast(Block, module).attn
+        query, key, _ = torch.split(attention.qkv.weight, dim)
+        for head, direction in zip(range(network.config.num_heads), directions, strict=False):
+            row = head * width
+            query[row], key[row] = 0, 0
+            key[row, dim // 2 :] = direction * SIDE_GAIN
+            attention.qkv.bias[row] = SIDE_GAIN
