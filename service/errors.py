@@ -92,6 +92,13 @@ class QueueFullError(ServiceError):
         )
 
 
+class SpoolFullError(ServiceError):
+    status, code = 503, "spool_full"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"Retry-After": "10"})
+
+
 class NotReadyError(ServiceError):
     status, code = 503, "not_ready"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import tempfile
 import time
@@ -23,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from service.errors import (
     BadRequestError,
     ClientDisconnectedError,
+    SpoolFullError,
     UploadTimeoutError,
     UploadTooLargeError,
 )
@@ -31,6 +33,7 @@ from service.settings import MIB
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
+logger = logging.getLogger(__name__)
 FILE_FIELD = "file"
 SPOOL_PREFIX = "timesformer-upload-"
 _BLOCK = MIB
@@ -65,7 +68,11 @@ class _Spool:
     async def flush(self, at_least: int = 0) -> None:
         if self._pending > at_least:
             blocks, self._blocks, self._pending = self._blocks, [], 0
-            await asyncio.to_thread(self._file.writelines, blocks)
+            await asyncio.to_thread(self._write, blocks)
+
+    def _write(self, blocks: list[bytes]) -> None:
+        self._file.writelines(blocks)
+        self._file.flush()  # so that a full disk shows here, where it is handled
 
 
 @contextlib.asynccontextmanager
@@ -79,6 +86,7 @@ async def receive(
         UploadTimeoutError: it was not there within `timeout_s`.
         BadRequestError: it is no multipart body with a `file`, though it says so.
         ClientDisconnectedError: the client went away.
+        SpoolFullError: the disk is full.
     """
     started = time.perf_counter()
     _check_announced_size(request, max_bytes)
@@ -86,7 +94,7 @@ async def receive(
     descriptor, name = tempfile.mkstemp(prefix=SPOOL_PREFIX, dir=folder)
     path = Path(name)
     try:
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
+        with os.fdopen(descriptor, "wb") as file:
             try:
                 async with asyncio.timeout(timeout_s):
                     size, fields = await _spool(request, file, max_bytes)
@@ -96,6 +104,9 @@ async def receive(
                 ) from None
             except ClientDisconnect:
                 raise ClientDisconnectedError("The client went away.") from None
+            except OSError as error:
+                logger.error("an upload cannot be spooled", extra={"reason": str(error)})
+                raise SpoolFullError("There is no room for the upload at present.") from error
         yield Upload(path, size, fields, time.perf_counter() - started)
     finally:
         path.unlink(missing_ok=True)  # noqa: ASYNC240 - microseconds, and must not be cancelled

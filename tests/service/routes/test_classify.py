@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import threading
@@ -227,6 +228,22 @@ def test_nothing_stays_in_the_spool(client: httpx.Client, serve: Any, tmp_path: 
         while spool_files(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert spool_files(tmp_path) == []
+
+
+def test_a_full_disk_is_a_503_and_leaves_nothing(
+    serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with serve(spool_dir=tmp_path) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr("service.uploads._Spool._write", full)
+            answer = client.post(URL, content=video.read_bytes())
+        problem(answer, 503, "spool_full")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert spool_files(tmp_path) == []
+        assert client.post(URL, content=video.read_bytes()).status_code == 200
 
 
 def test_an_answer_that_takes_too_long_is_a_504(serve: Any, video: Path, tmp_path: Path) -> None:
