@@ -155,7 +155,7 @@ def _check_announced_size(request: Request, max_bytes: int) -> None:
 
 def _too_large(max_bytes: int) -> UploadTooLargeError:
     return UploadTooLargeError(
-        f"The upload is larger than {max_bytes / MIB:.3g} MiB, the limit of this service."
+        f"The upload is larger than {max_bytes / MIB:,.2f} MiB, the limit of this service."
     )
 
 
