@@ -189,7 +189,7 @@ VARIANTS: dict[str, ModelConfig] = {
     "small": _variant(8, 224, 32, embed_dim=384, num_heads=6),
     "tiny": _variant(8, 224, 32, embed_dim=192, num_heads=3),
     "demo": _variant(
-        8, 64, 4, patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=12,
+        8, 64, 4, embed_dim=96, depth=3, num_heads=4, mlp_ratio=3.0, num_classes=12,
         drop_path_rate=0.0,
     ),
 }  # fmt: skip
