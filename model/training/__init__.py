@@ -1,0 +1,10 @@
+"""How a model learns: from lists of labelled videos to weights that `timesformer export` takes.
+
+    errors.py        TrainingError and its tree
+    sources.py       labelled videos from CSV, folders, Something-Something JSON; honest splits
+    workers.py       files in processes; one that kills its process costs only itself
+    check.py         `timesformer data check`
+    data.py          the order of clips, and their decoding for training
+
+`errors`, `sources`, `workers` and `check` run without torch.
+"""

@@ -1,0 +1,37 @@
+"""Work in processes: in order, and a process that dies costs one item."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from model.training.workers import in_processes
+
+
+def work(item: int) -> int:
+    if item == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item < 0:
+        raise ValueError("negative")
+    return item * item
+
+
+def crashed(item: int) -> int:
+    return -item
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_answers_come_in_order(processes: int) -> None:
+    assert list(in_processes(work, range(12), processes, crashed)) == [i * i for i in range(12)]
+
+
+def test_an_item_that_kills_its_process_costs_only_itself() -> None:
+    answers = list(in_processes(work, range(10, 22), 2, crashed))
+    assert answers == [-i if i == 13 else i * i for i in range(10, 22)]
+
+
+def test_what_the_work_raises_is_raised() -> None:
+    with pytest.raises(ValueError, match="negative"):
+        list(in_processes(work, [1, -1], 1, crashed))
