@@ -76,6 +76,13 @@ class Parity(_Model):
     passed: bool
 
 
+class Cost(_Model):
+    """What a network or graph costs."""
+
+    parameters: int = Field(ge=0)
+    multiply_adds: int = Field(ge=0, description="of one view, as the papers of the field count")
+
+
 class Manifest(_Model):
     """`manifest.json`. Every fact about a bundle that a reader may want without its weights."""
 
@@ -92,6 +99,8 @@ class Manifest(_Model):
     weights_sha256: str
     files: dict[Annotated[str, AfterValidator(_relative)], FileEntry]
     software: dict[str, str]
+    network_cost: Cost | None = Field(None, description="of the network as it was trained")
+    graph_cost: Cost | None = Field(None, description="of the graph, after its exact rewrites")
     verification: dict[str, Parity]
     training: dict[str, Any] | None = None
     parent: str | None = None

@@ -21,17 +21,20 @@ from export.bundle import (
     Bundle,
     BundleError,
     BundleStore,
+    Cost,
     Manifest,
     Parity,
     TensorSpec,
     sha256_of,
 )
 from export.onnx import INPUT_NAME, OUTPUT_NAMES, ExportError, export_onnx
+from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verify import compare, run_in_batches
 from model.checkpoints import Checkpoint, save_safetensors
 from model.config import ModelConfig, Preprocessing
+from model.cost import cost
 from model.demo import SAMPLE_CLIP
 from model.timesformer import TimeSformer
 from model.video import VideoError, load_clips
@@ -87,7 +90,8 @@ def export_bundle(
         _write_weights(model, staging / WEIGHTS, names)
         (staging / LABELS).write_text("".join(f"{label}\n" for label in names), encoding="utf-8")
         report("exporting to ONNX")
-        export_onnx(model, staging / ONNX_FLOAT32)
+        network = rewrite(model)
+        export_onnx(network, staging / ONNX_FLOAT32)
         report(f"verifying on {len(clips)} clips")
         parity = _verify(model, staging / ONNX_FLOAT32, clips)
         report("publishing")
@@ -111,6 +115,8 @@ def export_bundle(
             weights_sha256=sha256_of(staging / WEIGHTS),
             files={},
             software=software_versions(),
+            network_cost=_network_cost(config),
+            graph_cost=_graph_cost(network),
             verification={ONNX_FLOAT32: parity},
             training=dict(training) if training else None,
             parent=parent,
@@ -172,6 +178,18 @@ def run_reference(model: TimeSformer, clips: NDArray[np.uint8]) -> Outputs:
         answers = [model(torch.from_numpy(clip[None])) for clip in clips]
     logits, embedding = (torch.cat(parts).numpy() for parts in zip(*answers, strict=True))
     return Outputs(logits, embedding)
+
+
+def _network_cost(config: ModelConfig) -> Cost:
+    counted = cost(config)
+    return Cost(parameters=counted.parameters, multiply_adds=counted.multiply_adds)
+
+
+def _graph_cost(network: InferenceTimeSformer) -> Cost:
+    return Cost(
+        parameters=sum(tensor.numel() for tensor in network.state_dict().values()),
+        multiply_adds=multiply_adds(network),
+    )
 
 
 def software_versions() -> dict[str, str]:

@@ -437,3 +437,15 @@ def test_a_store_that_may_not_be_read_is_an_error_in_one_sentence(store: BundleS
             store.names()
     finally:
         store.root.chmod(0o700)
+
+
+def test_a_manifest_from_before_a_field_was_added_is_read(store: BundleStore) -> None:
+    bundle = publish_colours(store)
+    manifest = json.loads((bundle.path / MANIFEST).read_text())
+    for field in ("network_cost", "graph_cost"):
+        del manifest[field]
+    (bundle.path / MANIFEST).write_text(json.dumps(manifest))
+
+    old = store.open("colours", "1")
+    old.verify()
+    assert old.manifest.network_cost is None

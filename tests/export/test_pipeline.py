@@ -22,6 +22,7 @@ from export.onnx import ExportError
 from export.pipeline import VerificationError, export_bundle, run_reference, verification_clips
 from export.runtime.onnxruntime import OnnxRuntime
 from model.checkpoints import Checkpoint, load_checkpoint
+from model.cost import cost
 from model.timesformer import TimeSformer
 from model.video import UndecodableVideo
 
@@ -95,6 +96,16 @@ class TestTheBundle:
         assert manifest["software"].keys() >= {"python", "onnx", "onnxruntime", "numpy", "av"}
         assert manifest["training"] == {"top1": 0.5}
         assert manifest["parent"] is None
+
+    def test_its_manifest_says_what_the_rewrites_saved(self, exported: Bundle) -> None:
+        before, after = exported.manifest.network_cost, exported.manifest.graph_cost
+        counted = cost(exported.config)
+        assert before is not None
+        assert after is not None
+        assert before.parameters == counted.parameters
+        assert before.multiply_adds == counted.multiply_adds
+        assert after.multiply_adds < 0.8 * before.multiply_adds
+        assert after.parameters < before.parameters
 
     def test_its_verification_is_in_the_manifest(self, exported: Bundle) -> None:
         (parity,) = exported.manifest.verification.values()
