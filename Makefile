@@ -5,7 +5,7 @@ PORT ?= 8000
 TORCH ?= torch==2.13.0
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: serve test lint format types unit docs lock bench demo clean
+.PHONY: serve test lint format types unit docs lock bench test-faults demo clean
 
 serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
 	.venv/bin/timesformer serve --port $(PORT) --log-format text
@@ -32,6 +32,10 @@ docs: .venv/.dev ## docs/reference.md, from the definitions in the code
 
 bench: .venv/.dev ## figures for this machine; never part of pass or fail
 	.venv/bin/python -m tests.benchmarks.serving
+
+VIDEOS ?= ../shared/videos
+test-faults: .venv/.dev ## thousands of damaged videos against a running service; minutes
+	.venv/bin/python -m tests.faults.fuzz $(VIDEOS)
 
 demo: .venv/.dev ## train and export the bundled demo model again (about an hour on two cores)
 	.venv/bin/python -m model.demo.recipe --out build/demo

@@ -31,7 +31,8 @@ StartService = Callable[..., AbstractContextManager[Service]]
 
 
 @contextlib.contextmanager
-def _start(*flags: str) -> Iterator[Service]:
+def run_service(*flags: str) -> Iterator[Service]:
+    """Runs `timesformer serve` on a free port; it is ready inside the block."""
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("TIMESFORMER_")
     }
@@ -69,11 +70,11 @@ def _wait_until_ready(process: subprocess.Popen[str], log: list[str]) -> str:
 @pytest.fixture(scope="session")
 def start_service() -> StartService:
     """Starts `timesformer serve` with more flags; it is ready inside the block."""
-    return _start
+    return run_service
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     """One service of the bundled demo model with default settings."""
-    with _start() as service:
+    with run_service() as service:
         yield service

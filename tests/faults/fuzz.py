@@ -1,0 +1,128 @@
+"""Damaged videos by the thousand against a running service: no 5xx, no hang, no leak, no leftover.
+
+    python -m tests.faults.fuzz VIDEO_FOLDER [--count 10000] [--seed 0] [--clients 4]
+
+Each request is a real file with bytes flipped, cut out, overwritten or spliced from another file.
+Prints what came back by status and code, and the server's memory at a tenth, half and the end;
+exits with 1 if anything but an answer or a 4xx came back, or something stayed behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from tests.e2e.conftest import Service, run_service
+
+
+def main() -> None:
+    """Runs the load and prints the table."""
+    options = parse()
+    files = [path.read_bytes() for path in sorted(options.folder.iterdir()) if path.is_file()]
+    with (
+        tempfile.TemporaryDirectory() as spool,
+        run_service("--spool-dir", spool, "--log-level", "warning") as service,
+    ):
+        outcomes, memory = load(service, files, options)
+        left = list(Path(spool).iterdir())
+        zombies = [pid for pid, state in children(service.process.pid) if state.startswith("Z")]
+        restarts = [
+            line
+            for line in service.client.get("/metrics").text.splitlines()
+            if line.startswith("timesformer_decoder_restarts_total")
+        ]
+    for (status, code), count in sorted(outcomes.items()):
+        print(f"{status} {code:24} {count}")
+    print("server memory, MiB:", ", ".join(f"{size / 2**20:.0f}" for size in memory))
+    print("decoder restarts:", "; ".join(restarts) or "none")
+    bad = [outcome for outcome in outcomes if outcome[0] >= 500]
+    if bad or left or zombies:
+        sys.exit(f"failed: {bad}, left in the spool {left}, zombies {zombies}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clients", type=int, default=4)
+    return parser.parse_args()
+
+
+def load(
+    service: Service, files: list[bytes], options: argparse.Namespace
+) -> tuple[collections.Counter[tuple[int, str]], list[int]]:
+    """Posts them all; returns how often each outcome came, and the memory on the way."""
+    outcomes: collections.Counter[tuple[int, str]] = collections.Counter()
+    milestones = {options.count // 10, options.count // 2, options.count}
+    memory = []
+
+    def post(number: int) -> tuple[int, str]:
+        rng = np.random.default_rng([options.seed, number])
+        body = mutate(files, rng)
+        started = time.monotonic()
+        try:
+            response = service.client.post("/v1/classify", content=body)
+        except httpx.HTTPError as error:
+            return 599, f"{type(error).__name__} after {time.monotonic() - started:.0f} s"
+        if response.status_code == 200:
+            return 200, "truncated" if response.json()["video"]["truncated"] else "whole"
+        return response.status_code, response.json()["code"]
+
+    with concurrent.futures.ThreadPoolExecutor(options.clients) as pool:
+        for number, outcome in enumerate(pool.map(post, range(options.count)), start=1):
+            outcomes[outcome] += 1
+            if number in milestones:
+                memory.append(resident_bytes(service.process.pid))
+    return outcomes, memory
+
+
+def mutate(files: list[bytes], rng: np.random.Generator) -> bytes:
+    """One to three injuries of a random file."""
+    data = bytearray(files[rng.integers(len(files))])
+    for _ in range(rng.integers(1, 4)):
+        if not data:
+            break
+        start = int(rng.integers(len(data)))
+        length = int(min(len(data) - start, 2 ** rng.integers(0, 14)))
+        match rng.integers(5):
+            case 0:  # flip bits here and there; headers more often than chance has it
+                scope = min(len(data), int(2 ** rng.integers(6, 22)))
+                for place in rng.integers(0, scope, rng.integers(1, 50)):
+                    data[place] ^= 1 << int(rng.integers(8))
+            case 1:
+                del data[start:]
+            case 2:
+                del data[start : start + length]
+            case 3:
+                data[start : start + length] = rng.bytes(length)
+            case _:
+                other = files[rng.integers(len(files))]
+                cut = int(rng.integers(len(other) + 1))
+                data[start : start + length] = other[cut : cut + length]
+    return bytes(data)
+
+
+def resident_bytes(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def children(pid: int) -> list[tuple[int, str]]:
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True
+    )
+    return [(int(line.split()[0]), line.split()[1]) for line in listed.stdout.splitlines()]
+
+
+if __name__ == "__main__":
+    main()
