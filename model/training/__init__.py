@@ -5,6 +5,9 @@
     workers.py       files in processes; one that kills its process costs only itself
     check.py         `timesformer data check`
     data.py          the order of clips, and their decoding for training
+    augmentation.py  what is done to a batch before the network sees it
+    optimisation.py  parameter groups, schedules, freezing, the average of the weights
+    recipe.py        all that decides what is learned, and the presets
 
 `errors`, `sources`, `workers` and `check` run without torch.
 """

@@ -1,0 +1,282 @@
+"""What is done to a batch of clips before the network sees it: whole batches at once, on the device
+where they are, every draw from the generator that is given. Scale and crop are drawn in `data.py`,
+where decoded frames are resampled anyway.
+
+uint8 in, uint8 out, as the network takes nothing else: blending rounds by half a level at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the name the field uses
+
+from model.training.errors import RecipeError
+
+_GREY = (0.299, 0.587, 0.114)  # BT.601 luma
+_CUTMIX_SHARE = 0.5  # of the batches that are mixed, where both kinds are on
+_ERASED_AREA = (0.02, 1 / 3)  # of the picture; and the aspect ratio: Zhong et al., 2020, table 7
+_ERASED_ASPECT = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Which changes, and how strong. Everything off is 0; what is drawn is drawn once per clip.
+
+    Attributes:
+        flip: probability of mirroring left and right. 0 for sets where the sides mean something,
+            or `flip_labels` says what each class becomes.
+        flip_labels: for each class the index of the class that its mirror image shows.
+        colour: brightness, contrast and saturation change by up to this share.
+        randaugment: operations drawn per clip (Cubuk et al., 2020), of strength `magnitude`.
+        erasing: probability that a box of the clip becomes noise, the same in all its frames.
+        mixup, cutmix: alpha of the beta distribution that clips are blended, or pasted, in shares
+            of; with both, each batch draws one of them.
+        label_smoothing: share of a target that is spread evenly over all classes.
+    """
+
+    flip: float = 0.0
+    flip_labels: tuple[int, ...] | None = None
+    colour: float = 0.0
+    randaugment: int = 0
+    magnitude: float = 0.3
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in ("flip", "colour", "magnitude", "erasing", "label_smoothing"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise RecipeError(f"{field} is {getattr(self, field)}; it must be from 0 to 1")
+        for field in ("randaugment", "mixup", "cutmix"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise RecipeError(f"{field} is {getattr(self, field)}; it must not be negative")
+        labels = self.flip_labels
+        if labels is not None and any(
+            not 0 <= other < len(labels) or labels[other] != label
+            for label, other in enumerate(labels)
+        ):
+            raise RecipeError("flip_labels must pair classes: mirrored twice, a class is itself")
+
+
+def augment(
+    frames: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    settings: Augmentation,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """A changed batch and its soft targets.
+
+    Args:
+        frames: uint8 (batch, time, height, width, 3), on any device; not changed itself.
+        labels: int64 (batch,), on the same device.
+        generator: on the CPU, so that draws are the same on every device.
+
+    Returns:
+        Frames as given, and targets float32 (batch, num_classes), each row of sum 1.
+
+    Raises:
+        RecipeError: `flip_labels` is for another number of classes.
+    """
+    if settings.flip:
+        frames, labels = _flip(frames, labels, num_classes, settings, generator)
+    if settings.randaugment:
+        frames = _randaugment(frames, settings, generator)
+    if settings.colour:
+        frames = _colour(frames, settings.colour, generator)
+    if settings.erasing:
+        frames = _erase(frames, settings.erasing, generator)
+    targets = F.one_hot(labels, num_classes).float()
+    if settings.mixup or settings.cutmix:
+        frames, targets = _mix(frames, targets, settings, generator)
+    smooth = settings.label_smoothing
+    return frames, targets * (1 - smooth) + smooth / num_classes
+
+
+def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def _per_clip(values: Tensor, frames: Tensor) -> Tensor:
+    """(batch,) to where `frames` are, in a shape that multiplies them."""
+    return values.to(frames.device).reshape(-1, 1, 1, 1, 1)
+
+
+def _to_uint8(pixels: Tensor) -> Tensor:
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _flip(
+    frames: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    settings: Augmentation,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    chosen = (torch.rand(len(frames), generator=generator) < settings.flip).to(frames.device)
+    frames = torch.where(chosen.reshape(-1, 1, 1, 1, 1), frames.flip(3), frames)
+    if settings.flip_labels is not None:
+        if len(settings.flip_labels) != num_classes:
+            raise RecipeError(
+                f"flip_labels are for {len(settings.flip_labels)} classes, not {num_classes}"
+            )
+        mirrored = torch.tensor(settings.flip_labels, device=labels.device)
+        labels = torch.where(chosen, mirrored[labels], labels)
+    return frames, labels
+
+
+# ---- colour -----------------------------------------------------------------------------------
+
+
+def _brightness(pixels: Tensor, factor: Tensor) -> Tensor:
+    return pixels * factor
+
+
+def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(_grey(pixels).mean((1, 2, 3), keepdim=True), pixels, factor)
+
+
+def _saturation(pixels: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(_grey(pixels).expand_as(pixels), pixels, factor)
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    return (pixels * torch.tensor(_GREY, device=pixels.device)).sum(-1, keepdim=True)
+
+
+def _colour(frames: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    pixels = frames.float()
+    for change in (_brightness, _contrast, _saturation):
+        factor = _uniform(len(frames), 1 - strength, 1 + strength, generator)
+        pixels = change(pixels, _per_clip(factor, frames)).clamp(0, 255)
+    return _to_uint8(pixels)
+
+
+# ---- RandAugment ------------------------------------------------------------------------------
+# `amount` is in -1..1: strength and direction. float32 pixels (1, time, height, width, 3).
+
+
+def _posterise(pixels: Tensor, amount: float) -> Tensor:
+    step = 2.0 ** round(5 * abs(amount))
+    return (pixels / step).floor() * step
+
+
+def _solarise(pixels: Tensor, amount: float) -> Tensor:
+    return torch.where(pixels > 255 * (1 - abs(amount) / 2), 255 - pixels, pixels)
+
+
+def _sharpen(pixels: Tensor, amount: float) -> Tensor:
+    """Towards or away from a 3 x 3 blur."""
+    planes = pixels[0].permute(0, 3, 1, 2)
+    blurred = F.avg_pool2d(F.pad(planes, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return (planes + amount * (planes - blurred)).permute(0, 2, 3, 1)[None]
+
+
+def _affine(pixels: Tensor, matrix: list[list[float]]) -> Tensor:
+    """Moves every frame alike; grey where there is no picture."""
+    planes = pixels[0].permute(0, 3, 1, 2)
+    grid = F.affine_grid(
+        torch.tensor([matrix], device=pixels.device).expand(len(planes), -1, -1),
+        list(planes.shape),
+        align_corners=False,
+    )
+    moved = F.grid_sample(planes - 128, grid, mode="bilinear", align_corners=False) + 128
+    return moved.permute(0, 2, 3, 1)[None]
+
+
+def _rotate(pixels: Tensor, amount: float) -> Tensor:
+    cos, sin = math.cos(amount * math.pi / 6), math.sin(amount * math.pi / 6)
+    return _affine(pixels, [[cos, -sin, 0], [sin, cos, 0]])
+
+
+_OPERATIONS: tuple[Callable[[Tensor, float], Tensor], ...] = (
+    _posterise,
+    _solarise,
+    _sharpen,
+    _rotate,
+    lambda pixels, amount: _brightness(pixels, torch.tensor(1 + 0.9 * amount)),
+    lambda pixels, amount: _contrast(pixels, torch.tensor(1 + 0.9 * amount)),
+    lambda pixels, amount: _saturation(pixels, torch.tensor(1 + 0.9 * amount)),
+    lambda pixels, amount: _affine(pixels, [[1, 0.3 * amount, 0], [0, 1, 0]]),
+    lambda pixels, amount: _affine(pixels, [[1, 0, 0], [0.3 * amount, 1, 0]]),
+    lambda pixels, amount: _affine(pixels, [[1, 0, 0.9 * amount], [0, 1, 0]]),
+    lambda pixels, amount: _affine(pixels, [[1, 0, 0], [0, 1, 0.9 * amount]]),
+)
+
+
+def _randaugment(frames: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
+    changed = []
+    shape = (len(frames), settings.randaugment)
+    which = torch.randint(len(_OPERATIONS), shape, generator=generator).tolist()
+    signs = (torch.randint(2, shape, generator=generator) * 2 - 1).tolist()
+    for clip, operations, directions in zip(torch.split(frames, 1), which, signs, strict=True):
+        pixels = clip.float()
+        for operation, direction in zip(operations, directions, strict=True):
+            pixels = _OPERATIONS[operation](pixels, direction * settings.magnitude).clamp(0, 255)
+        changed.append(_to_uint8(pixels))
+    return torch.cat(changed)
+
+
+# ---- boxes and mixtures -----------------------------------------------------------------------
+
+
+def _box(
+    height: int, width: int, area: float, aspect: float, generator: torch.Generator
+) -> tuple[slice, slice]:
+    """Rows and columns of a box of that share of the picture, somewhere wholly inside it."""
+    rows = min(round(height * math.sqrt(area * aspect)), height)
+    cols = min(round(width * math.sqrt(area / aspect)), width)
+    top = int(torch.randint(height - rows + 1, (), generator=generator))
+    left = int(torch.randint(width - cols + 1, (), generator=generator))
+    return slice(top, top + rows), slice(left, left + cols)
+
+
+def _erase(frames: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    frames = frames.clone()
+    height, width = frames.shape[2:4]
+    limit = math.log(_ERASED_ASPECT)
+    for clip in frames:
+        if torch.rand((), generator=generator) >= probability:
+            continue
+        area, logarithm = (
+            float(_uniform(1, *span, generator)) for span in (_ERASED_AREA, (limit, -limit))
+        )
+        rows, cols = _box(height, width, area, math.exp(logarithm), generator)
+        shape = (rows.stop - rows.start, cols.stop - cols.start, 3)
+        noise = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        clip[:, rows, cols] = noise.to(frames.device)
+    return frames
+
+
+def _mix(
+    frames: Tensor, targets: Tensor, settings: Augmentation, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Each clip with the one that lies opposite in the batch, all in the same share."""
+    cut = bool(settings.cutmix)
+    if settings.mixup and settings.cutmix:
+        cut = float(torch.rand((), generator=generator)) < _CUTMIX_SHARE
+    share = _beta(settings.cutmix if cut else settings.mixup, generator)
+    others = frames.flip(0)
+    if cut:
+        height, width = frames.shape[2:4]
+        rows, cols = _box(height, width, 1 - share, 1.0, generator)
+        frames = frames.clone()
+        frames[:, :, rows, cols] = others[:, :, rows, cols]
+        pasted = (rows.stop - rows.start) * (cols.stop - cols.start)
+        share = 1 - pasted / (height * width)
+    else:
+        frames = _to_uint8(torch.lerp(others.float(), frames.float(), share))
+    return frames, torch.lerp(targets.flip(0), targets, share)
+
+
+def _beta(alpha: float, generator: torch.Generator) -> float:
+    """A draw from Beta(alpha, alpha), as a ratio of gammas."""
+    shape = torch.full((2,), alpha, dtype=torch.float64)
+    first, second = torch._standard_gamma(shape, generator=generator).clamp_min(1e-300).tolist()
+    return float(first / (first + second))
