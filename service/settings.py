@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from export.runtime.cores import usable_cores
 from export.runtime.interface import Device
 
 ENV_PREFIX = "TIMESFORMER_"
@@ -103,7 +104,7 @@ class Settings(BaseSettings):
         30, ge=1, le=1000, description="Most views x crops that one request may ask for."
     )
     decode_workers: int = Field(
-        default_factory=lambda: max(2, os.cpu_count() or 1),
+        default_factory=lambda: max(2, usable_cores()),
         ge=1,
         le=256,
         description="Processes that decode videos. One per CPU core that is not busy with "

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from export.runtime.cores import usable_cores
 from export.runtime.interface import Outputs, RuntimeUnavailableError
 
 _CPU = "CPUExecutionProvider"
@@ -24,7 +25,7 @@ class OnnxRuntime:
     Args:
         path: the ONNX file.
         cuda: run on the GPU.
-        threads: CPU threads inside one operator; 0 for one per core.
+        threads: CPU threads inside one operator; 0 for one per usable core.
 
     Raises:
         RuntimeUnavailableError: no GPU here, or the file is no model that the engine can load.
@@ -34,7 +35,7 @@ class OnnxRuntime:
 
     def __init__(self, path: Path, *, cuda: bool, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
         wanted = _CUDA if cuda else _CPU
         if wanted not in onnxruntime.get_available_providers():
