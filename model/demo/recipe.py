@@ -17,17 +17,14 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import functools
-import hashlib
 import json
 import math
-import multiprocessing
 import platform
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import av
 import numpy as np
@@ -38,15 +35,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from model.config import VARIANTS, ModelConfig
-from model.demo import render
+from model.demo import clips
+from model.demo.clips import Rendered
 from model.demo.render import LABELS, Frames
 from model.demo.start import start_as_motion_energy
 from model.timesformer import TimeSformer
-from model.video import load_clips
 
 FLOW_SCALE = 3.0  # pixels: the flow is learned in units of this
 LOG_EVERY = 100  # steps
-HELD_OUT_SECONDS = 1.2  # a little over the span of a clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,86 +64,7 @@ class Recipe:
     average_over: float = 0.05  # share of all steps that the averaged weights look back on
 
 
-class Rendered(NamedTuple):
-    """Clips (n, time, size, size, 3) uint8 and their flow (n, time - 1, grid, grid, 2) in pixels.
-
-    Clip i is of class i modulo the number of labels.
-    """
-
-    frames: Frames
-    flow: npt.NDArray[np.float16]
-
-
-# ---- data -------------------------------------------------------------------------------------
-
-
-def _render(index: int, seed: int, config: ModelConfig) -> tuple[Frames, render.Array]:
-    rng = np.random.default_rng([seed, index])
-    label = LABELS[index % len(LABELS)]
-    return render.training_clip(label, rng, config.preprocessing, config.grid)
-
-
-def training_set(recipe: Recipe, config: ModelConfig, cache: Path, workers: int) -> Rendered:
-    """Renders the training clips, or finds them in `cache`."""
-    code = Path(render.__file__).read_bytes()
-    facts = f"{recipe.seed} {recipe.clips} {config.preprocessing} {config.grid}".encode()
-    folder = cache / hashlib.sha256(code + facts).hexdigest()[:16]
-    done = folder / "done"
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        time_, size, grid = config.num_frames, config.image_size, config.grid
-        create = functools.partial(np.lib.format.open_memmap, mode="w+")
-        shape = (recipe.clips, time_, size, size, 3)
-        frames = create(folder / "frames.npy", dtype=np.uint8, shape=shape)
-        shape = (recipe.clips, time_ - 1, grid, grid, 2)
-        flow = create(folder / "flow.npy", dtype=np.float16, shape=shape)
-        task = functools.partial(_render, seed=recipe.seed, config=config)
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            for index, clip in enumerate(pool.imap(task, range(recipe.clips), chunksize=8)):
-                frames[index], flow[index] = clip
-        done.touch()
-    return Rendered(
-        np.load(folder / "frames.npy", mmap_mode="r"), np.load(folder / "flow.npy", mmap_mode="r")
-    )
-
-
-def _relabel(*swaps: tuple[str, str]) -> tuple[int, ...]:
-    """For each label the index of what it becomes when these pairs change places."""
-    partner = dict(swaps) | {second: first for first, second in swaps}
-    return tuple(LABELS.index(partner.get(label, label)) for label in LABELS)
-
-
-_TURNS = ("turning clockwise", "turning counter-clockwise")
-_SIDEWAYS = ("moving left", "moving right")
-_UPRIGHT = ("moving up", "moving down")
-MIRROR = _relabel(_SIDEWAYS, _TURNS)
-UPSIDE_DOWN = _relabel(_UPRIGHT, _TURNS)
-TRANSPOSE = _relabel(("moving left", "moving up"), ("moving right", "moving down"), _TURNS)
-BACKWARDS = _relabel(_SIDEWAYS, _UPRIGHT, ("approaching", "receding"), _TURNS)
-
-Example = tuple[Frames, npt.NDArray[np.floating[Any]], int]
-
-
-def augment(example: Example, rng: np.random.Generator) -> Example:
-    """Makes one of sixteen clips of each, the label and the flow with it; and other colours."""
-    frames, flow, label = example
-    if rng.random() < 0.5:
-        frames, flow = frames[:, :, ::-1], flow[:, :, ::-1] * (-1, 1)
-        label = MIRROR[label]
-    if rng.random() < 0.5:
-        frames, flow = frames[:, ::-1], flow[:, ::-1] * (1, -1)
-        label = UPSIDE_DOWN[label]
-    if rng.random() < 0.5:
-        frames, flow = frames.swapaxes(1, 2), flow.swapaxes(1, 2)[..., ::-1]
-        label = TRANSPOSE[label]
-    if rng.random() < 0.5:
-        frames, flow = frames[::-1], -flow[::-1]
-        label = BACKWARDS[label]
-    if rng.random() < 0.5:
-        frames = frames[..., rng.permutation(3)]
-    if rng.random() < 0.3:
-        frames = 255 - frames
-    return frames, flow, label
+# ---- training ---------------------------------------------------------------------------------
 
 
 def draw_batch(
@@ -156,7 +73,9 @@ def draw_batch(
     """A random batch: frames uint8, flow in units of `FLOW_SCALE`, labels."""
     chosen = rng.integers(len(rendered.frames), size=size)
     examples = [
-        augment((rendered.frames[i], rendered.flow[i].astype(np.float32), i % len(LABELS)), rng)
+        clips.augment(
+            (rendered.frames[i], rendered.flow[i].astype(np.float32), i % len(LABELS)), rng
+        )
         for i in chosen
     ]
     frames, flow, labels = zip(*examples, strict=True)
@@ -165,9 +84,6 @@ def draw_batch(
         torch.from_numpy(np.stack(flow)).float() / FLOW_SCALE,
         torch.tensor(labels),
     )
-
-
-# ---- training ---------------------------------------------------------------------------------
 
 
 class Flow(nn.Module):
@@ -283,25 +199,6 @@ def _save(network: nn.Module, out: Path) -> None:
 # ---- evaluation -------------------------------------------------------------------------------
 
 
-def _held_out_clip(index: int, seed: int, config: ModelConfig) -> Frames:
-    """A clip of other seeds than in training, by way of an mp4 file and the decoder of serving."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        label = LABELS[index % len(LABELS)]
-        render.write_clip(path, label, [seed, 1 << 31, index], seconds=HELD_OUT_SECONDS)
-        return cast(Frames, load_clips(path, config.preprocessing).frames[0])
-
-
-def held_out_set(
-    recipe: Recipe, config: ModelConfig, workers: int
-) -> tuple[Frames, npt.NDArray[np.int64]]:
-    """Held-out clips (n, time, size, size, 3), and their labels."""
-    task = functools.partial(_held_out_clip, seed=recipe.seed, config=config)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        frames = np.stack(pool.map(task, range(recipe.held_out), chunksize=4))
-    return frames, np.arange(recipe.held_out) % len(LABELS)
-
-
 @torch.no_grad()
 def classify(network: nn.Module, frames: Frames) -> npt.NDArray[np.int64]:
     """The most likely label's index of each clip."""
@@ -310,13 +207,17 @@ def classify(network: nn.Module, frames: Frames) -> npt.NDArray[np.int64]:
     return torch.cat(parts).numpy()
 
 
-def accuracies(
-    found: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
-) -> tuple[float, dict[str, float]]:
-    """Top-1 accuracy over all clips, and for every label that occurs."""
-    right = found == labels
-    each = {name: right[labels == i] for i, name in enumerate(LABELS)}
-    return float(right.mean()), {k: round(float(v.mean()), 4) for k, v in each.items() if len(v)}
+def evaluate(network: nn.Module, held_out: Frames) -> dict[str, Any]:
+    """Top-1 accuracy over held-out clips, and within every class that occurs."""
+    labels = np.arange(len(held_out)) % len(LABELS)
+    right = classify(network, held_out) == labels
+    seen = LABELS[: len(held_out)]
+    per_class = {name: right[labels == i].mean() for i, name in enumerate(seen)}
+    return {
+        "clips": len(held_out),
+        "top1": round(float(right.mean()), 4),
+        "per_class": {name: round(float(share), 4) for name, share in per_class.items()},
+    }
 
 
 # ---- the command ------------------------------------------------------------------------------
@@ -325,23 +226,18 @@ def accuracies(
 def run(recipe: Recipe, config: ModelConfig, out: Path, cache: Path, workers: int) -> float:
     """Renders, trains, evaluates and writes; returns the held-out accuracy."""
     out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    rendered = training_set(recipe, config, cache, workers)
-    print(f"rendered {recipe.clips} clips in {time.perf_counter() - began:.0f} s", flush=True)
-    trained_from, cpu = time.perf_counter(), time.process_time()
+    rendered = clips.training_set(recipe.seed, recipe.clips, config, cache, workers)
+    held_out = clips.held_out_set(recipe.seed, recipe.held_out, config, cache, workers)
+    wall, cpu = time.perf_counter(), time.process_time()
     network = train(recipe, config, rendered, out)
-    budget = {
-        "training_seconds": round(time.perf_counter() - trained_from),
-        "training_cpu_seconds": round(time.process_time() - cpu),
-    }
-    frames, labels = held_out_set(recipe, config, workers)
-    accuracy, per_class = accuracies(classify(network, frames), labels)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    accuracy = evaluate(network, held_out)
     report = {
         "recipe": dataclasses.asdict(recipe),
         "config": config.to_dict(),
         "labels": LABELS,
-        "held_out": {"clips": recipe.held_out, "top1": round(accuracy, 4), "per_class": per_class},
-        "budget": budget,
+        "held_out": accuracy,
+        "training_seconds": {"wall": round(wall), "cpu": round(cpu)},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -350,7 +246,7 @@ def run(recipe: Recipe, config: ModelConfig, out: Path, cache: Path, workers: in
         },
     }
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    return accuracy
+    return float(accuracy["top1"])
 
 
 def main() -> None:
