@@ -1,0 +1,229 @@
+"""How good a model is on labelled videos: accuracy, calibration, and the temperature that mends it.
+
+The model is any function from clips to logits: a network, or a bundle's engine. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.config import Preprocessing
+from model.training.errors import DataError
+from model.training.sources import Sample, VideoList
+from model.training.workers import in_processes
+from model.video import Crops, VideoError, load_clips
+
+Classify = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+"""uint8 clips (batch, time, size, size, 3) to logits (batch, classes)."""
+
+_BINS = 15  # of confidence; Guo et al., 2017
+_BATCH_CLIPS = 16
+_TEMPERATURES = (0.05, 20.0)  # the range that is searched
+
+
+class Protocol(NamedTuple):
+    """Which clips of a video are scored. The paper's: one in time, three in space."""
+
+    views: int = 1
+    crops: Crops = 3
+
+
+class Failure(NamedTuple):
+    """A video that gave no clips, and why."""
+
+    path: str
+    code: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a model says of every video that can be decoded.
+
+    `logits` float32 (videos, clips, classes), `targets` int64 (videos,), `paths` of the videos.
+    """
+
+    logits: NDArray[np.float32]
+    targets: NDArray[np.int64]
+    paths: tuple[str, ...]
+    labels: tuple[str, ...]
+    failures: tuple[Failure, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Shares are from 0 to 1. The score of a video is the mean of the softmax over its clips.
+
+    Attributes:
+        mean_class_accuracy: over the classes that occur.
+        calibration_error: expected calibration error: mean distance of confidence and accuracy over
+            15 bins of confidence, weighted by the videos in them (Guo et al., 2017).
+        log_loss: mean negative logarithm of the right class's score.
+        per_class: videos and accuracy of each class that occurs.
+    """
+
+    videos: int
+    top1: float
+    top5: float
+    mean_class_accuracy: float
+    calibration_error: float
+    log_loss: float
+    per_class: dict[str, dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: shares rounded to 6 places."""
+        fields = dataclasses.asdict(self)
+        return {key: round(v, 6) if isinstance(v, float) else v for key, v in fields.items()}
+
+
+def predict(
+    videos: VideoList,
+    preprocessing: Preprocessing,
+    classify: Classify,
+    protocol: Protocol = Protocol(),  # noqa: B008 (immutable)
+    *,
+    processes: int = 0,
+    done: Callable[[int], object] = lambda count: None,
+) -> Predictions:
+    """Runs a model on every video. What cannot be decoded is left out and named.
+
+    Args:
+        processes: that decode; 0 decodes here.
+        done: told how many videos have been read.
+
+    Raises:
+        DataError: no video can be decoded.
+    """
+    load = functools.partial(_load, preprocessing=preprocessing, protocol=protocol)
+    answers = in_processes(load, videos.samples, processes, crashed=_crashed)
+    logits: list[NDArray[np.float32]] = []
+    scored: list[Sample] = []
+    failures: list[Failure] = []
+    waiting: list[NDArray[np.uint8]] = []
+    at_once = max(_BATCH_CLIPS // (protocol.views * protocol.crops), 1)
+    for count, (sample, answer) in enumerate(zip(videos.samples, answers, strict=True), start=1):
+        if isinstance(answer, Failure):
+            failures.append(answer)
+        else:
+            scored.append(sample)
+            waiting.append(answer)
+        if len(waiting) == at_once:
+            logits += _classify(classify, waiting)
+            waiting.clear()
+        done(count)
+    if waiting:
+        logits += _classify(classify, waiting)
+    if not logits:
+        raise DataError(
+            f"none of the {len(videos.samples)} videos can be decoded; "
+            f"the first, {failures[0].path}: {failures[0].detail}"
+        )
+    return Predictions(
+        np.stack(logits),
+        np.array([sample.label for sample in scored]),
+        tuple(sample.path for sample in scored),
+        videos.labels,
+        tuple(failures),
+    )
+
+
+def _load(
+    sample: Sample, preprocessing: Preprocessing, protocol: Protocol
+) -> NDArray[np.uint8] | Failure:
+    try:
+        clips = load_clips(sample.path, preprocessing, views=protocol.views, crops=protocol.crops)
+    except VideoError as error:
+        return Failure(sample.path, error.code, str(error))
+    return clips.frames
+
+
+def _crashed(sample: Sample) -> NDArray[np.uint8] | Failure:
+    return Failure(sample.path, "decoder_crashed", "It crashes the decoder.")
+
+
+def _classify(classify: Classify, videos: list[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+    """Logits (clips, classes) of each of some videos, which go through the model together."""
+    yield from np.split(classify(np.concatenate(videos)), len(videos))
+
+
+# ---- measures ---------------------------------------------------------------------------------
+
+
+def measure(predictions: Predictions, temperature: float = 1.0) -> Metrics:
+    """The metrics of predictions whose logits are divided by `temperature` first."""
+    scores = _scores(predictions.logits, temperature)
+    targets = predictions.targets
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+    right = best[:, 0] == targets
+    per_class = {
+        predictions.labels[index]: {
+            "videos": int((targets == index).sum()),
+            "accuracy": round(float(right[targets == index].mean()), 6),
+        }
+        for index in np.unique(targets)
+    }
+    return Metrics(
+        videos=len(targets),
+        top1=float(right.mean()),
+        top5=float((best == targets[:, None]).any(1).mean()),
+        mean_class_accuracy=float(np.mean([each["accuracy"] for each in per_class.values()])),
+        calibration_error=calibration_error(scores.max(1), right),
+        log_loss=_log_loss(scores, targets),
+        per_class=per_class,
+    )
+
+
+def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
+    """Expected calibration error of predictions (n,) made with `confidence` from 0 to 1."""
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    error = 0.0
+    for number in np.unique(bins):
+        inside = bins == number
+        gap = abs(float(confidence[inside].mean()) - float(right[inside].mean()))
+        error += inside.mean() * gap
+    return float(error)
+
+
+def fit_temperature(predictions: Predictions) -> float:
+    """The temperature with the least log loss (Guo et al., 2017), within 0.05 to 20.
+
+    To be fitted on validation data: not on what the model was trained on, and the calibration
+    that it promises is to be measured on yet other videos.
+    """
+
+    def loss(logarithm: float) -> float:
+        scores = _scores(predictions.logits, float(np.exp(logarithm)))
+        return _log_loss(scores, predictions.targets)
+
+    # The mean over clips may have more than one minimum: a grid first, then a search around it.
+    lowest, highest = np.log(_TEMPERATURES)
+    grid = np.linspace(lowest, highest, 25)
+    at = int(np.argmin([loss(point) for point in grid]))
+    low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)])
+    golden = (np.sqrt(5) - 1) / 2
+    for _ in range(30):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if loss(left) < loss(right):
+            high = right
+        else:
+            low = left
+    return float(np.exp((low + high) / 2))
+
+
+def _scores(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+    """Logits (videos, clips, classes) to scores (videos, classes)."""
+    scaled = logits.astype(np.float64) / temperature
+    powers = np.exp(scaled - scaled.max(-1, keepdims=True))
+    mean: NDArray[np.float64] = (powers / powers.sum(-1, keepdims=True)).mean(1)
+    return mean
+
+
+def _log_loss(scores: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
+    chosen = scores[np.arange(len(targets)), targets]
+    return float(-np.log(np.maximum(chosen, 1e-300)).mean())
