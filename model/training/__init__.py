@@ -8,6 +8,11 @@
     augmentation.py  what is done to a batch before the network sees it
     optimisation.py  parameter groups, schedules, freezing, the average of the weights
     recipe.py        all that decides what is learned, and the presets
+    checkpoint.py    the state of a run on disk
+    log.py           what happened in a run
+    run.py           its steps and states
+    loop.py          from the first step to the written weights
+    evaluation.py    `timesformer evaluate`: accuracy and calibration
 
-`errors`, `sources`, `workers` and `check` run without torch.
+`errors`, `sources`, `workers`, `check` and `evaluation` run without torch.
 """

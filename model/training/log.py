@@ -1,0 +1,72 @@
+"""What happened in a run, one JSON object a line, so that a resumed run's log has no step twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from model.training.errors import TrainingError
+
+
+class RunLog:
+    """Appends events to `path`, each with its `step`, and flushes each.
+
+    Args:
+        step: where the run goes on; what the file says of later steps, and a line that a kill cut
+            off, are removed.
+
+    Raises:
+        TrainingError: the file cannot be written, here or later.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        try:
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            kept = b"".join(line for line in lines if _is_of(line, step))
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_bytes(kept)
+            temporary.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def write(self, event: str, step: int, **fields: Any) -> None:
+        """One line: {"event": ..., "step": ..., ...}."""
+        try:
+            self._file.write(json.dumps({"event": event, "step": step, **fields}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All events of a log."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _is_of(line: bytes, last: int) -> bool:
+    try:
+        return line.endswith(b"\n") and int(json.loads(line)["step"]) <= last
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _cannot_write(path: Path, error: OSError) -> TrainingError:
+    return TrainingError(
+        f"cannot write {path}: {error.strerror or error}; "
+        "make room, and the same command goes on from the last checkpoint"
+    )

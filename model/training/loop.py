@@ -1,0 +1,131 @@
+"""A training run, from first weights to `weights.safetensors`.
+
+    OUT/log.jsonl            every step and evaluation, one JSON object a line
+    OUT/checkpoints/         the newest states of the run, see `checkpoint.py`
+    OUT/weights.safetensors  the result, with its configuration and labels
+    OUT/training.json        metrics, recipe, software; for `timesformer export --training`
+
+A run that was killed goes on from its last checkpoint and ends with the same weights as one that
+was not; on a CPU bit for bit. tests/model/training/test_loop.py holds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from model.timesformer import TimeSformer
+from model.training.errors import StoppedError, TrainingError
+from model.training.evaluation import Metrics, Protocol
+from model.training.log import RunLog
+from model.training.run import CHECKPOINTS, Job, Machine, Run, Step
+
+LOG = "log.jsonl"
+_WHILE_TRAINING = Protocol(views=1, crops=1)
+
+
+def train(
+    model: TimeSformer,
+    job: Job,
+    machine: Machine = Machine(),  # noqa: B008 (immutable)
+    *,
+    on_step: Callable[[Step], object] = lambda step: None,
+    on_evaluation: Callable[[int, Metrics], object] = lambda step, metrics: None,
+) -> dict[str, Any]:
+    """Trains to the end, from the beginning or from where a run in `job.out` was ended.
+
+    Args:
+        model: the first weights; trained in place.
+
+    Returns:
+        What stands in `training.json`.
+
+    Raises:
+        TrainingError: see `errors.py`.
+    """
+    with _alone(job.out):
+        run = Run(model, job, machine)
+        finished = run.finished()
+        if finished is not None:
+            return finished
+        run.resume()
+        with RunLog(job.out / LOG, run.step) as log, _stop_signal() as stop:
+            for step in run.steps():
+                log.write("step", **_rounded(step))
+                for each in run.replaced_now:
+                    log.write("replaced", run.step, **each._asdict())
+                on_step(step)
+                if run.ends_epoch():
+                    metrics = run.evaluate(_WHILE_TRAINING)
+                    if metrics is not None:
+                        log.write("evaluation", run.step, **metrics.to_dict())
+                        on_evaluation(run.step, metrics)
+                if run.step % machine.checkpoint_every == 0 or stop or run.step == run.last:
+                    run.save()
+                if stop and run.step < run.last:
+                    raise StoppedError(
+                        f"stopped after step {run.step} of {run.last}, which is saved in "
+                        f"{job.out / CHECKPOINTS}; the same command goes on from there"
+                    )
+        return run.finish()
+
+
+def _rounded(step: Step) -> dict[str, Any]:
+    fields = dataclasses.asdict(step)
+    return {**fields, "epoch": round(step.epoch, 4), "clips_per_s": round(step.clips_per_s, 2)}
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds `out` for this process.
+
+    Raises:
+        TrainingError: another process trains into it, or it cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((out / ".lock").open("a"))
+        except OSError as error:
+            raise TrainingError(f"cannot write into {out}: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"another process trains into {out}; wait for it or take another folder"
+            ) from None
+        yield
+
+
+@contextmanager
+def _stop_signal() -> Iterator[list[int]]:
+    """Gives a list that gets the number of the first SIGTERM or SIGINT; the second one acts as
+    usual.
+    """
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield seen
+    finally:
+        restore()

@@ -1,0 +1,344 @@
+"""The state of a training run in one process, on a CPU or a GPU: its steps, its saved states, and
+the result that it writes. Who calls them when is in `loop.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - the name the field uses
+
+from model.checkpoints import save_safetensors
+from model.timesformer import TimeSformer
+from model.training import checkpoint
+from model.training.augmentation import augment
+from model.training.data import Batch, BatchOrder, Replaced, TrainingClips, load_batches
+from model.training.errors import CheckpointError, DivergedError, MismatchError, TrainingError
+from model.training.evaluation import Metrics, Protocol, measure, predict
+from model.training.optimisation import Average, build_optimizer, freeze, rate, set_rate
+from model.training.recipe import Recipe
+from model.training.sources import VideoList
+
+WEIGHTS, REPORT, CHECKPOINTS = "weights.safetensors", "training.json", "checkpoints"
+_AUGMENTATION = 2  # what a draw is for, as `_ORDER` and `_CLIP` in data.py
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is trained on what. `validation` is evaluated after every epoch and at the end."""
+
+    recipe: Recipe
+    videos: VideoList
+    validation: VideoList | None
+    out: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """How it is run; nothing of this decides what is learned.
+
+    `workers` decode; 0 decodes in the training process. A state is written every
+    `checkpoint_every` steps.
+    """
+
+    device: str = "cpu"
+    workers: int = 0
+    checkpoint_every: int = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is told after each step. `clips_per_s` is of this step alone."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    clips_per_s: float
+
+
+class Run:
+    """The state of a run: weights, average, optimiser, scaler, step, and what has been counted."""
+
+    def __init__(self, model: TimeSformer, job: Job, machine: Machine) -> None:
+        recipe, settings = job.recipe, job.recipe.optimisation
+        self.job, self.machine = job, machine
+        self.identity = _identity(model, job)
+        self.device = torch.device(machine.device)
+        freeze(model, settings.train)
+        self.model = model.to(self.device)
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.average = Average(self.model, settings.ema) if settings.ema else None
+        self.optimizer = build_optimizer(self.model, settings)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
+        self.clips_per_step = recipe.batch_size * settings.accumulate
+        self.last = max(
+            math.floor(settings.epochs * len(job.videos.samples) / self.clips_per_step), 1
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.replaced: collections.Counter[str] = collections.Counter()
+        self.replaced_now: list[Replaced] = []
+        torch.manual_seed(recipe.seed)
+
+    # ---- steps --------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[Step]:
+        """Every step that is left, done when it is yielded."""
+        accumulate = self.job.recipe.optimisation.accumulate
+        batches = self._batches(range(self.step * accumulate, self.last * accumulate))
+        while self.step < self.last:
+            began = time.perf_counter()
+            yield self._do_step([next(batches) for _ in range(accumulate)], began)
+
+    def ends_epoch(self) -> bool:
+        """Whether the last step has completed an epoch with more to come."""
+        completed = self._epoch(self.step) // 1 > self._epoch(self.step - 1) // 1
+        return completed and self.step < self.last
+
+    def _epoch(self, step: float) -> float:
+        return step * self.clips_per_step / len(self.job.videos.samples)
+
+    def _batches(self, which: range) -> Iterator[tuple[int, Batch]]:
+        """Batches with their numbers."""
+        recipe, videos = self.job.recipe, self.job.videos
+        labels = np.array([sample.label for sample in videos.samples])
+        order = BatchOrder(labels, recipe.batch_size, recipe.seed, which, recipe.balanced)
+        clips = TrainingClips(videos, self.model.config.preprocessing, recipe.view, recipe.seed)
+        try:
+            yield from zip(which, load_batches(clips, order, self.machine.workers), strict=True)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                f"a process that decodes videos has died: {error}. `timesformer data check` finds "
+                "files that crash the decoder; the same command goes on from the last checkpoint"
+            ) from error
+
+    def _do_step(self, batches: list[tuple[int, Batch]], began: float) -> Step:
+        settings = self.job.recipe.optimisation
+        learning_rate = rate(self._epoch(self.step + 0.5), settings)
+        set_rate(self.optimizer, learning_rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = sum(self._backward(number, batch) for number, batch in batches)
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss of step {self.step + 1} is {loss}: the last checkpoint is from before; "
+                "train again with a lower learning rate, a longer warm-up or clipped gradients"
+            )
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.weights, settings.clip_norm or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.model)
+        self.step += 1
+        self.replaced_now = [each for _, batch in batches for each in batch.replaced]
+        self.replaced.update(each.path for each in self.replaced_now)
+        took = time.perf_counter() - began
+        self.seconds += took
+        return Step(
+            self.step,
+            self.last,
+            self._epoch(self.step),
+            loss,
+            learning_rate,
+            norm.item(),
+            self.clips_per_step / took,
+        )
+
+    def _backward(self, number: int, batch: Batch) -> float:
+        """Adds the gradients of one batch; returns its share of the step's loss."""
+        recipe = self.job.recipe
+        draws = torch.Generator().manual_seed(_seed(recipe.seed, number))
+        frames, targets = augment(
+            batch.frames.to(self.device, non_blocking=True),
+            batch.labels.to(self.device),
+            self.model.config.num_classes,
+            recipe.augmentation,
+            draws,
+        )
+        dtype = _DTYPES.get(recipe.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            logits, _ = self.model(frames)
+        loss = F.cross_entropy(logits.float(), targets) / recipe.optimisation.accumulate
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    # ---- states -------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes the state; see `checkpoint.save`."""
+        state = {
+            "identity": json.dumps(self.identity),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            # Order, views and augmentation are drawn from the seed and the step, and need no state.
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all(),
+            "seconds": self.seconds,
+            "replaced": dict(self.replaced),
+        }
+        checkpoint.save(self.job.out / CHECKPOINTS, self.step, state)
+
+    def resume(self) -> None:
+        """Goes to the newest intact state, if there is any.
+
+        Raises:
+            CheckpointError: there are states, but none that can be used.
+        """
+        found = checkpoint.load_newest(self.job.out / CHECKPOINTS)
+        if found is None:
+            return
+        step, state = found
+        self._check_identity(json.loads(state["identity"]))
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        if len(state["random_cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        self.seconds = state["seconds"]
+        self.replaced.update(state["replaced"])
+        self.step = step
+
+    def _check_identity(self, theirs: dict[str, Any]) -> None:
+        if theirs == self.identity:
+            return
+        differ = sorted(key for key in self.identity if theirs.get(key) != self.identity[key])
+        raise MismatchError(
+            f"{self.job.out} holds a run that was begun with another {', '.join(differ)}: "
+            "train into another folder, or give what it was begun with"
+        )
+
+    # ---- the result ---------------------------------------------------------------------------
+
+    def result(self) -> TimeSformer:
+        """A copy of the network in eval mode, with the average of its weights if there is one."""
+        model = copy.deepcopy(self.model).eval()
+        if self.average is not None:
+            model.load_state_dict(self.average.weights, strict=False)
+        return model
+
+    def evaluate(self, protocol: Protocol) -> Metrics | None:
+        """Metrics of the result on the validation videos; None where there are none."""
+        if self.job.validation is None:
+            return None
+        model = self.result()
+        predictions = predict(
+            self.job.validation,
+            model.config.preprocessing,
+            classifier(model),
+            protocol,
+            processes=self.machine.workers,
+        )
+        return measure(predictions)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The report of a run of this identity that is complete."""
+        report, weights = self.job.out / REPORT, self.job.out / WEIGHTS
+        if not (report.exists() and weights.exists()):
+            return None
+        contents: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        self._check_identity(contents.get("identity", {}))
+        return contents
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluates by the paper's protocol, and writes weights and report."""
+        out, videos = self.job.out, self.job.videos
+        metrics = self.evaluate(Protocol())
+        model = self.result()
+        report = {
+            "metrics": metrics.to_dict() if metrics else None,
+            "protocol": Protocol()._asdict(),
+            "videos": len(videos.samples),
+            "validation_videos": len(self.job.validation.samples) if self.job.validation else 0,
+            # How many, not which: this is published with the model. Which, says the log.
+            "replaced_clips": self.replaced.total(),
+            "replaced_videos": len(self.replaced),
+            "steps": self.last,
+            "seconds": round(self.seconds, 1),
+            "device": str(self.device),
+            "identity": self.identity,
+            "software": software(),
+        }
+        try:
+            save_safetensors(model, out / WEIGHTS, model.config, labels=videos.labels)
+            temporary = out / f".{REPORT}.tmp"
+            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            temporary.replace(out / REPORT)
+        except (
+            OSError,
+            SafetensorError,
+        ) as error:  # safetensors has words of its own for a full disk
+            raise CheckpointError(
+                f"cannot write the result into {out}: {error}; "
+                "make room, and the same command writes it from the last checkpoint"
+            ) from error
+        return report
+
+
+def classifier(model: TimeSformer) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    """The network as the function that `evaluation.predict` takes; one clip at a time on a CPU."""
+    device = model.head.weight.device
+
+    def classify(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        at_once = len(frames) if device.type == "cuda" else 1
+        parts = torch.split(torch.from_numpy(frames).to(device), at_once)
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = (
+                torch.cat([model(part)[0] for part in parts]).cpu().numpy()
+            )
+        return logits
+
+    return classify
+
+
+def software() -> dict[str, str]:
+    """Versions of what decides the weights."""
+    packages = {name: version(name) for name in ("torch", "numpy", "av")}
+    return {"python": platform.python_version(), **packages}
+
+
+def _identity(model: TimeSformer, job: Job) -> dict[str, Any]:
+    """What a run must have been begun with to be continued; as JSON gives it back."""
+    weights = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(value.detach().cpu().contiguous().numpy().tobytes())
+    identity = {
+        "recipe": job.recipe.to_dict(),
+        "config": model.config.to_dict(),
+        "videos": job.videos.fingerprint(),
+        "validation": job.validation.fingerprint() if job.validation else None,
+        "first weights": weights.hexdigest(),
+    }
+    returned: dict[str, Any] = json.loads(json.dumps(identity))
+    return returned
+
+
+def _seed(seed: int, batch: int) -> int:
+    return int(np.random.SeedSequence([seed, _AUGMENTATION, batch]).generate_state(1, np.uint64)[0])
