@@ -16,7 +16,7 @@ from service.decoding import DecoderPool, WorkerLimits
 from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.models import ModelHost
-from service.routes import classify, health, page
+from service.routes import classify, embed, health, page
 from service.routes import models as model_list
 from service.settings import Settings
 from service.state import State
@@ -36,7 +36,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
     errors.install(app, app.state.metrics)
     app.add_middleware(RequestContext, metrics=app.state.metrics)
-    for group in (classify, model_list, health, page):
+    for group in (classify, embed, model_list, health, page):
         app.include_router(group.router)
     return app
 

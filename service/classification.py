@@ -16,6 +16,7 @@ from service.schemas import (
     Prediction,
     SamplingFacts,
     VideoFactsSchema,
+    ViewParameters,
 )
 
 
@@ -26,8 +27,8 @@ def classification(
     return Classification(
         predictions=best_labels(bundle.manifest.labels, logits, parameters),
         model=ModelName(name=bundle.name, version=bundle.version),
-        sampling=_sampling(clips, parameters),
-        video=_video(clips),
+        sampling=sampling_facts(clips, parameters),
+        video=video_facts(clips),
     )
 
 
@@ -55,7 +56,8 @@ def best_labels(
     )
 
 
-def _sampling(clips: Clips, parameters: ClassifyParameters) -> SamplingFacts:
+def sampling_facts(clips: Clips, parameters: ViewParameters) -> SamplingFacts:
+    """What of the video the network was shown."""
     return SamplingFacts(
         mode=clips.sampling,
         views=parameters.views,
@@ -64,7 +66,8 @@ def _sampling(clips: Clips, parameters: ClassifyParameters) -> SamplingFacts:
     )
 
 
-def _video(clips: Clips) -> VideoFactsSchema:
+def video_facts(clips: Clips) -> VideoFactsSchema:
+    """What the file turned out to be."""
     facts = clips.facts
     return VideoFactsSchema(
         width=facts.width,

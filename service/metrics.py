@@ -23,7 +23,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "timesformer_stage_seconds",
-            "Time of a classification by stage: upload, decode, queue, inference, total.",
+            "Time of an answered request by stage: upload, decode, queue, inference, total.",
             ["stage"],
             buckets=_SECONDS,
             registry=self.registry,

@@ -99,8 +99,11 @@ def _endpoints() -> Iterator[str]:
     yield _table(["endpoint", "purpose", "parameters"], rows)
     for path, methods in description["paths"].items():
         for method, operation in methods.items():
-            if operation.get("parameters"):
-                yield f"Parameters of `{method.upper()} {path}`, in the query or in the form:"
+            parameters = _query_parameters(operation)
+            if parameters:
+                form = "multipart/form-data" in operation.get("requestBody", {}).get("content", {})
+                place = "in the query or in the form" if form else "in the query"
+                yield f"Parameters of `{method.upper()} {path}`, {place}:"
                 yield _table(
                     ["name", "default", "meaning"],
                     [
@@ -109,13 +112,17 @@ def _endpoints() -> Iterator[str]:
                             f"`{item['schema'].get('default', '')}`",
                             item.get("description", ""),
                         ]
-                        for item in operation["parameters"]
+                        for item in parameters
                     ],
                 )
 
 
 def _parameters(operation: dict[str, Any]) -> str:
-    return ", ".join(f"`{item['name']}`" for item in operation.get("parameters", []))
+    return ", ".join(f"`{item['name']}`" for item in _query_parameters(operation))
+
+
+def _query_parameters(operation: dict[str, Any]) -> list[dict[str, Any]]:
+    return [item for item in operation.get("parameters", []) if item["in"] == "query"]
 
 
 def _errors() -> Iterator[str]:

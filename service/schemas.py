@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 
 class _Schema(BaseModel):
@@ -15,15 +15,20 @@ def _number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-class ClassifyParameters(_Schema):
-    """How a video is to be looked at, and how much of the answer is wanted."""
+class ViewParameters(_Schema):
+    """How a video is to be looked at."""
 
-    top_k: int = Field(5, ge=1, le=10_000, description="Labels in the answer, best first.")
     views: int = Field(1, ge=1, le=1000, description="Clips spread over the video's length.")
     # Query and form values are strings, which a Literal of numbers does not take by itself.
     crops: Annotated[Literal[1, 3], BeforeValidator(_number)] = Field(
         1, description="1: the centre. 3: the two ends and the centre of the long side."
     )
+
+
+class ClassifyParameters(ViewParameters):
+    """How a video is to be looked at, and how much of the answer is wanted."""
+
+    top_k: int = Field(5, ge=1, le=10_000, description="Labels in the answer, best first.")
     threshold: float = Field(0.0, ge=0, le=1, description="Labels that score less are left out.")
 
 
@@ -84,6 +89,36 @@ class Classification(_Schema):
     video: VideoFactsSchema
 
 
+_EXAMPLE_FACTS: dict[str, JsonValue] = {
+    "model": {"name": "demo", "version": "1"},
+    "sampling": {
+        "mode": "dense",
+        "views": 1,
+        "crops": 1,
+        "times_s": [[0.53, 0.67, 0.8, 0.93, 1.07, 1.2, 1.33, 1.47]],
+    },
+    "video": {
+        "width": 320,
+        "height": 240,
+        "rotation": 0,
+        "duration_s": 2.0,
+        "frames": 60,
+        "frame_rate": 30.0,
+        "codec": "h264",
+        "container": "mp4",
+        "truncated": False,
+    },
+    "timings_ms": {
+        "upload": 0.8,
+        "decode": 21.5,
+        "queue": 0.3,
+        "inference": 14.2,
+        "total": 37.4,
+    },
+    "request_id": "8c1f6a7e5d0b4f0f9a52a3f2c1d0e9b8",
+}
+
+
 class ClassifyResponse(Classification):
     timings_ms: Timings
     request_id: str
@@ -95,32 +130,29 @@ class ClassifyResponse(Classification):
                     "predictions": [
                         {"label": "turning clockwise", "class_index": 6, "score": 0.97}
                     ],
-                    "model": {"name": "demo", "version": "1"},
-                    "sampling": {
-                        "mode": "dense",
-                        "views": 1,
-                        "crops": 1,
-                        "times_s": [[0.53, 0.67, 0.8, 0.93, 1.07, 1.2, 1.33, 1.47]],
-                    },
-                    "video": {
-                        "width": 320,
-                        "height": 240,
-                        "rotation": 0,
-                        "duration_s": 2.0,
-                        "frames": 60,
-                        "frame_rate": 30.0,
-                        "codec": "h264",
-                        "container": "mp4",
-                        "truncated": False,
-                    },
-                    "timings_ms": {
-                        "upload": 0.8,
-                        "decode": 21.5,
-                        "queue": 0.3,
-                        "inference": 14.2,
-                        "total": 37.4,
-                    },
-                    "request_id": "8c1f6a7e5d0b4f0f9a52a3f2c1d0e9b8",
+                    **_EXAMPLE_FACTS,
+                }
+            ]
+        }
+    )
+
+
+class EmbedResponse(_Schema):
+    embedding: tuple[float, ...] = Field(description="Mean over all clips; not normalised.")
+    dim: int
+    model: ModelName
+    sampling: SamplingFacts
+    video: VideoFactsSchema
+    timings_ms: Timings
+    request_id: str
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "embedding": [0.8125, -1.25, 0.0625, 0.5],
+                    "dim": 4,
+                    **_EXAMPLE_FACTS,
                 }
             ]
         }

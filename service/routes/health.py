@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from service.metrics import CONTENT_TYPE, Metrics
-from service.routes.classify import PROBLEM_RESPONSES
+from service.requests import PROBLEM_RESPONSES
 from service.schemas import LiveResponse, ModelName, ReadyResponse
 from service.state import Running
 

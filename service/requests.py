@@ -1,0 +1,173 @@
+"""What the endpoints that take a video have in common: upload -> clips -> answer, in time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
+from export.bundle import Bundle
+from model.video import Clips
+from service.batcher import Answer
+from service.decoding import Job
+from service.errors import PROBLEM_TYPE, ClientDisconnectedError, RequestTimeoutError
+from service.metrics import Metrics
+from service.models import ServedModel
+from service.schemas import Problem, Timings, ViewParameters
+from service.state import State
+from service.uploads import FILE_FIELD, Upload, receive
+
+T = TypeVar("T")
+P = TypeVar("P", bound=ViewParameters)
+
+_PROBLEMS = {
+    400: "The multipart body is malformed.",
+    408: "The upload took too long.",
+    413: "The upload or the video is over a limit.",
+    415: "Not a kind of video that is accepted.",
+    422: "The video or a parameter cannot be used.",
+    503: "Too much waits already, or the service is starting or stopping.",
+    504: "The answer took too long.",
+}
+
+
+def problem_response(description: str) -> dict[str, Any]:
+    """The OpenAPI description of an error."""
+    schema = Problem.model_json_schema()
+    return {"description": description, "content": {PROBLEM_TYPE: {"schema": schema}}}
+
+
+PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: problem_response(description) for status, description in _PROBLEMS.items()
+}
+
+
+def video_body(parameters: type[ViewParameters]) -> dict[str, Any]:
+    """The OpenAPI description of a body with a video, and in a form these parameters as well."""
+    binary = {"type": "string", "format": "binary"}
+    fields = {
+        name: {key: value for key, value in schema.items() if key != "title"}
+        for name, schema in parameters.model_json_schema()["properties"].items()
+    }
+    return {
+        "required": True,
+        "description": f"The video itself, or a form with the video in `{FILE_FIELD}`. Parameters "
+        "in the form win over those in the query.",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": [FILE_FIELD],
+                    "properties": {FILE_FIELD: binary, **fields},
+                }
+            },
+            "application/octet-stream": {"schema": binary},
+            "video/*": {"schema": binary},
+        },
+    }
+
+
+class VideoAnswer(NamedTuple, Generic[P]):
+    """What the network says of one video."""
+
+    bundle: Bundle
+    """Whose network it was."""
+    parameters: P
+    clips: Clips
+    answer: Answer
+    timings: Timings
+
+
+async def answer_video(request: Request, state: State, query: P) -> VideoAnswer[P]:
+    """Receives the request's video, decodes it and runs its clips through the network.
+
+    Raises:
+        ServiceError: as `receive`, `DecoderPool.decode`, `Batcher.submit` and `answer_in_time`.
+        RequestValidationError: a parameter is wrong.
+    """
+    started = time.perf_counter()
+    settings = state.settings
+    async with receive(
+        request, settings.spool_dir, settings.max_upload_bytes, settings.upload_timeout_s
+    ) as upload:
+        parameters = merge_parameters(query, upload.fields, settings.max_clips_per_request)
+        # One model from sampling to labels, also when another takes over meanwhile.
+        with state.models.current.in_use() as model:
+            clips, decode_s, answer = await answer_in_time(
+                request, settings.request_timeout_s, _process(state, model, upload, parameters)
+            )
+    seconds = {
+        "upload": upload.seconds,
+        "decode": decode_s,
+        "queue": answer.queue_s,
+        "inference": answer.inference_s,
+        "total": time.perf_counter() - started,
+    }
+    observe(state.metrics, seconds)
+    timings = Timings(**{stage: round(value * 1e3, 2) for stage, value in seconds.items()})
+    return VideoAnswer(model.bundle, parameters, clips, answer, timings)
+
+
+def observe(metrics: Metrics, seconds: dict[str, float]) -> None:
+    """Records how long the stages of an answered request took."""
+    for stage, value in seconds.items():
+        metrics.stage_seconds.labels(stage).observe(value)
+
+
+def merge_parameters(query: P, fields: dict[str, str], max_clips: int) -> P:
+    """The query's parameters with the form's on top.
+
+    Raises:
+        RequestValidationError: a form field is unknown or wrong, or too many clips are asked for.
+    """
+    given = query.model_dump(exclude_unset=True)
+    try:
+        parameters = type(query).model_validate({**given, **fields})
+    except ValidationError as error:
+        problems = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+        raise RequestValidationError(problems) from None
+    if parameters.views * parameters.crops > max_clips:
+        message = f"views x crops may be {max_clips} at most"
+        raise RequestValidationError(
+            [{"loc": ("query", "views"), "msg": message, "type": "too_many_clips"}]
+        )
+    return parameters
+
+
+async def _process(
+    state: State, model: ServedModel, upload: Upload, parameters: ViewParameters
+) -> tuple[Clips, float, Answer]:
+    """Decodes, then infers. Returns the clips, the seconds of decoding and the answer."""
+    started = time.perf_counter()
+    preprocessing = model.bundle.config.preprocessing
+    clips = await state.decoders.decode(
+        Job(upload.path, preprocessing, parameters.views, parameters.crops)
+    )
+    decode_s = time.perf_counter() - started
+    return clips, decode_s, await model.batcher.submit(clips.frames)
+
+
+async def answer_in_time(request: Request, timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work` until it is done, its time is up, or the client has gone.
+
+    Raises:
+        RequestTimeoutError, ClientDisconnectedError: `work` was cancelled.
+    """
+    task = asyncio.ensure_future(work)
+    # The body has been read, so the next message can only be the client's leaving.
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, leaving}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if leaving.done():
+            raise ClientDisconnectedError("The client went away.")
+        raise RequestTimeoutError(f"There was no answer after {timeout_s:g} s.")
+    finally:
+        leaving.cancel()
+        task.cancel()

@@ -1,0 +1,92 @@
+"""`POST /v1/embed` as clients use it: over a socket, with real bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from export.bundle import BundleStore
+from export.runtime import load_runtime
+from model.demo import STORE
+from model.video import load_clips
+from service.routes.embed import mean_embedding
+
+URL = "/v1/embed"
+# What `classify` answers too; how uploads, limits and faults behave is tested there.
+SHARED_FACTS = ("model", "sampling", "video")
+
+
+@pytest.mark.parametrize(("views", "crops"), [(1, 1), (2, 3)])
+def test_the_embedding_is_the_mean_of_the_networks_over_the_clips(
+    client: httpx.Client, video: Path, views: int, crops: Any
+) -> None:
+    parameters = {"views": views, "crops": crops}
+    answer = client.post(URL, params=parameters, content=video.read_bytes()).json()
+    bundle = BundleStore(STORE).open("demo")
+    clips = load_clips(video, bundle.config.preprocessing, views=views, crops=crops)
+    expected = load_runtime(bundle, "cpu").run(clips.frames).embedding.mean(axis=0)
+    assert answer["dim"] == len(answer["embedding"]) == bundle.config.embed_dim
+    np.testing.assert_allclose(answer["embedding"], expected, atol=1e-4)
+
+
+def test_it_says_of_the_video_what_classify_says(client: httpx.Client, video: Path) -> None:
+    content = video.read_bytes()
+    embedded = client.post(URL, params={"views": 3}, content=content)
+    classified = client.post("/v1/classify", params={"views": 3}, content=content).json()
+    answer = embedded.json()
+    assert {key: answer[key] for key in SHARED_FACTS} == {
+        key: classified[key] for key in SHARED_FACTS
+    }
+    assert answer["timings_ms"].keys() == classified["timings_ms"].keys()
+    assert 0 < answer["timings_ms"]["inference"] < answer["timings_ms"]["total"]
+    assert answer["request_id"] == embedded.headers["x-request-id"]
+
+
+def test_a_form_gets_what_the_raw_body_gets(client: httpx.Client, video: Path) -> None:
+    content = video.read_bytes()
+    form = client.post(URL, params={"views": 3}, files={"file": content}, data={"views": "2"})
+    raw = client.post(URL, params={"views": 2}, content=content)
+    assert form.json()["sampling"]["views"] == 2
+    np.testing.assert_allclose(form.json()["embedding"], raw.json()["embedding"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"views": "0"}, {"crops": "2"}, {"views": "11", "crops": "3"}, {"top_k": "3"}]
+)
+def test_wrong_parameters_are_named(
+    client: httpx.Client, video: Path, parameters: dict[str, str]
+) -> None:
+    content = video.read_bytes()
+    for answer in (
+        client.post(URL, params=parameters, content=content),
+        client.post(URL, files={"file": content}, data=parameters),
+    ):
+        assert answer.status_code == 422
+        assert answer.json()["code"] == "invalid_parameters"
+        assert answer.json()["errors"][0]["field"] in {*parameters, "views"}
+
+
+def test_what_is_no_video_is_refused(client: httpx.Client) -> None:
+    answer = client.post(URL, content=b"words")
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["code"] == "undecodable_video"
+
+
+def test_its_numbers_are_float32_in_their_shortest_form() -> None:
+    vector = mean_embedding(np.array([[0.1, 1e-8, -3.0], [0.3, 3e-8, -3.0]], np.float32))
+    assert vector == [0.2, 2e-8, -3.0]
+
+
+def test_its_description_has_its_body_parameters_and_problems(client: httpx.Client) -> None:
+    description = client.get("/openapi.json").json()
+    embed = description["paths"]["/v1/embed"]["post"]
+    assert [parameter["name"] for parameter in embed["parameters"]] == ["views", "crops"]
+    form = embed["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert set(form["properties"]) == {"file", "views", "crops"}
+    assert {"400", "408", "413", "415", "422", "503", "504"} <= set(embed["responses"])
+    assert description["components"]["schemas"]["EmbedResponse"]["examples"]
