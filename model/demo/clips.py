@@ -19,6 +19,7 @@ import numpy.typing as npt
 from model.config import ModelConfig
 from model.demo import render
 from model.demo.render import LABELS, Frames
+from model.demo.textures import Array
 from model.video import load_clips
 
 HELD_OUT_SECONDS = 1.2  # a little over the span of a clip
@@ -34,15 +35,16 @@ class Rendered(NamedTuple):
     flow: npt.NDArray[np.float16]
 
 
-def _training_clip(index: int, seed: int, config: ModelConfig) -> tuple[Frames, render.Array]:
+def _training_clip(index: int, seed: int, config: ModelConfig) -> tuple[Frames, Array]:
     rng = np.random.default_rng([seed, index])
     label = LABELS[index % len(LABELS)]
     return render.training_clip(label, rng, config.preprocessing, config.grid)
 
 
 def _folder(cache: Path, *facts: object) -> Path:
-    """Where clips of these facts, rendered by this very code, are kept."""
-    code = Path(render.__file__).read_bytes() + repr(facts).encode()
+    """Where clips of these facts, rendered by this very package, are kept."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    code = b"".join(source.read_bytes() for source in sources) + repr(facts).encode()
     folder = cache / hashlib.sha256(code).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder

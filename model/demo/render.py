@@ -24,6 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from model.config import Preprocessing
+from model.demo.textures import (
+    OBJECT_MARGIN,
+    TEXELS,
+    Array,
+    log_uniform,
+    make_outline,
+    make_pyramid,
+    make_texture,
+)
 
 LABELS = (
     "moving left",
@@ -40,16 +49,13 @@ LABELS = (
     "flickering",
 )
 
-Array = npt.NDArray[np.float32]
 Frames = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.float64]
 
 # A pose says how a layer differs from rest: x, y, angle, log of the scale, log of the brightness.
 X, Y, ANGLE, ZOOM, LIGHT = range(5)
 TILE = 2.0  # side of the background's endlessly repeated texture
-TEXELS = 256  # texels along one side of a texture
 SUBFRAMES = 3  # samples a pixel, spread over its area and over the shutter time
-OBJECT_MARGIN = 1.15  # an object's texture ends here, in radii of the object
 
 # Steady motions: (component of the pose, sign, slowest and fastest rate in 1/s). A clip lasts
 # 0.93 s and a short side is 73 px of the network's input: 0.06 is 0.6 px from frame to frame.
@@ -105,10 +111,6 @@ class Camera:
     bars: tuple[float, float]  # height above and below, width left and right, 0 for none
 
 
-def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    return float(math.exp(rng.uniform(math.log(low), math.log(high))))
-
-
 # ---- motions ----------------------------------------------------------------------------------
 
 
@@ -129,22 +131,23 @@ def make_motion(label: str, rng: np.random.Generator) -> Motion:
     """Draws a motion of the class `label`, with the slight tremble that every clip has."""
     velocity = np.zeros(5, np.float32)
     acceleration = 0.0
-    tremble = _log_uniform(rng, 0.0002, 0.002)
+    tremble = log_uniform(rng, 0.0002, 0.002)
     waves = _waves(rng, np.array([tremble, tremble, tremble, 0, tremble], np.float32), 0.5, 10, 3)
     if label in _STEADY:
         component, sign, slow, fast = _STEADY[label]
-        velocity[component] = sign * _log_uniform(rng, slow, fast)
+        velocity[component] = sign * log_uniform(rng, slow, fast)
         if component in (X, Y):  # up to 15 degrees off the axis
             velocity[1 - component] = velocity[component] * math.tan(rng.uniform(-0.26, 0.26))
         acceleration = rng.uniform(-0.8, 0.8)
     elif label == "shaking":
-        shift = _log_uniform(rng, 0.012, 0.06)
+        shift = log_uniform(rng, 0.012, 0.06)
         turn = rng.choice([0.0, 1.0]) * shift
-        waves = _waves(rng, np.array([shift, shift, turn, 0, 0], np.float32), 2.5, 11, 6)
+        # Around half the 7.5 Hz at which clips are sampled: what is faster would look like a swing.
+        waves = _waves(rng, np.array([shift, shift, turn, 0, 0], np.float32), 2.3, 5.2, 6)
     elif label == "swinging":
         waves = _swing(rng)
     elif label == "flickering":
-        light = np.array([0, 0, 0, 0, _log_uniform(rng, 0.25, 0.9)], np.float32)
+        light = np.array([0, 0, 0, 0, log_uniform(rng, 0.25, 0.9)], np.float32)
         waves = _waves(rng, light, 1.5, 11, 5)
     return Motion(velocity, acceleration, *waves)
 
@@ -153,110 +156,12 @@ def _swing(rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """One smooth wave, to and fro at least once in 0.93 s: a shift in any direction or a turn."""
     amplitude = np.zeros((1, 5), np.float32)
     if rng.random() < 0.35:
-        amplitude[0, ANGLE] = _log_uniform(rng, 0.15, 0.7)
+        amplitude[0, ANGLE] = log_uniform(rng, 0.15, 0.7)
     else:
-        shift, direction = _log_uniform(rng, 0.04, 0.2), rng.uniform(0, 2 * math.pi)
+        shift, direction = log_uniform(rng, 0.04, 0.2), rng.uniform(0, 2 * math.pi)
         amplitude[0, X], amplitude[0, Y] = shift * math.cos(direction), shift * math.sin(direction)
     frequency = rng.uniform(0.95, 1.8, 1).astype(np.float32)
     return amplitude, frequency, rng.uniform(0, 2 * math.pi, 1).astype(np.float32)
-
-
-# ---- textures: (side, side, 3) float32 around 0..1 that repeat without a seam -------------------
-
-
-def _noise(rng: np.random.Generator, side: int, slope: float) -> Array:
-    """Noise (side, side) of mean 0 and deviation 1 with amplitudes falling as 1/f^slope."""
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]) * side
-    frequency[0, 0] = 1
-    white = np.fft.rfft2(rng.standard_normal((side, side), np.float32))
-    field = np.fft.irfft2(white / frequency**slope, (side, side))
-    field -= field.mean()
-    return np.asarray(field / field.std(), np.float32)
-
-
-def _colours(rng: np.random.Generator, count: int) -> Array:
-    """Colours (count, 3): a common brightness each, and some chroma."""
-    return (rng.uniform(0, 1, (count, 1)) + rng.normal(0, 0.2, (count, 3))).astype(np.float32)
-
-
-def _clouds(rng: np.random.Generator, side: int) -> Array:
-    """1/f noise, like natural images, between three colours; sometimes with hard edges: blobs."""
-    first, second = (_noise(rng, side, rng.uniform(0.8, 2.0)) for _ in range(2))
-    if rng.random() < 0.5:
-        first = np.tanh(rng.uniform(1, 8) * _noise(rng, side, rng.uniform(1.4, 2.2)))
-    base, one, two = _colours(rng, 3)
-    texture = base + first[..., None] * (one - base) * 0.5 + second[..., None] * (two - base) * 0.2
-    return np.asarray(texture, np.float32)
-
-
-def _leaves(rng: np.random.Generator, side: int) -> Array:
-    """Dead leaves: shapes of all sizes that hide each other, as things do in photographs."""
-    texture = np.empty((side, side, 3), np.float32)
-    texture[:] = _colours(rng, 1)[0]
-    for colour in _colours(rng, int(rng.integers(15, 70))):
-        height, width = (int(_log_uniform(rng, 0.03, 0.25) * side) for _ in range(2))
-        rows, cols = np.ogrid[-height : height + 1, -width : width + 1]
-        row, col = rng.integers(0, side, 2)
-        if rng.random() < 0.5:
-            inside = (rows / height) ** 2 + (cols / width) ** 2 <= 1
-        else:
-            inside = np.abs(rows / height + rng.uniform(-0.7, 0.7) * cols / width) <= 0.6
-        at = np.ix_((rows.ravel() + row) % side, (cols.ravel() + col) % side)
-        texture[at] = np.where(inside[..., None], colour, texture[at])
-    return texture
-
-
-def _plaid(rng: np.random.Generator, side: int) -> Array:
-    """Two crossing waves, soft or as hard as a chessboard. Never wider apart than a fast step."""
-    rows, cols = np.meshgrid(*[np.arange(side, dtype=np.float32) / side * 2 * math.pi] * 2)
-    along, across = rng.integers(2, 6, 2)
-    tilt = int(rng.integers(-2, 3))
-    wave = np.sin(along * rows + tilt * cols) * rng.uniform(0.5, 1.5)
-    wave = wave + np.sin(across * cols - tilt * rows + rng.uniform(0, 6.3))
-    wave = np.tanh(rng.uniform(0.7, 8) * wave)
-    dark, bright = _colours(rng, 2)
-    return np.asarray(dark + (wave[..., None] + 1) * 0.5 * (bright - dark), np.float32)
-
-
-def make_texture(rng: np.random.Generator, side: int = TEXELS) -> Array:
-    """A texture (side, side, 3) in 0..1: leaves, clouds or plaid over clouds, any contrast."""
-    clouds = _clouds(rng, side)
-    kind = rng.random()
-    if kind < 0.45:
-        texture = _leaves(rng, side) + rng.uniform(0, 0.4) * (clouds - clouds.mean())
-    elif kind < 0.8:
-        texture = clouds
-    else:
-        weight = rng.uniform(0.3, 0.7)
-        texture = weight * _plaid(rng, side) + (1 - weight) * clouds
-    texture -= texture.mean()
-    texture *= _log_uniform(rng, 0.08, 0.3) / max(float(texture.std()), 1e-3)
-    return np.asarray(np.clip(texture + rng.uniform(0.3, 0.7), 0, 1), np.float32)
-
-
-def _outline(rng: np.random.Generator, side: int) -> Array:
-    """Opacity (side, side) of an object of radius 1: a polygon, an ellipse or a flower."""
-    axis = np.linspace(-OBJECT_MARGIN, OBJECT_MARGIN, side, dtype=np.float32)
-    x, y = np.meshgrid(axis, axis / np.float32(rng.uniform(0.45, 1.0)))
-    distance, theta = np.hypot(x, y), np.arctan2(y, x)
-    corners = int(rng.integers(3, 7))
-    if rng.random() < 0.5:
-        part = math.pi / corners
-        radius = math.cos(part) / np.cos(np.mod(theta, 2 * part) - part)
-    else:
-        petal = rng.uniform(0, 0.3)
-        radius = 1 - petal + petal * np.sin(corners * theta)
-    return np.asarray(np.clip((radius - distance) * side / 6 + 0.5, 0, 1), np.float32)
-
-
-def _pyramid(colour: Array, alpha: Array | None) -> tuple[Array, ...]:
-    """Levels (side, side, 4), each half as fine as the one before, down to a sixteenth."""
-    opacity = np.ones(colour.shape[:2], np.float32) if alpha is None else alpha
-    levels = [np.dstack([colour * opacity[..., None], opacity])]  # premultiplied
-    for _ in range(4):
-        fine = levels[-1]
-        levels.append((fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]) / 4)
-    return tuple(np.ascontiguousarray(level, np.float32) for level in levels)
 
 
 # ---- scenes -----------------------------------------------------------------------------------
@@ -265,15 +170,17 @@ def _pyramid(colour: Array, alpha: Array | None) -> tuple[Array, ...]:
 def _background(rng: np.random.Generator, motion: Motion) -> Layer:
     centre = (rng.uniform(-0.25, 0.25), rng.uniform(-0.25, 0.25))
     # A tile turned by less than a right angle: no stripe is always upright.
-    return Layer(_pyramid(make_texture(rng), None), centre, rng.uniform(-1.6, 1.6), None, motion)
+    return Layer(
+        make_pyramid(make_texture(rng), None), centre, rng.uniform(-1.6, 1.6), None, motion
+    )
 
 
 def _object(rng: np.random.Generator, motion: Motion) -> Layer:
     side = TEXELS // 2
-    pyramid = _pyramid(make_texture(rng, side), _outline(rng, side))
+    pyramid = make_pyramid(make_texture(rng, side), make_outline(rng, side))
     centre = (rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3))
     angle = rng.uniform(0, 2 * math.pi)
-    return Layer(pyramid, centre, angle, _log_uniform(rng, 0.15, 0.45), motion)
+    return Layer(pyramid, centre, angle, log_uniform(rng, 0.15, 0.45), motion)
 
 
 def make_layers(label: str, rng: np.random.Generator) -> list[Layer]:
@@ -297,7 +204,7 @@ def make_camera(rng: np.random.Generator) -> Camera:
     return Camera(
         shutter=rng.choice([0.0, 1.0]) * rng.uniform(0, 1 / 20),
         smear=make_motion(str(rng.choice(LABELS[:10])), rng),
-        gamma=_log_uniform(rng, 0.7, 1.4),
+        gamma=log_uniform(rng, 0.7, 1.4),
         saturation=float(rng.choice([0.0, 1.0], p=[0.15, 0.85])) * rng.uniform(0.3, 1.3),
         noise=float(rng.choice([0.0, 1.0])) * rng.uniform(0, 0.04),
         bars=bars,
@@ -496,7 +403,9 @@ def _codec(rng: np.random.Generator) -> tuple[str, dict[str, str]]:
     """A codec and a quality from very good to poor."""
     if rng.random() < 0.5:
         return "mpeg4", {"qscale": str(rng.integers(2, 16)), "flags": "+qscale"}
-    return "libx264", {"crf": str(rng.integers(16, 36)), "preset": "veryfast"}
+    # Slower presets weigh macroblocks by a tree, and then frames as small as the network's come out
+    # a little different from one call to the next.
+    return "libx264", {"crf": str(rng.integers(16, 36)), "preset": "superfast"}
 
 
 def training_clip(
