@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 LABELS = "labels.txt"
 WEIGHTS = "weights.safetensors"
 ONNX_FLOAT32 = "model.onnx"
+ONNX_INT8 = "model.int8.onnx"
 ACTIVE = "active.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -71,8 +72,25 @@ class Parity(_Model):
     max_difference: float = Field(description="largest absolute difference of two logits")
     mean_difference: float
     embedding_max_difference: float
+    centred_cosine: float | None = Field(
+        None, description="of the logits, each clip's mean taken away; the worst clip's"
+    )
+    embedding_cosine: float | None = Field(None, description="the same of the embedding")
+    softmax_divergence: float | None = Field(
+        None, description="Kullback-Leibler divergence of the scores, in nats; the worst clip's"
+    )
     top1_agreement: float = Field(ge=0, le=1)
-    limit: float = Field(description="largest `max_difference` that passes")
+    top5_agreement: float | None = Field(None, ge=0, le=1)
+    low_margin_clips: int | None = Field(
+        None, ge=0, description="clips whose best two logits are within noise of each other"
+    )
+    low_margin_agreement: float | None = Field(
+        None, ge=0, le=1, description="top-1 agreement on those; on all others it must be 1"
+    )
+    limit: float | None = Field(
+        description="largest `max_difference` that passes; null if the cosine decides"
+    )
+    cosine_limit: float | None = Field(None, description="least cosine that passes")
     passed: bool
 
 
@@ -202,7 +220,7 @@ class BundleStore:
         Raises:
             BundleError: the pointer is there and unreadable.
         """
-        history = self._history(name)
+        history = self.history(name)
         return history[0] if history else None
 
     def open(self, name: str, version: str | None = None) -> Bundle:
@@ -290,7 +308,7 @@ class BundleStore:
         bundle = self.open(name, version)
         bundle.verify()
         with self._lock(name):
-            history = self._history(name)
+            history = self.history(name)
             if history[:1] != [version]:
                 self._point(name, [version, *history])
         return bundle
@@ -302,7 +320,7 @@ class BundleStore:
             BundleError: there is none, or it is damaged; nothing has changed.
         """
         with self._lock(name):
-            history = self._history(name)
+            history = self.history(name)
             if len(history) < 2:
                 raise BundleError(f"{name} has no earlier active version to roll back to")
             bundle = self.open(name, history[1])
@@ -320,13 +338,17 @@ class BundleStore:
     def _next_version(self, name: str) -> str:
         """Past every number that was ever taken, as far as the folder and the pointer remember: a
         version that was deleted must not come back as another bundle."""
-        taken = [entry.name for entry in _entries(self._folder(name))] + self._history(name)
+        taken = [entry.name for entry in _entries(self._folder(name))] + self.history(name)
         return str(
             max((int(number) for number in taken if _VERSION.fullmatch(number)), default=0) + 1
         )
 
-    def _history(self, name: str) -> list[str]:
-        """Active versions, the present one first."""
+    def history(self, name: str) -> list[str]:
+        """Versions that were active, the present one first; as many as the pointer remembers.
+
+        Raises:
+            BundleError: the pointer is there and unreadable.
+        """
         pointer = self._folder(name) / ACTIVE
         try:
             content = json.loads(pointer.read_bytes())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from export.bundle import (
     LABELS,
     ONNX_FLOAT32,
+    ONNX_INT8,
     WEIGHTS,
     Bundle,
     BundleError,
@@ -28,10 +29,11 @@ from export.bundle import (
     sha256_of,
 )
 from export.onnx import INPUT_NAME, OUTPUT_NAMES, ExportError, export_onnx
+from export.precision import quantize
 from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import compare, run_in_batches
+from export.verify import FLOAT32, INT8, compare, run_in_batches
 from model.checkpoints import Checkpoint, save_safetensors
 from model.config import ModelConfig, Preprocessing
 from model.cost import cost
@@ -39,6 +41,9 @@ from model.demo import SAMPLE_CLIP
 from model.timesformer import TimeSformer
 from model.video import VideoError, load_clips
 
+Precision = Literal["float32", "int8"]
+
+_LIMITS = {ONNX_FLOAT32: FLOAT32, ONNX_INT8: INT8}
 _PREPROCESSING_FIELDS = tuple(Preprocessing.__dataclass_fields__)
 _SOFTWARE = (
     "torch",
@@ -63,6 +68,7 @@ def export_bundle(
     *,
     labels: Sequence[str] | None = None,
     videos: Sequence[Path] = (SAMPLE_CLIP,),
+    precisions: Collection[Precision] = (),
     training: Mapping[str, Any] | None = None,
     report: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
@@ -71,6 +77,7 @@ def export_bundle(
     Args:
         labels: one a class; by default the checkpoint's own, else `class 0`, `class 1`, ...
         videos: files whose clips the artefacts are compared on.
+        precisions: what the bundle shall hold besides float32, which it always holds.
         training: metrics to be kept in the manifest.
         report: is told each step as it begins.
 
@@ -92,8 +99,13 @@ def export_bundle(
         report("exporting to ONNX")
         network = rewrite(model)
         export_onnx(network, staging / ONNX_FLOAT32)
+        graphs = [staging / ONNX_FLOAT32]
+        if "int8" in precisions:
+            report("rounding to INT8")
+            graphs.append(staging / ONNX_INT8)
+            quantize(*graphs)
         report(f"verifying on {len(clips)} clips")
-        parity = _verify(model, staging / ONNX_FLOAT32, clips)
+        verification = _verify(model, graphs, clips)
         report("publishing")
         fields = config.to_dict()
         preprocessing = {key: fields.pop(key) for key in _PREPROCESSING_FIELDS}
@@ -117,7 +129,7 @@ def export_bundle(
             software=software_versions(),
             network_cost=_network_cost(config),
             graph_cost=_graph_cost(network),
-            verification={ONNX_FLOAT32: parity},
+            verification=verification,
             training=dict(training) if training else None,
             parent=parent,
         )
@@ -152,11 +164,18 @@ def _write_weights(model: TimeSformer, path: Path, labels: Sequence[str]) -> Non
         raise BundleError(f"cannot write {path.name}: {error}; nothing has changed") from error
 
 
-def _verify(model: TimeSformer, graph: Path, clips: NDArray[np.uint8]) -> Parity:
-    """The graph's parity with the network, which it has passed."""
+def _verify(
+    model: TimeSformer, graphs: Sequence[Path], clips: NDArray[np.uint8]
+) -> dict[str, Parity]:
+    """Each graph's parity with the network, which it has passed, by file name."""
+    reference = run_reference(model, clips)
+    return {graph.name: _verify_graph(graph, reference, clips) for graph in graphs}
+
+
+def _verify_graph(graph: Path, reference: Outputs, clips: NDArray[np.uint8]) -> Parity:
     runtime = OnnxRuntime(graph, cuda=False)
     try:
-        parity = compare(run_reference(model, clips), run_in_batches(runtime, clips))
+        parity = compare(reference, run_in_batches(runtime, clips), _LIMITS[graph.name])
     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
         raise VerificationError(
             f"{graph.name} does not run as the network does: {error}; nothing was published"
@@ -166,10 +185,20 @@ def _verify(model: TimeSformer, graph: Path, clips: NDArray[np.uint8]) -> Parity
     if not parity.passed:
         raise VerificationError(
             f"{graph.name} differs from the network by {parity.max_difference:.3g} in its logits "
-            f"and {parity.embedding_max_difference:.3g} in its embedding, "
-            f"more than {parity.limit:.3g}: nothing was published"
+            f"and {parity.embedding_max_difference:.3g} in its embedding, {_verdict(parity)}: "
+            "nothing was published"
         )
     return parity
+
+
+def _verdict(parity: Parity) -> str:
+    if parity.limit is not None:
+        return f"more than {parity.limit:.3g}"
+    return (
+        f"with cosines of {parity.centred_cosine:.4f} and {parity.embedding_cosine:.4f} "
+        f"where {parity.cosine_limit} is needed, "
+        f"and its label on {parity.top1_agreement:.0%} of the clips"
+    )
 
 
 def run_reference(model: TimeSformer, clips: NDArray[np.uint8]) -> Outputs:

@@ -8,15 +8,16 @@ import logging
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from model.video import Limits
 from service import errors
+from service.auth import Keyring, allow
 from service.decoding import DecoderPool, WorkerLimits
 from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.models import ModelHost
-from service.routes import classify, embed, health, page
+from service.routes import admin, classify, embed, health, page
 from service.routes import models as model_list
 from service.settings import Settings
 from service.state import State
@@ -26,7 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application; the model is loaded when it starts, not when it is made."""
+    """The application; the model is loaded when it starts, not when it is made.
+
+    Raises:
+        KeyFileError: the settings name a file of API keys that cannot be used.
+    """
     app = FastAPI(
         title="TimeSformer",
         summary="Video in, action labels out.",
@@ -34,9 +39,13 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=running,
     )
     app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
+    app.state.keyring = Keyring(settings.api_keys_file) if settings.api_keys_file else None
     errors.install(app, app.state.metrics)
     app.add_middleware(RequestContext, metrics=app.state.metrics)
-    for group in (classify, embed, model_list, health, page):
+    for group in (classify, embed, model_list):
+        app.include_router(group.router, dependencies=[Depends(allow("infer"))])
+    app.include_router(admin.router, dependencies=[Depends(allow("admin"))])
+    for group in (health, page):
         app.include_router(group.router)
     return app
 

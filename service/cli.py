@@ -20,9 +20,11 @@ import click
 
 from model.config import ATTENTION_TYPES, VARIANTS, ConfigError
 from service import cli_training
+from service.cli_keys import keys
 
 if TYPE_CHECKING:
-    from export.bundle import BundleStore
+    from export.bundle import BundleStore, Parity
+    from export.pipeline import Precision
 
 EXIT_PARTLY_FAILED = 3
 EXIT_INTERRUPTED = 130
@@ -38,6 +40,7 @@ _KNOWN_ERRORS = {
     "model.labels": "LabelError",
     "model.training.errors": "TrainingError",
     "model.video": "VideoError",
+    "service.auth": "KeyFileError",
     "service.settings": "SettingsError",
 }
 _EXTRAS = {
@@ -99,6 +102,11 @@ def cli() -> None:
 
 
 cli.add_command(cli_training.data)
+cli.add_command(cli_training.train)
+cli.add_command(cli_training.evaluate)
+
+
+cli.add_command(keys)
 
 
 def main() -> None:
@@ -224,6 +232,14 @@ def classify(
     help="Video whose clips the export is compared on, besides the bundled one; repeatable.",
 )
 @click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(["float32", "int8"]),
+    multiple=True,
+    help="What the bundle shall hold besides float32, which it always holds; repeatable. int8 is "
+    "for CPUs and is served with TIMESFORMER_PRECISION.",
+)
+@click.option(
     "--training",
     "training_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -240,6 +256,7 @@ def export(
     image_size: int | None,
     labels_file: Path | None,
     videos: tuple[Path, ...],
+    precisions: tuple[Precision, ...],
     training_file: Path | None,
     activate: bool,
     as_json: bool,
@@ -275,6 +292,7 @@ def export(
             bundles,
             labels=labels,
             videos=(SAMPLE_CLIP, *videos),
+            precisions=precisions,
             training=training,
             report=report,
         )
@@ -289,10 +307,7 @@ def export(
         click.echo(json.dumps({**summary, "active": active, "verification": parity}))
         return
     for file, result in bundle.manifest.verification.items():
-        click.echo(
-            f"{file}: logits within {result.max_difference:.2g} of the network's "
-            f"on {result.clips} clips (limit {result.limit:.2g})"
-        )
+        click.echo(f"{file}: {_agreement(result)}")
     where = shlex.quote(str(store))
     click.echo(f"published {name} version {bundle.version} in {bundle.path}")
     if not active:
@@ -300,6 +315,14 @@ def export(
             f"activate: timesformer bundles activate {name} {bundle.version} --store {where}"
         )
     click.echo(f"serve it: timesformer serve --store {where} --model {name}")
+
+
+def _agreement(parity: Parity) -> str:
+    """In one line how near an artefact's answers are to the network's."""
+    off = f"logits within {parity.max_difference:.2g} of the network's on {parity.clips} clips"
+    if parity.limit is not None:
+        return f"{off} (limit {parity.limit:.2g})"
+    return f"{off}, cosine {parity.centred_cosine:.4f} (limit {parity.cosine_limit})"
 
 
 def _read_object(path: Path | None) -> dict[str, Any] | None:

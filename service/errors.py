@@ -2,11 +2,16 @@
 
 ServiceError
 |- BadRequestError           400  the request itself is malformed
+|- UnauthorizedError         401
+|- ForbiddenError            403
+|- BundleRefusedError        409  another version cannot be taken; the old one stays
+|- TooManyRequestsError      429  with Retry-After
 |- UploadTooLargeError       413
 |- UploadTimeoutError        408
 |- VideoRejectedError        4xx  what `model.video` says of the file, see VIDEO_STATUS
 |- ClientDisconnectedError   499  nobody is there to read it; for the metrics
 |- QueueFullError            503  with Retry-After
+|- SpoolFullError            503  with Retry-After
 |- NotReadyError             503
 |- RequestTimeoutError       504
 `- InternalError             500  a defect of ours; the log has the traceback
@@ -55,6 +60,28 @@ class ServiceError(Exception):
 
 class BadRequestError(ServiceError):
     status, code = 400, "bad_request"
+
+
+class UnauthorizedError(ServiceError):
+    status, code = 401, "unauthorized"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+class ForbiddenError(ServiceError):
+    status, code = 403, "forbidden"
+
+
+class BundleRefusedError(ServiceError):
+    status, code = 409, "bundle_refused"
+
+
+class TooManyRequestsError(ServiceError):
+    status, code = 429, "too_many_requests"
+
+    def __init__(self, detail: str, retry_after_s: int) -> None:
+        super().__init__(detail, headers={"Retry-After": str(retry_after_s)})
 
 
 class UploadTooLargeError(ServiceError):

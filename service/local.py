@@ -16,7 +16,7 @@ from rich.text import Text
 
 from model.video import Limits, VideoError, load_clips
 from service.classification import classification
-from service.models import LoadedModel, load_model
+from service.models import LoadedModel, find_bundle, load_model
 from service.progress import print_table
 from service.schemas import Classification, ClassifyParameters
 from service.settings import Settings
@@ -38,7 +38,7 @@ def classify_files(
         RuntimeUnavailableError: the device cannot run it.
     """
     # Clips go through the network one at a time here, so it is not warmed up with a full batch.
-    model = load_model(settings.model_copy(update={"max_batch_clips": 1}))
+    model = load_model(find_bundle(settings), settings.model_copy(update={"max_batch_clips": 1}))
     limits = Limits(
         max_pixels=settings.max_video_pixels, max_duration_s=settings.max_video_duration_s
     )

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from export.bundle import Bundle, BundleError, BundleStore
 from export.runtime import Runtime, RuntimeUnavailableError, load_runtime
 from model.demo import STORE as DEMO_STORE
 from service.batcher import Batcher
+from service.errors import BundleRefusedError
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -39,21 +40,25 @@ def find_bundle(settings: Settings) -> Bundle:
     Raises:
         BundleError: it is not there or cannot be read; the message says what to do.
     """
-    store = BundleStore(settings.store or DEMO_STORE)
+    store = store_of(settings)
     return store.open(settings.model or _only_name(store))
 
 
-def load_model(settings: Settings) -> LoadedModel:
-    """Finds, checks, loads and warms the model up; takes seconds, so not for the event loop.
+def store_of(settings: Settings) -> BundleStore:
+    """The store that is served from."""
+    return BundleStore(settings.store or DEMO_STORE)
+
+
+def load_model(bundle: Bundle, settings: Settings) -> LoadedModel:
+    """Checks, loads and warms a bundle up; takes seconds, so not for the event loop.
 
     Raises:
         BundleError: the bundle cannot be used.
         RuntimeUnavailableError: the device cannot run it.
     """
     started = time.perf_counter()
-    bundle = find_bundle(settings)
     bundle.verify()
-    runtime = load_runtime(bundle, settings.device, settings.engine_threads)
+    runtime = load_runtime(bundle, settings.device, settings.engine_threads, settings.precision)
     try:
         _warm_up(bundle, runtime, settings.max_batch_clips)
     except Exception as error:  # engines' exceptions share no base but Exception
@@ -140,6 +145,7 @@ class ModelHost:
         self._refusal: tuple[str | None, str] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._swapping = asyncio.Lock()
 
     @property
     def current(self) -> ServedModel:
@@ -153,7 +159,8 @@ class ModelHost:
         Raises:
             BundleError, RuntimeUnavailableError: it cannot be served.
         """
-        self._take_over(await asyncio.to_thread(load_model, self._settings))
+        bundle = await asyncio.to_thread(find_bundle, self._settings)
+        self._take_over(await asyncio.to_thread(load_model, bundle, self._settings))
         if self._settings.watch_interval_s:
             self._watcher = asyncio.create_task(self._watch(), name="watch on the store")
 
@@ -164,19 +171,60 @@ class ModelHost:
         activated.
         """
         version = None
-        try:
-            version = (await asyncio.to_thread(find_bundle, self._settings)).version
-            refused = self._refusal is not None and self._refusal[0] == version
-            if refused or version == self.current.bundle.version:
+        async with self._swapping:
+            try:
+                bundle = await asyncio.to_thread(find_bundle, self._settings)
+                version = bundle.version
+                refused = self._refusal is not None and self._refusal[0] == version
+                if refused or version == self.current.bundle.version:
+                    return False
+                loaded = await asyncio.to_thread(load_model, bundle, self._settings)
+            except (BundleError, RuntimeUnavailableError) as error:
+                self._refuse(version, str(error))
                 return False
-            loaded = await asyncio.to_thread(load_model, self._settings)
-        except (BundleError, RuntimeUnavailableError) as error:
-            self._refuse(version, str(error))
-            return False
-        self._refusal = None
-        self._take_over(loaded)
-        self._metrics.swaps.labels("done").inc()
+            self._refusal = None
+            self._take_over(loaded)
         return True
+
+    async def activate(self, version: str) -> None:
+        """Makes a version of the served name the active one, once it has been loaded and warmed.
+
+        Raises:
+            BundleRefusedError: it cannot be used; store and service are as they were.
+        """
+        store, name = store_of(self._settings), self.current.bundle.name
+        await self._switch(version, lambda: store.activate(name, version))
+
+    async def roll_back(self) -> None:
+        """Goes back to the version that was active before, in the same way.
+
+        Raises:
+            BundleRefusedError: there is none, or it cannot be used.
+        """
+        store, name = store_of(self._settings), self.current.bundle.name
+        try:
+            history = await asyncio.to_thread(store.history, name)
+        except BundleError as error:
+            raise BundleRefusedError(str(error)) from error
+        if len(history) < 2:
+            raise BundleRefusedError(f"{name} has no earlier active version.")
+        await self._switch(history[1], lambda: store.rollback(name))
+
+    async def _switch(self, version: str, point: Callable[[], Bundle]) -> None:
+        store, serving = store_of(self._settings), self.current.bundle
+        async with self._swapping:
+            try:
+                bundle = await asyncio.to_thread(store.open, serving.name, version)
+                if version == serving.version:
+                    await asyncio.to_thread(point)
+                    return
+                loaded = await asyncio.to_thread(load_model, bundle, self._settings)
+                await asyncio.to_thread(point)
+            except (BundleError, RuntimeUnavailableError) as error:
+                self._metrics.swaps.labels("refused").inc()
+                raise BundleRefusedError(str(error)) from error
+            self._refusal = None
+            self._take_over(loaded)
 
     def _refuse(self, version: str | None, reason: str) -> None:
         if self._refusal == (version, reason):
@@ -204,6 +252,7 @@ class ModelHost:
             bundle.name, bundle.version, runtime.engine, runtime.provider, runtime.device
         ).set(1)
         if old is not None:
+            self._metrics.swaps.labels("done").inc()
             logger.info("swapped", extra={"from": old.bundle.version, "to": bundle.version})
             closing = asyncio.create_task(old.close())
             self._closing.add(closing)

@@ -27,10 +27,13 @@ P = TypeVar("P", bound=ViewParameters)
 
 _PROBLEMS = {
     400: "The multipart body is malformed.",
+    401: "An API key is missing or unknown.",
+    403: "The API key lacks the scope.",
     408: "The upload took too long.",
     413: "The upload or the video is over a limit.",
     415: "Not a kind of video that is accepted.",
     422: "The video or a parameter cannot be used.",
+    429: "The rate or the concurrency of the API key is used up.",
     503: "Too much waits already, or the service is starting or stopping.",
     504: "The answer took too long.",
 }

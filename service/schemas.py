@@ -179,6 +179,15 @@ class ModelsResponse(_Schema):
     models: tuple[ModelFacts, ...]
 
 
+class VersionsResponse(_Schema):
+    """What the store has under the name that serves."""
+
+    name: str
+    versions: tuple[str, ...] = Field(description="Published versions, oldest first.")
+    history: tuple[str, ...] = Field(description="Versions that were active, the present first.")
+    serving: str = Field(description="The version that answers requests now.")
+
+
 class LiveResponse(_Schema):
     live: Literal[True] = True
 

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from export.runtime.cores import usable_cores
-from export.runtime.interface import Device
+from export.runtime.interface import Device, Precision
 
 ENV_PREFIX = "TIMESFORMER_"
 MIB = 1024 * 1024
@@ -70,6 +70,12 @@ class Settings(BaseSettings):
         "auto",
         description="`cuda` refuses to start without a usable GPU; `auto` warns and takes the "
         "CPU. The readiness endpoint and the metrics name the one in use.",
+    )
+    precision: Precision = Field(
+        "float32",
+        description="`int8` serves the INT8 graph of a bundle that was exported with one: faster "
+        "on CPUs and no longer the network's answers to the last digit; not for GPUs. `auto` does "
+        "so where there is one and no GPU is used.",
     )
     engine_threads: int = Field(
         0, ge=0, description="CPU threads of the engine; 0 is one per core. CPU inference only."
@@ -133,6 +139,11 @@ class Settings(BaseSettings):
     spool_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()),
         description="Where uploads lie while they are decoded. A fast local disk or a tmpfs.",
+    )
+    api_keys_file: Path | None = Field(
+        None,
+        description="File of API keys, as `timesformer keys` writes it. With it, requests need a "
+        "key; without it, anyone who reaches the port may infer, and nobody may administrate.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log records that are written."

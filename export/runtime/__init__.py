@@ -8,35 +8,54 @@ from __future__ import annotations
 
 import logging
 
-from export.bundle import ONNX_FLOAT32, Bundle
-from export.runtime.interface import Device, Outputs, Runtime, RuntimeUnavailableError
+from export.bundle import ONNX_FLOAT32, ONNX_INT8, Bundle
+from export.runtime.interface import (
+    Device,
+    Outputs,
+    Precision,
+    Runtime,
+    RuntimeUnavailableError,
+)
 
-__all__ = ["Device", "Outputs", "Runtime", "RuntimeUnavailableError", "load_runtime"]
+__all__ = ["Device", "Outputs", "Precision", "Runtime", "RuntimeUnavailableError", "load_runtime"]
 
 logger = logging.getLogger(__name__)
 
 
-def load_runtime(bundle: Bundle, device: Device = "auto", threads: int = 0) -> Runtime:
+def load_runtime(
+    bundle: Bundle, device: Device = "auto", threads: int = 0, precision: Precision = "float32"
+) -> Runtime:
     """Loads a bundle into the best engine for `device`.
 
     Args:
         device: `cuda` or `cpu`; `auto` takes the GPU if it can be used, else warns and takes the
-            CPU.
+            CPU. INT8 is for CPUs, so with it `auto` is the CPU.
         threads: CPU threads inside one operator; 0 for one per core.
+        precision: `int8` takes the bundle's INT8 graph; `auto` does so if there is one and no GPU
+            is used.
 
     Raises:
-        RuntimeUnavailableError: `device` cannot run this bundle here.
+        RuntimeUnavailableError: `device` cannot run this bundle here, or not in this precision.
         BundleError: the bundle lacks the file.
     """
     # Now, not above: a machine that only exports or shows help need not have every engine.
     from export.runtime.onnxruntime import OnnxRuntime
 
-    path = bundle.file(ONNX_FLOAT32)
+    if precision == "int8":
+        if device == "cuda":
+            raise RuntimeUnavailableError(
+                "the INT8 graph is for CPUs: set the precision to float32, or the device to cpu"
+            )
+        return OnnxRuntime(bundle.file(ONNX_INT8), cuda=False, threads=threads)
     if device != "cpu":
         try:
-            return OnnxRuntime(path, cuda=True, threads=threads)
+            return OnnxRuntime(bundle.file(ONNX_FLOAT32), cuda=True, threads=threads)
         except RuntimeUnavailableError as error:
             if device == "cuda":
                 raise
             logger.warning("no GPU is used: %s", error)
-    return OnnxRuntime(path, cuda=False, threads=threads)
+    rounded = precision == "auto" and ONNX_INT8 in bundle.manifest.files
+    graph = ONNX_INT8 if rounded else ONNX_FLOAT32
+    if precision == "auto":
+        logger.info("precision auto: %s is served", graph)
+    return OnnxRuntime(bundle.file(graph), cuda=False, threads=threads)

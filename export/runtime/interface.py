@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "int8"]
 
 
 class RuntimeUnavailableError(RuntimeError):

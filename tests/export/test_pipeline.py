@@ -15,11 +15,22 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from export.bundle import LABELS, MANIFEST, ONNX_FLOAT32, WEIGHTS, Bundle, BundleError, BundleStore
+from export.bundle import (
+    LABELS,
+    MANIFEST,
+    ONNX_FLOAT32,
+    ONNX_INT8,
+    WEIGHTS,
+    Bundle,
+    BundleError,
+    BundleStore,
+)
 from export.onnx import ExportError
 from export.pipeline import VerificationError, export_bundle, run_reference, verification_clips
+from export.precision import round_weight
 from export.runtime.onnxruntime import OnnxRuntime
 from model.checkpoints import Checkpoint, load_checkpoint
 from model.cost import cost
@@ -174,6 +185,39 @@ class TestExporting:
             "verifying on 4 clips",
             "publishing",
         ]
+
+    def test_int8_is_verified_and_published_beside_float32(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path
+    ) -> None:
+        steps: list[str] = []
+        bundle = export_bundle(
+            checkpoint, "tiny", store, videos=[video], precisions=["int8"], report=steps.append
+        )
+        bundle.verify()
+        assert steps[2] == "rounding to INT8"
+        assert bundle.manifest.verification.keys() == {ONNX_FLOAT32, ONNX_INT8}
+        exact, rounded = (bundle.manifest.verification[f] for f in (ONNX_FLOAT32, ONNX_INT8))
+        assert exact.cosine_limit is rounded.limit is None
+        assert rounded.centred_cosine is not None
+        assert 0.995 <= rounded.centred_cosine < 0.999999
+        assert rounded.max_difference > 10 * exact.max_difference
+
+    def test_int8_whose_answers_are_off_is_not_published(
+        self,
+        checkpoint: Checkpoint,
+        store: BundleStore,
+        video: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def scale_one_channel_wrongly(weight: NDArray) -> tuple[NDArray, NDArray]:
+            values, scale = round_weight(weight)
+            scale[0] *= 3
+            return values, scale
+
+        monkeypatch.setattr("export.precision.round_weight", scale_one_channel_wrongly)
+        with pytest.raises(VerificationError, match=r"model\.int8\.onnx .* where 0\.995 is needed"):
+            export_bundle(checkpoint, "tiny", store, videos=[video], precisions=["int8"])
+        assert store.versions("tiny") == []
 
     def test_a_full_disk_is_an_error_of_ours_and_the_store_is_as_it_was(
         self, checkpoint: Checkpoint, store: BundleStore, video: Path, full_disk: FullDisk

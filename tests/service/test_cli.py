@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pkgutil
+import re
 import shlex
 import shutil
 import signal
@@ -180,6 +181,24 @@ class TestExport:
         assert store.active("tiny") == "2"
         serve = cli.commands["serve"].make_context("serve", shlex.split(hints["serve it"])[2:])
         assert (serve.params["store"], serve.params["model"]) == (str(store.root), "tiny")
+
+    @pytest.mark.usefixtures("quick_export")
+    def test_int8_is_exported_on_request_and_served_on_request(
+        self, weights: Path, red: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = tmp_path / "store"
+        arguments = ("export", weights, "--name", "tiny", "--store", store, *SIZE)
+        printed = timesformer(*arguments, "--precision", "int8", "--precision", "float32").stdout
+        assert re.search(r"^model\.onnx: logits within .* \(limit \S+\)$", printed, re.M)
+        assert re.search(
+            r"^model\.int8\.onnx: .*, cosine [01]\.\d{4} \(limit 0\.995\)$", printed, re.M
+        )
+
+        classify = ("classify", red, "--store", store, "--device", "cpu", "--json")
+        exact = timesformer(*classify).stdout
+        assert timesformer(*classify).stdout == exact
+        monkeypatch.setenv("TIMESFORMER_PRECISION", "int8")
+        assert timesformer(*classify).stdout != exact
 
     @pytest.mark.usefixtures("quick_export")
     def test_activate_makes_it_the_active_one(self, weights: Path, tmp_path: Path) -> None:

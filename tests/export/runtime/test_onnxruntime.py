@@ -7,13 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import numpy_helper
 
-from export.bundle import ONNX_FLOAT32, Bundle, BundleError, BundleStore
-from export.runtime import RuntimeUnavailableError, load_runtime
+from export.bundle import LABELS, ONNX_FLOAT32, ONNX_INT8, WEIGHTS, Bundle, BundleError, BundleStore
+from export.runtime import Runtime, RuntimeUnavailableError, load_runtime
 from export.runtime.onnxruntime import OnnxRuntime
-from tests.export.conftest import publish_colours
+from tests.export.conftest import (
+    COLOURS,
+    PASSED,
+    colour_manifest,
+    publish_colours,
+    write_colour_graph,
+)
 
 without_gpu = pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="a GPU may be here"
@@ -109,3 +117,56 @@ def test_a_bundle_without_the_graph_is_an_error(bundle: Bundle) -> None:
     bundle.manifest = bundle.manifest.model_copy(update={"files": files})
     with pytest.raises(BundleError, match=r"has no model\.onnx"):
         load_runtime(bundle, "cpu")
+
+
+class TestPrecision:
+    """The bundle's INT8 graph here answers a hundred times as much, so that it is told apart."""
+
+    @pytest.fixture
+    def both(self, store: BundleStore) -> Bundle:
+        with store.staging("both") as staging:
+            write_colour_graph(staging / ONNX_FLOAT32)
+            model = onnx.load(staging / ONNX_FLOAT32)
+            (divisor,) = (t for t in model.graph.initializer if t.name == "divisor")
+            divisor.CopyFrom(numpy_helper.from_array(np.array(0.64, np.float32), "divisor"))
+            onnx.save(model, staging / ONNX_INT8)
+            (staging / LABELS).write_text("\n".join(COLOURS) + "\n")
+            (staging / WEIGHTS).write_bytes(b"none")
+            verification = {ONNX_FLOAT32: PASSED, ONNX_INT8: PASSED}
+            manifest = colour_manifest("both").model_copy(update={"verification": verification})
+            return store.publish(staging, manifest)
+
+    def factor(self, runtime: Runtime) -> float:
+        frames = clips(1)
+        return float((runtime.run(frames).logits / (frames.mean(axis=(1, 2, 3)) / 64)).mean())
+
+    def test_float32_serves_unless_int8_is_asked_for(self, both: Bundle) -> None:
+        assert self.factor(load_runtime(both, "cpu")) == pytest.approx(1)
+        assert self.factor(load_runtime(both, "cpu", precision="float32")) == pytest.approx(1)
+        assert self.factor(load_runtime(both, "cpu", precision="int8")) == pytest.approx(100)
+
+    def test_auto_takes_int8_where_there_is_one_and_says_what_it_took(
+        self, both: Bundle, bundle: Bundle, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        assert self.factor(load_runtime(both, "cpu", precision="auto")) == pytest.approx(100)
+        assert self.factor(load_runtime(bundle, "cpu", precision="auto")) == pytest.approx(1)
+        assert caplog.messages == [
+            "precision auto: model.int8.onnx is served",
+            "precision auto: model.onnx is served",
+        ]
+
+    @without_gpu
+    def test_int8_needs_no_gpu_and_does_not_look_for_one(
+        self, both: Bundle, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert load_runtime(both, "auto", precision="int8").device == "cpu"
+        assert not caplog.records
+
+    def test_int8_on_a_gpu_is_an_error(self, both: Bundle) -> None:
+        with pytest.raises(RuntimeUnavailableError, match="INT8 graph is for CPUs"):
+            load_runtime(both, "cuda", precision="int8")
+
+    def test_a_bundle_without_int8_is_an_error_that_names_the_file(self, bundle: Bundle) -> None:
+        with pytest.raises(BundleError, match=r"has no model\.int8\.onnx"):
+            load_runtime(bundle, "cpu", precision="int8")

@@ -1,0 +1,209 @@
+"""API keys: who is let in, how much of it, and that a key is nowhere but with its owner."""
+
+from __future__ import annotations
+
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from service.auth import ApiKey, KeyFileError, Keyring, new_key, read_keys, write_keys
+from service.cli import cli
+from service.errors import TooManyRequestsError
+from tests.service.test_models import publish, store  # noqa: F401 - a fixture
+
+
+def write(path: Path, **limits: Any) -> dict[str, str]:
+    """A file with a key for each scope; returns the keys."""
+    made = {scope: new_key() for scope in ("infer", "admin")}
+    write_keys(
+        path,
+        tuple(
+            ApiKey(name=scope, sha256=digest, scopes=(scope,), **limits)
+            for scope, (_, digest) in made.items()
+        ),
+    )
+    return {scope: key for scope, (key, _) in made.items()}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_without_a_key_nothing_but_health_and_page_answers(
+    serve: Any, video: Path, tmp_path: Path
+) -> None:
+    keys = write(tmp_path / "keys.json")
+    with serve(api_keys_file=tmp_path / "keys.json", spool_dir=tmp_path) as client:
+        for path in ("/health/live", "/health/ready", "/metrics", "/"):
+            assert client.get(path).status_code == 200
+        wrong = [{}, bearer("nonsense"), {"Authorization": "Bearer"}, {"X-API-Key": "é".encode()}]
+        for headers in wrong:
+            for answer in (
+                client.get("/v1/models", headers=headers),
+                client.post("/v1/classify", headers=headers, content=video.read_bytes()),
+            ):
+                assert answer.status_code == 401
+                assert answer.json()["code"] == "unauthorized"
+                assert answer.headers["www-authenticate"] == "Bearer"
+        content = video.read_bytes()
+        for headers in (bearer(keys["infer"]), {"X-API-Key": keys["infer"]}, bearer(keys["admin"])):
+            assert client.post("/v1/classify", headers=headers, content=content).status_code == 200
+
+
+def test_keys_are_followed_when_the_file_changes_and_stay_when_it_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    first = write(path)["infer"]
+    keyring = Keyring(path)
+    assert keyring.find(first) is not None
+    second = write(path)["infer"]
+    assert keyring.find(first) is None
+    assert keyring.find(second) is not None
+    path.write_text("{")
+    assert keyring.find(second) is not None
+    path.unlink()
+    assert keyring.find(second) is not None
+
+
+def test_the_rate_of_a_key_is_limited_and_flows_back(tmp_path: Path) -> None:
+    write(tmp_path / "keys.json", requests_per_minute=60)
+    now = [0.0]
+    keyring = Keyring(tmp_path / "keys.json", clock=lambda: now[0])
+    key, other = read_keys(tmp_path / "keys.json")
+    for _ in range(60):
+        with keyring.use(key):
+            pass
+    with pytest.raises(TooManyRequestsError) as refusal, keyring.use(key):
+        pass
+    assert refusal.value.headers["Retry-After"] == "1"
+    with keyring.use(other):
+        pass  # every key has a rate of its own
+    now[0] += 1.01
+    with keyring.use(key):
+        pass
+    with pytest.raises(TooManyRequestsError), keyring.use(key):
+        pass
+
+
+def test_what_a_key_runs_at_once_is_limited(serve: Any, video: Path, tmp_path: Path) -> None:
+    key = write(tmp_path / "keys.json", max_concurrent=1)["infer"]
+    content = video.read_bytes()
+    with serve(api_keys_file=tmp_path / "keys.json", spool_dir=tmp_path) as client:
+        url = f"{client.base_url}/v1/classify?views=30"
+        statuses: list[int] = []
+
+        def post() -> None:
+            statuses.append(
+                httpx.post(url, headers=bearer(key), content=content, timeout=60).status_code
+            )
+
+        threads = [threading.Thread(target=post) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(statuses) == {200, 429}
+        assert client.post("/v1/classify", headers=bearer(key), content=content).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", '{"keys": [{"name": "a"}]}', '{"keys": [], "other": 1}', "[]"],
+)
+def test_a_file_that_is_none_of_keys_is_refused_at_start(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(content)
+    with pytest.raises(KeyFileError, match="is no file of API keys"):
+        Keyring(path)
+
+
+def test_an_error_never_repeats_what_stands_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text('{"keys": [{"name": "a", "sha256": "tsf_a-real-key", "scopes": ["infer"]}]}')
+    with pytest.raises(KeyFileError) as error:
+        read_keys(path)
+    assert "tsf_a-real-key" not in str(error.value)
+    assert error.value.__cause__ is None
+
+
+def test_the_command_makes_lists_and_revokes_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    run = CliRunner().invoke
+    made = run(cli, ["keys", "create", "ann", "--file", str(path), "--max-concurrent", "2"])
+    assert made.exit_code == 0, made.output
+    key = made.output.strip()
+    assert Keyring(path).find(key) is not None
+    assert key not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    again = run(cli, ["keys", "create", "ann", "--file", str(path)])
+    assert again.exit_code == 1
+    listed = run(cli, ["keys", "list", "--file", str(path)]).output
+    assert "ann" in listed
+    assert key not in listed
+    assert run(cli, ["keys", "create", "a b", "--file", str(path)]).exit_code == 2
+    assert run(cli, ["keys", "revoke", "ann", "--file", str(path)]).exit_code == 0
+    assert Keyring(path).find(key) is None
+    assert run(cli, ["keys", "revoke", "ann", "--file", str(path)]).exit_code == 1
+    assert run(cli, ["keys", "list", "--file", str(tmp_path / "none")]).exit_code == 1
+
+
+# ---- the admin endpoints ----------------------------------------------------------------------
+
+
+def test_only_an_admin_may_change_what_serves(serve: Any, tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.json")
+    with serve(api_keys_file=tmp_path / "keys.json", spool_dir=tmp_path) as client:
+        answer = client.get("/v1/admin/versions", headers=bearer(keys["infer"]))
+        assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
+        answer = client.get("/v1/admin/versions", headers=bearer(keys["admin"]))
+        assert answer.json()["serving"] == "1"
+
+
+def test_without_keys_nobody_may(client: httpx.Client) -> None:
+    answer = client.post("/v1/admin/rollback")
+    assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
+
+
+def test_an_admin_activates_and_rolls_back(
+    serve: Any,
+    store: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    admin = bearer(write(tmp_path / "keys.json")["admin"])
+    with serve(
+        store=store.root, api_keys_file=tmp_path / "keys.json", watch_interval_s=0
+    ) as client:
+        nothing = client.post("/v1/admin/rollback", headers=admin)
+        assert (nothing.status_code, nothing.json()["code"]) == (409, "bundle_refused")
+        done = client.post("/v1/admin/versions/2/activate", headers=admin)
+        assert done.json() == {"name": "demo", "version": "2"}
+        assert client.get("/v1/admin/versions", headers=admin).json() == {
+            "name": "demo",
+            "versions": ["1", "2"],
+            "history": ["2", "1"],
+            "serving": "2",
+        }
+        assert client.post("/v1/admin/rollback", headers=admin).json()["version"] == "1"
+        assert store.active("demo") == "1"
+        assert client.get("/health/ready").json()["model"]["version"] == "1"
+
+
+def test_a_version_that_cannot_run_leaves_store_and_service_as_they_were(
+    serve: Any,
+    store: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    publish(store, graph=b"no graph at all")
+    admin = bearer(write(tmp_path / "keys.json")["admin"])
+    with serve(
+        store=store.root, api_keys_file=tmp_path / "keys.json", watch_interval_s=0
+    ) as client:
+        for version in ("3", "99", "nonsense"):
+            answer = client.post(f"/v1/admin/versions/{version}/activate", headers=admin)
+            assert (answer.status_code, answer.json()["code"]) == (409, "bundle_refused")
+        assert store.active("demo") == "1"
+        assert client.get("/health/ready").json()["model"]["version"] == "1"
