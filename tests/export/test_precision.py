@@ -1,0 +1,142 @@
+"""INT8: what is rounded and what is not, and that the answers stay near."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export.onnx import ExportError, export_onnx
+from export.pipeline import run_reference
+from export.precision import WEIGHT_LIMIT, quantize, round_weight
+from export.rewrite import rewrite
+from export.runtime.onnxruntime import OnnxRuntime
+from export.verify import INT8, compare
+from model.schemes import SCHEMES
+from model.timesformer import TimeSformer
+from tests.model.conftest import random_frames, random_model, tiny_config
+
+
+class Quantized(NamedTuple):
+    model: TimeSformer
+    float32: Path
+    int8: Path
+
+    @property
+    def graph(self) -> onnx.GraphProto:
+        return onnx.load(self.int8).graph
+
+
+@pytest.fixture(scope="module", params=["divided_space_time", "space_only"])
+def quantized(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Quantized:
+    folder = tmp_path_factory.mktemp("int8")
+    model = random_model(tiny_config(request.param, embed_dim=64, num_heads=4))
+    export_onnx(rewrite(model), folder / "model.onnx")
+    quantize(folder / "model.onnx", folder / "model.int8.onnx")
+    return Quantized(model, folder / "model.onnx", folder / "model.int8.onnx")
+
+
+def operators(graph: onnx.GraphProto) -> list[str]:
+    return [node.op_type for node in graph.node]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_answers_stay_near_the_networks(quantized: Quantized, batch: int) -> None:
+    clips = random_frames(quantized.model.config, batch=batch).numpy()
+    answers = OnnxRuntime(quantized.int8, cuda=False).run(clips)
+    parity = compare(run_reference(quantized.model, clips), answers, INT8)
+    assert parity.passed, parity
+    assert parity.max_difference > 1e-4  # else nothing was rounded
+
+
+def test_every_large_product_is_of_integers_and_no_other(quantized: Quantized) -> None:
+    config = quantized.model.config
+    before = len(SCHEMES[config.attention_type].before)
+    whole_blocks = config.depth - 1
+    # Query, key, value and output; in the main part two more of the MLP. The last block's main
+    # part sees the class token alone.
+    expected = whole_blocks * (4 * before + 6) + 4 * before
+    assert operators(quantized.graph).count("MatMulInteger") == expected
+
+
+def test_query_key_and_value_share_one_rounding_of_their_input(quantized: Quantized) -> None:
+    found = operators(quantized.graph)
+    inputs = {node.input[0] for node in quantized.graph.node if node.op_type == "MatMulInteger"}
+    assert found.count("DynamicQuantizeLinear") == len(inputs)
+    attentions = sum(
+        1
+        for activation in inputs
+        if sum(activation in node.input for node in quantized.graph.node
+               if node.op_type == "MatMulInteger") == 3
+    )  # fmt: skip
+    config = quantized.model.config
+    scheme = SCHEMES[config.attention_type]
+    assert attentions == config.depth * (len(scheme.before) + 1) - 1
+
+
+def test_pixels_attention_products_and_head_stay_float32(quantized: Quantized) -> None:
+    graph = quantized.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    config = quantized.model.config
+    pixels = 3 * config.patch_size**2
+    assert [
+        node for node in products
+        if node.input[1] in weights and weights[node.input[1]].dims[0] == pixels
+    ]  # fmt: skip
+    within = [node for node in products if node.input[1] not in weights]
+    assert len(within) == 2 * config.depth * (1 + len(SCHEMES[config.attention_type].before))
+    assert weights["head.weight"].data_type == TensorProto.FLOAT
+
+
+def test_the_graph_keeps_its_inputs_and_outputs_and_is_a_third_of_the_size(
+    quantized: Quantized,
+) -> None:
+    before = onnx.load(quantized.float32).graph
+    assert list(quantized.graph.input) == list(before.input)
+    assert list(quantized.graph.output) == list(before.output)
+    assert quantized.int8.stat().st_size < 0.7 * quantized.float32.stat().st_size
+
+
+def test_weights_are_rounded_by_output_channel() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((50, 4)).astype(np.float32) * np.array([1e-3, 1, 1e3, 0], "f")
+    values, scale = round_weight(weight)
+    assert (values.dtype, scale.dtype) == (np.int8, np.float32)
+    assert np.abs(values).max(axis=0).tolist() == [WEIGHT_LIMIT] * 3 + [0]
+    off = np.abs(values * scale - weight).max(axis=0)
+    assert (off <= 0.501 * np.abs(weight).max(axis=0) / WEIGHT_LIMIT).all()
+
+
+def test_no_cpu_can_overflow_on_the_sum_of_two_products() -> None:
+    """CPUs without VNNI hold it in 16 bits."""
+    largest_activation = 255
+    assert 2 * largest_activation * WEIGHT_LIMIT <= np.iinfo(np.int16).max
+
+
+def test_a_graph_with_nothing_to_round_is_refused(tmp_path: Path) -> None:
+    frames = helper.make_tensor_value_info("frames", TensorProto.UINT8, ["batch", 2])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["frames"], ["pixels"], to=TensorProto.FLOAT),
+            helper.make_node("MatMul", ["pixels", "weight"], ["logits"]),
+        ],
+        "pixels only",
+        [frames],
+        [logits],
+        [numpy_helper.from_array(np.eye(2, dtype=np.float32), "weight")],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9),
+        tmp_path / "model.onnx",
+    )
+    with pytest.raises(ExportError, match=r"model\.onnx has no product of a size"):
+        quantize(tmp_path / "model.onnx", tmp_path / "model.int8.onnx")
+    assert not (tmp_path / "model.int8.onnx").exists()
