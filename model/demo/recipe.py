@@ -1,6 +1,6 @@
 """Trains the bundled demo model on clips that it renders itself, and measures it on real mp4 files.
 
-    python -m model.demo.recipe --out build/demo                 # 40 minutes of one CPU core
+    python -m model.demo.recipe --out build/demo                 # half an hour of one CPU core
     python -m model.demo.recipe --out build/try --steps 200 --clips 1200 --held-out 60
 
 Writes `weights.safetensors`, the state dict of the variant "demo", and `training.json`. Rendered
@@ -51,7 +51,7 @@ class Recipe:
 
     seed: int = 0
     flow_steps: int = 400
-    steps: int = 5000
+    steps: int = 3000
     clips: int = 6000
     held_out: int = 480
     batch: int = 32
