@@ -3,7 +3,7 @@
     python -m model.demo.recipe --out build/demo                 # half an hour of one CPU core
     python -m model.demo.recipe --out build/try --steps 200 --clips 1200 --held-out 60
 
-Writes `weights.safetensors`, the state dict of the variant "demo", and `training.json`. Rendered
+Writes `weights.safetensors`, with configuration and labels, and `training.json`. Rendered
 clips are kept in `--cache` for the next run. The same seed, steps, clips and software give the
 same weights on the same machine.
 
@@ -30,10 +30,10 @@ import av
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
+from model.checkpoints import save_safetensors
 from model.config import VARIANTS, ModelConfig
 from model.demo import clips
 from model.demo.clips import Rendered
@@ -176,7 +176,7 @@ def learn_classes(
             print(
                 f"step {step} of {recipe.steps}: {of_classes:.4f}, flow {of_flow:.4f}", flush=True
             )
-            _save(average, out)
+            save_safetensors(average, out / "weights.safetensors", network.config, LABELS)
     return average
 
 
@@ -188,12 +188,6 @@ def train(recipe: Recipe, config: ModelConfig, rendered: Rendered, out: Path) ->
     start_as_motion_energy(network, torch.from_numpy(rendered.frames[:48].copy()))
     learn_flow(network, flow, recipe, rendered, rng)
     return learn_classes(network, flow, recipe, rendered, rng, out)
-
-
-def _save(network: nn.Module, out: Path) -> None:
-    partial = out / "weights.safetensors.partial"
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
-    partial.replace(out / "weights.safetensors")
 
 
 # ---- evaluation -------------------------------------------------------------------------------
