@@ -13,7 +13,7 @@ from export.runtime.interface import Outputs, Runtime
 Float64 = NDArray[np.float64]
 
 # A label may change where the best two logits are closer than this many times the root mean square
-# difference: the difference of two of them is beyond it in one of 50,000 cases.
+# difference: errors of two of them add up to more in fewer than one of 50,000 cases.
 _NOISE = 6
 _TOP = 5
 

@@ -1,4 +1,5 @@
-"""What the export gains on a CPU: ONNX Runtime on the original network's graph and on ours.
+"""What the export gains on a CPU: ONNX Runtime on the original network's graph and on ours, in
+float32 and in INT8.
 
     python -m tests.benchmarks.cpu_inference [--variant base] [--rounds 7] [--threads 0] [--without]
 
@@ -24,9 +25,11 @@ from numpy.typing import NDArray
 
 from export.onnx import export_onnx
 from export.pipeline import run_reference
+from export.precision import quantize
 from export.rewrite import REWRITES, InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
+from export.verify import compare
 from model.config import VARIANTS, ModelConfig
 from model.cost import cost
 from model.timesformer import TimeSformer
@@ -56,14 +59,15 @@ def main() -> None:
     before, after = cost(config).multiply_adds, multiply_adds(rewrite(model))
     print(f"{options.variant}: {before / 1e9:.2f} G multiply-adds, rewritten {after / 1e9:.2f} G")
     print(
-        "graph                       wall s   speed-up   (quartiles)   by cpu time   logits off by"
+        "graph                       wall s   speed-up   (quartiles)  by cpu time  off by   cosine"
     )
     for name, times in seconds.items():
         wall, cpu = (ratios(seconds[NAIVE], times, clock) for clock in ("wall", "cpu"))
+        answers = engines[name].run(clip)
         print(
             f"{name:26s} {statistics.median(t.wall for t in times):7.3f}   {wall[1]:8.3f}   "
-            f"({wall[0]:.2f}, {wall[2]:.2f})  {cpu[1]:11.3f}   "
-            f"{error(reference, engines[name].run(clip)):.1e}"
+            f"({wall[0]:.2f}, {wall[2]:.2f})  {cpu[1]:11.3f}  "
+            f"{error(reference, answers):.1e}  {compare(reference, answers).centred_cosine:.6f}"
         )
 
 
@@ -95,10 +99,14 @@ def load(model: TimeSformer, folder: Path, threads: int, without: bool) -> dict[
     for left_out in REWRITES if without else ():
         rest = [rewriting for rewriting in REWRITES if rewriting is not left_out]
         graphs[f"  not {left_out.__name__}"] = rewrite(model, rest)
-    path, engines = folder / "model.onnx", {}
+    path, rounded = folder / "model.onnx", folder / "model.int8.onnx"
+    engines = {}
     for name, network in graphs.items():
         export_onnx(network, path)
         engines[name] = OnnxRuntime(path, cuda=False, threads=threads)
+        if name == "rewritten":
+            quantize(path, rounded)
+            engines["rewritten, int8"] = OnnxRuntime(rounded, cuda=False, threads=threads)
     return engines
 
 
