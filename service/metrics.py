@@ -21,6 +21,11 @@ class Metrics:
             ["route", "method", "status"],
             registry=self.registry,
         )
+        self.requests_in_progress = Gauge(
+            "timesformer_requests_in_progress",
+            "Requests that are being received or answered.",
+            registry=self.registry,
+        )
         self.stage_seconds = Histogram(
             "timesformer_stage_seconds",
             "Time of an answered request by stage: upload, decode, queue, inference, total.",

@@ -38,6 +38,7 @@ class RequestContext:
         if not _REQUEST_ID.fullmatch(identifier):
             identifier = uuid.uuid4().hex
         token = request_id.set(identifier)
+        self._metrics.requests_in_progress.inc()
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -55,6 +56,7 @@ class RequestContext:
                 answer = problem(InternalError("Something broke on our side; the log has more."))
                 await answer(scope, receive, send_with_id)
         finally:
+            self._metrics.requests_in_progress.dec()
             self._account(scope, status, time.perf_counter() - started)
             request_id.reset(token)
 

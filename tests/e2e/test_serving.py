@@ -69,7 +69,8 @@ def test_on_sigterm_it_finishes_what_runs_and_exits_with_0(start_service: Any) -
         threads = [threading.Thread(target=post) for _ in range(4)]
         for thread in threads:
             thread.start()
-        time.sleep(0.3)
+        while "timesformer_requests_in_progress 5.0" not in service.client.get("/metrics").text:
+            time.sleep(0.01)  # the fifth is the one that asks
         service.process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
