@@ -17,7 +17,7 @@ from service.decoding import DecoderPool, WorkerLimits
 from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.models import ModelHost
-from service.routes import admin, classify, embed, health, page
+from service.routes import admin, classify, embed, health, inference_protocol, page
 from service.routes import models as model_list
 from service.settings import Settings
 from service.state import State
@@ -42,11 +42,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.keyring = Keyring(settings.api_keys_file) if settings.api_keys_file else None
     errors.install(app, app.state.metrics)
     app.add_middleware(RequestContext, metrics=app.state.metrics)
-    for group in (classify, embed, model_list):
+    for group in (classify, embed, inference_protocol, model_list):
         app.include_router(group.router, dependencies=[Depends(allow("infer"))])
     app.include_router(admin.router, dependencies=[Depends(allow("admin"))])
-    for group in (health, page):
-        app.include_router(group.router)
+    for router in (health.router, inference_protocol.probes, page.router):
+        app.include_router(router)
     return app
 
 

@@ -2,12 +2,15 @@
 
 ServiceError
 |- BadRequestError           400  the request itself is malformed
+|- InvalidTensorError        400  Open Inference Protocol: not what the network takes
 |- UnauthorizedError         401
 |- ForbiddenError            403
+|- ModelNotFoundError        404
 |- BundleRefusedError        409  another version cannot be taken; the old one stays
 |- TooManyRequestsError      429  with Retry-After
 |- UploadTooLargeError       413
 |- UploadTimeoutError        408
+|- UnsupportedEncodingError  415
 |- VideoRejectedError        4xx  what `model.video` says of the file, see VIDEO_STATUS
 |- ClientDisconnectedError   499  nobody is there to read it; for the metrics
 |- QueueFullError            503  with Retry-After
@@ -62,6 +65,10 @@ class BadRequestError(ServiceError):
     status, code = 400, "bad_request"
 
 
+class InvalidTensorError(ServiceError):
+    status, code = 400, "invalid_tensor"
+
+
 class UnauthorizedError(ServiceError):
     status, code = 401, "unauthorized"
 
@@ -82,6 +89,17 @@ class TooManyRequestsError(ServiceError):
 
     def __init__(self, detail: str, retry_after_s: int) -> None:
         super().__init__(detail, headers={"Retry-After": str(retry_after_s)})
+
+
+class ModelNotFoundError(ServiceError):
+    status, code = 404, "model_not_found"
+
+
+class UnsupportedEncodingError(ServiceError):
+    status, code = 415, "unsupported_encoding"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"Accept-Encoding": "gzip, deflate"})
 
 
 class UploadTooLargeError(ServiceError):
@@ -154,16 +172,30 @@ def problem(error: ServiceError, **extra: Any) -> Response:
     )
 
 
-def install(app: FastAPI, metrics: Metrics) -> None:
-    """Makes every error of the app a problem document, and counts it by its code."""
-
-    def refuse(error: ServiceError, **extra: Any) -> Response:
-        metrics.rejected.labels(error.code).inc()
+def answer_to(path: str, error: ServiceError, **extra: Any) -> Response:
+    """An error in the form that clients of `path` know: `{"error": ...}` under `/v2`, where the
+    Open Inference Protocol has it so, and else a problem document.
+    """
+    if path != "/v2" and not path.startswith("/v2/"):
         return problem(error, **extra)
+    return Response(
+        orjson.dumps({"error": error.detail}),
+        error.status,
+        headers=error.headers,
+        media_type="application/json",
+    )
+
+
+def install(app: FastAPI, metrics: Metrics) -> None:
+    """Answers every error of the app, and counts it by its code."""
+
+    def refuse(request: Request, error: ServiceError, **extra: Any) -> Response:
+        metrics.rejected.labels(error.code).inc()
+        return answer_to(request.scope["path"], error, **extra)
 
     @app.exception_handler(ServiceError)
     async def service_error(request: Request, error: ServiceError) -> Response:
-        return refuse(error)
+        return refuse(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_request(request: Request, error: RequestValidationError) -> Response:
@@ -172,14 +204,14 @@ def install(app: FastAPI, metrics: Metrics) -> None:
             for item in error.errors()
         ]
         sentence = "; ".join(f"{item['field']}: {item['message']}" for item in fields)
-        return refuse(_invalid(sentence), errors=fields)
+        return refuse(request, _invalid(sentence), errors=fields)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         known = ServiceError(str(error.detail), headers=dict(error.headers or {}))
         known.status = error.status_code
         known.code = _title(error.status_code).lower().replace(" ", "_")
-        return refuse(known)
+        return refuse(request, known)
 
 
 def _invalid(detail: str) -> ServiceError:

@@ -13,7 +13,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import InternalError, problem
+from service.errors import InternalError, answer_to
 from service.logging import request_id
 from service.metrics import Metrics
 
@@ -53,7 +53,8 @@ class RequestContext:
         except Exception:
             logger.exception("unhandled error")
             if not status:
-                answer = problem(InternalError("Something broke on our side; the log has more."))
+                error = InternalError("Something broke on our side; the log has more.")
+                answer = answer_to(scope["path"], error)
                 await answer(scope, receive, send_with_id)
         finally:
             self._metrics.requests_in_progress.dec()

@@ -129,7 +129,8 @@ def _errors() -> Iterator[str]:
     yield "## Error codes"
     yield (
         "Errors are `application/problem+json` (RFC 9457) with a stable `code`; "
-        "`detail` is a sentence for people."
+        '`detail` is a sentence for people. Under `/v2` they are `{"error": "..."}`, as the Open '
+        "Inference Protocol has it, and the code is in the metrics only."
     )
     codes = dict(VIDEO_STATUS) | {
         error.code: error.status

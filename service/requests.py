@@ -18,7 +18,7 @@ from service.decoding import Job
 from service.errors import PROBLEM_TYPE, ClientDisconnectedError, RequestTimeoutError
 from service.metrics import Metrics
 from service.models import ServedModel
-from service.schemas import Problem, Timings, ViewParameters
+from service.schemas import Problem, Timings, ViewParameters, inlined_schema
 from service.state import State
 from service.uploads import FILE_FIELD, Upload, receive
 
@@ -41,7 +41,7 @@ _PROBLEMS = {
 
 def problem_response(description: str) -> dict[str, Any]:
     """The OpenAPI description of an error."""
-    schema = Problem.model_json_schema()
+    schema = inlined_schema(Problem)
     return {"description": description, "content": {PROBLEM_TYPE: {"schema": schema}}}
 
 

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def inlined_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a model with its definitions in place: `#/$defs` in the middle of an
+    OpenAPI document would lead nowhere.
+    """
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        target = definitions.get(node.get("$ref", "").removeprefix("#/$defs/"), {})
+        rest = {key: value for key, value in node.items() if key != "$ref"}
+        return {key: inline(value) for key, value in {**target, **rest}.items()}
+
+    inlined: dict[str, Any] = inline(schema)
+    return inlined
 
 
 def _number(value: object) -> object:
@@ -186,6 +206,113 @@ class VersionsResponse(_Schema):
     versions: tuple[str, ...] = Field(description="Published versions, oldest first.")
     history: tuple[str, ...] = Field(description="Versions that were active, the present first.")
     serving: str = Field(description="The version that answers requests now.")
+
+
+class _Lenient(BaseModel):
+    """For the Open Inference Protocol: members that we do not know are extensions of others."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+
+class InferParameters(_Lenient):
+    binary_data_output: bool = Field(
+        default=False,
+        description="Outputs as bytes after the JSON, where they do not say otherwise.",
+    )
+    timeout: int = Field(
+        default=0,
+        ge=0,
+        description="Microseconds until the answer is of no use; 0: no limit of its own.",
+    )
+
+
+class InferInputParameters(_Lenient):
+    binary_data_size: int | None = Field(
+        default=None, ge=0, description="The tensor's bytes follow the JSON; this is how many."
+    )
+
+
+class InferInput(_Lenient):
+    name: str = Field(description="`frames`.")
+    # Lenient: JSON has no tuples.
+    shape: tuple[int, ...] = Field(
+        max_length=16, strict=False, description="(clips, time, height, width, 3)"
+    )
+    datatype: str = Field(description="`UINT8`.")
+    parameters: InferInputParameters = InferInputParameters()
+    data: JsonValue = Field(
+        default=None, description="The numbers, flat in row-major order or nested."
+    )
+
+
+class InferOutputParameters(_Lenient):
+    binary_data: bool | None = Field(default=None, description="As bytes after the JSON, or in it.")
+    classification: int = Field(
+        default=0, ge=0, le=0, description="Not offered; use `/v1/classify`."
+    )
+
+
+class InferOutput(_Lenient):
+    name: str = Field(description="`logits` or `embedding`.")
+    parameters: InferOutputParameters = InferOutputParameters()
+
+
+class InferRequest(_Lenient):
+    """Clips for the network. `outputs` left out means all of them."""
+
+    id: str | None = Field(default=None, max_length=1024, description="Comes back in the answer.")
+    parameters: InferParameters = InferParameters()
+    inputs: list[InferInput] = Field(min_length=1, max_length=1)
+    outputs: list[InferOutput] | None = Field(default=None, max_length=16)
+
+
+class InferredTensor(_Schema):
+    name: str
+    datatype: Literal["FP32"]
+    shape: tuple[int, ...]
+    parameters: InferInputParameters | None = None
+    data: tuple[float, ...] | None = Field(None, description="Row-major, if not binary.")
+
+
+class InferResponse(_Schema):
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: tuple[InferredTensor, ...]
+
+
+class TensorMetadata(_Schema):
+    name: str
+    datatype: str
+    shape: tuple[int, ...] = Field(description="-1 is the number of clips.")
+
+
+class ModelMetadata(_Schema):
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorMetadata, ...]
+    outputs: tuple[TensorMetadata, ...]
+
+
+class ServerMetadata(_Schema):
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+
+class ServerReady(_Schema):
+    ready: Literal[True] = True
+
+
+class ModelReady(ServerReady):
+    name: str
+
+
+class ProtocolError(_Schema):
+    """An error of the Open Inference Protocol."""
+
+    error: str
 
 
 class LiveResponse(_Schema):

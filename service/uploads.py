@@ -1,7 +1,7 @@
 """Uploads to spool files: streamed in blocks, limited while they are read, deleted on every path.
 
 A body is either the video itself or `multipart/form-data` with the video in the part `file` and
-parameters in other parts. Nothing is ever held in memory whole.
+parameters in other parts; no video is ever held in memory whole. Tensors are: `receive_tensors`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ SPOOL_PREFIX = "timesformer-upload-"
 _BLOCK = MIB
 _MAX_FIELD_BYTES = 1024
 _MAX_FIELDS = 32
+
+
+class Limit(NamedTuple):
+    """The largest body that is accepted."""
+
+    bytes: int
+    reason: str = "the limit of this service"
+    """For people."""
 
 
 class Upload(NamedTuple):
@@ -89,7 +97,7 @@ async def receive(
         SpoolFullError: the disk is full.
     """
     started = time.perf_counter()
-    _check_announced_size(request, max_bytes)
+    _check_announced_size(request, Limit(max_bytes))
     # A name of ours: nothing that the client sends becomes part of a path.
     descriptor, name = tempfile.mkstemp(prefix=SPOOL_PREFIX, dir=folder)
     path = Path(name)
@@ -99,9 +107,7 @@ async def receive(
                 async with asyncio.timeout(timeout_s):
                     size, fields = await _spool(request, file, max_bytes)
             except TimeoutError:
-                raise UploadTimeoutError(
-                    f"The upload was not complete after {timeout_s:g} s."
-                ) from None
+                raise _too_slow(timeout_s) from None
             except ClientDisconnect:
                 raise ClientDisconnectedError("The client went away.") from None
             except OSError as error:
@@ -110,6 +116,27 @@ async def receive(
         yield Upload(path, size, fields, time.perf_counter() - started)
     finally:
         path.unlink(missing_ok=True)  # noqa: ASYNC240 - microseconds, and must not be cancelled
+
+
+async def receive_tensors(request: Request, limit: Limit, timeout_s: float) -> bytearray:
+    """Receives a body that goes to the network as it is, in memory.
+
+    Raises:
+        UploadTooLargeError, UploadTimeoutError, ClientDisconnectedError: as `receive`.
+    """
+    _check_announced_size(request, limit)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > limit.bytes:
+                    raise _too_large(limit)
+                body += chunk
+    except TimeoutError:
+        raise _too_slow(timeout_s) from None
+    except ClientDisconnect:
+        raise ClientDisconnectedError("The client went away.") from None
+    return body
 
 
 def remove_leftovers(folder: Path) -> int:
@@ -138,7 +165,7 @@ async def _spool(request: Request, file: BinaryIO, max_bytes: int) -> tuple[int,
     async for chunk in request.stream():
         received += len(chunk)
         if received > max_bytes:
-            raise _too_large(max_bytes)
+            raise _too_large(Limit(max_bytes))
         write(chunk)
         await spool.flush(at_least=_BLOCK)
     await spool.flush()
@@ -147,15 +174,19 @@ async def _spool(request: Request, file: BinaryIO, max_bytes: int) -> tuple[int,
     return spool.size, fields
 
 
-def _check_announced_size(request: Request, max_bytes: int) -> None:
+def _check_announced_size(request: Request, limit: Limit) -> None:
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes:
-        raise _too_large(max_bytes)
+    if announced.isdecimal() and int(announced) > limit.bytes:
+        raise _too_large(limit)
 
 
-def _too_large(max_bytes: int) -> UploadTooLargeError:
+def _too_slow(timeout_s: float) -> UploadTimeoutError:
+    return UploadTimeoutError(f"The upload was not complete after {timeout_s:g} s.")
+
+
+def _too_large(limit: Limit) -> UploadTooLargeError:
     return UploadTooLargeError(
-        f"The upload is larger than {max_bytes / MIB:,.2f} MiB, the limit of this service."
+        f"The upload is larger than {limit.bytes / MIB:,.2f} MiB, {limit.reason}."
     )
 
 

@@ -1,0 +1,271 @@
+"""`/v2`: the Open Inference Protocol over HTTP, for clients that bring clips, not videos.
+
+tritonclient and KServe's client work with it unchanged. How bodies are written is in
+`service/tensors.py`; errors are `{"error": "..."}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from service.batcher import Answer
+from service.errors import ModelNotFoundError, RequestTimeoutError
+from service.models import ServedModel
+from service.requests import answer_in_time, observe
+from service.schemas import (
+    InferRequest,
+    InferResponse,
+    LiveResponse,
+    ModelMetadata,
+    ModelReady,
+    ProtocolError,
+    ServerMetadata,
+    ServerReady,
+    TensorMetadata,
+    inlined_schema,
+)
+from service.state import Running, State
+from service.tensors import HEADER_LENGTH, Body, Inference, body_limit, decode, encode
+from service.uploads import Limit, receive_tensors
+
+# One: parsing keeps the interpreter to itself anyway, and one body at a time bounds the memory.
+_DECODER = ThreadPoolExecutor(1, thread_name_prefix="tensors")
+_DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    descriptions = {
+        400: "The request is malformed, or not what the network takes.",
+        401: "An API key is missing or unknown.",
+        403: "The API key lacks the scope.",
+        404: "No such model or version serves.",
+        408: "The upload took too long.",
+        413: "The body is over a limit.",
+        415: "A Content-Encoding other than gzip and deflate.",
+        429: "The rate or the concurrency of the API key is used up.",
+        503: "Too much waits already, or the service is starting or stopping.",
+        504: "The answer took too long.",
+    }
+    return {
+        status: {"model": ProtocolError, "description": descriptions[status]} for status in statuses
+    }
+
+
+def _path_parameters(*names: str) -> dict[str, Any]:
+    """For OpenAPI: one function answers with and without a version, so they are not arguments."""
+    return {
+        "parameters": [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in names
+        ]
+    }
+
+
+_NAMED, _VERSIONED = _path_parameters("model"), _path_parameters("model", "version")
+_BINARY = {
+    "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": f"JSON, or JSON and then the tensor's bytes, with the length of the JSON in "
+        f"the header `{HEADER_LENGTH}`. `Content-Encoding` may be gzip or deflate.",
+        "content": {"application/json": {"schema": inlined_schema(InferRequest)}, **_BINARY},
+    }
+}
+_HEADER = {
+    "name": HEADER_LENGTH,
+    "in": "header",
+    "required": False,
+    "description": "Bytes of JSON, if a tensor's bytes follow it.",
+    "schema": {"type": "integer", "minimum": 0},
+}
+
+
+def _infer_extra(path: dict[str, Any]) -> dict[str, Any]:
+    return {**_BODY, "parameters": [*path["parameters"], _HEADER]}
+
+
+probes = APIRouter(prefix="/v2", tags=["open inference protocol"])
+router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+
+
+@probes.get("/health/live", summary="Is the server alive?")
+async def server_live() -> LiveResponse:
+    """Answers as long as the event loop turns."""
+    return LiveResponse()
+
+
+@probes.get("/health/ready", summary="Can the server take requests?", responses=_problems(503))
+async def server_ready(state: Running) -> ServerReady:
+    """200 once the model is loaded and warm, 503 before and while the service stops."""
+    return ServerReady()
+
+
+@router.get("", summary="What is the server?", responses=_problems(401, 403, 429))
+async def server_metadata() -> ServerMetadata:
+    """Its name, its version and the extensions of the protocol that it has."""
+    return ServerMetadata(
+        name="timesformer",
+        version=version("timesformer-service"),
+        extensions=("binary_tensor_data",),
+    )
+
+
+@router.get(
+    "/models/{model}",
+    summary="What does a model take and give?",
+    responses=_problems(401, 403, 404, 429, 503),
+    openapi_extra=_NAMED,
+)
+@router.get(
+    "/models/{model}/versions/{version}",
+    summary="What does this version of a model take and give?",
+    responses=_problems(401, 403, 404, 429, 503),
+    openapi_extra=_VERSIONED,
+)
+async def model_metadata(request: Request, state: Running) -> ModelMetadata:
+    """The names, datatypes and shapes of its inputs and outputs."""
+    model = _model(request, state)
+    manifest = model.bundle.manifest
+    inputs, outputs = (
+        tuple(
+            TensorMetadata(name=spec.name, datatype=_DATATYPES[spec.dtype], shape=spec.shape)
+            for spec in specs
+        )
+        for specs in (manifest.inputs, manifest.outputs)
+    )
+    return ModelMetadata(
+        name=model.bundle.name,
+        versions=(model.bundle.version,),
+        platform=model.runtime.engine,
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+@router.get(
+    "/models/{model}/ready",
+    summary="Can a model take requests?",
+    responses=_problems(401, 403, 404, 429, 503),
+    openapi_extra=_NAMED,
+)
+@router.get(
+    "/models/{model}/versions/{version}/ready",
+    summary="Can this version of a model take requests?",
+    responses=_problems(401, 403, 404, 429, 503),
+    openapi_extra=_VERSIONED,
+)
+async def model_ready(request: Request, state: Running) -> ModelReady:
+    """200 if it is the one that serves."""
+    return ModelReady(name=_model(request, state).bundle.name)
+
+
+@router.post(
+    "/models/{model}/infer",
+    summary="Run clips through a model",
+    response_model=InferResponse,
+    responses={
+        200: {"content": _BINARY},
+        **_problems(400, 401, 403, 404, 408, 413, 415, 429, 503, 504),
+    },
+    openapi_extra=_infer_extra(_NAMED),
+)
+@router.post(
+    "/models/{model}/versions/{version}/infer",
+    summary="Run clips through this version of a model",
+    response_model=InferResponse,
+    responses={
+        200: {"content": _BINARY},
+        **_problems(400, 401, 403, 404, 408, 413, 415, 429, 503, 504),
+    },
+    openapi_extra=_infer_extra(_VERSIONED),
+)
+async def infer(request: Request, state: Running) -> Response:
+    """Joins the clips with those of other clients and answers with the network's outputs."""
+    started = time.perf_counter()
+    settings = state.settings
+    header_length = request.headers.get(HEADER_LENGTH)
+    # Found before the body is read, and again afterwards: it may have been swapped meanwhile, and
+    # a slow sender must not keep an old model open.
+    limit = min(
+        Limit(settings.max_upload_bytes),
+        body_limit(
+            header_length, _clip_shape(_model(request, state)), settings.max_clips_per_request
+        ),
+    )
+    content = await receive_tensors(request, limit, settings.upload_timeout_s)
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    uploaded = time.perf_counter()
+    with _model(request, state).in_use() as model:
+        work = _run(state, model, Body(content, encoding, header_length), limit)
+        inference, answer = await answer_in_time(request, settings.request_timeout_s, work)
+        names = {"model_name": model.bundle.name, "model_version": model.bundle.version}
+    tensors = {"logits": answer.logits, "embedding": answer.embedding}
+    body, length = encode(dict(names), tensors, inference.request)
+    seconds = {
+        "upload": uploaded - started,
+        "queue": answer.queue_s,
+        "inference": answer.inference_s,
+        "total": time.perf_counter() - started,
+    }
+    observe(state.metrics, seconds)
+    if length is None:
+        return Response(body, media_type="application/json")
+    headers = {HEADER_LENGTH: str(length)}
+    return Response(body, headers=headers, media_type="application/octet-stream")
+
+
+def _model(request: Request, state: State) -> ServedModel:
+    """The model that the path names.
+
+    Raises:
+        ModelNotFoundError: another one serves.
+    """
+    model = state.models.current
+    bundle = model.bundle
+    name, wanted = request.path_params["model"], request.path_params.get("version")
+    if name != bundle.name or wanted not in {None, bundle.version}:
+        raise ModelNotFoundError(
+            f"no such model or version serves here; '{bundle.name}' version {bundle.version} does"
+        )
+    return model
+
+
+def _clip_shape(model: ServedModel) -> tuple[int, ...]:
+    config = model.bundle.config
+    return (config.num_frames, config.image_size, config.image_size, 3)
+
+
+async def _run(
+    state: State, model: ServedModel, body: Body, limit: Limit
+) -> tuple[Inference, Answer]:
+    """Decodes the body and infers, within the time that it gives itself.
+
+    Raises:
+        ServiceError: as `decode` and `Batcher.submit`.
+        RequestTimeoutError: the request's own time is up.
+    """
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    read = partial(
+        decode,
+        body,
+        _clip_shape(model),
+        max_clips=state.settings.max_clips_per_request,
+        limit=limit,
+    )
+    inference = read() if body.is_quick else await loop.run_in_executor(_DECODER, read)
+    timeout_s = inference.request.parameters.timeout / 1e6
+    try:
+        async with asyncio.timeout_at(started + timeout_s if timeout_s else None):
+            return inference, await model.batcher.submit(inference.frames)
+    except TimeoutError:
+        raise RequestTimeoutError(f"There was no answer after {timeout_s:g} s.") from None
