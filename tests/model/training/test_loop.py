@@ -198,11 +198,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     same_result(tmp_path, whole)
 
 
-def test_workers_do_not_decide_what_is_learned(colours: Path, whole: Path, tmp_path: Path) -> None:
-    run(colours, tmp_path, machine=Machine(workers=1, checkpoint_every=4))
-    same_result(tmp_path, whole)
-
-
 def test_a_finished_run_is_not_run_again(colours: Path, whole: Path) -> None:
     written = (whole / WEIGHTS).stat().st_mtime_ns
     report = run(colours, whole, on_step=lambda step: pytest.fail("it trains"))
