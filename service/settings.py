@@ -107,7 +107,10 @@ class Settings(BaseSettings):
         60.0, gt=0, description="Longest time that a client may take to send its body."
     )
     max_clips_per_request: int = Field(
-        30, ge=1, le=1000, description="Most views x crops that one request may ask for."
+        30,
+        ge=1,
+        le=1000,
+        description="Most clips that one request may ask for (views x crops) or bring.",
     )
     decode_workers: int = Field(
         default_factory=lambda: max(2, usable_cores()),
