@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +24,6 @@ TINY = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_frame
         "image_size": 16, "frame_stride": 4}  # fmt: skip
 RECIPE = {"optimizer": "adamw", "schedule": "cosine", "layer_decay": 1.0, "ema": 0.0, "warm_up": 0,
           "mixup": 0, "cutmix": 0, "erasing": 0, "randaugment": 0}  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def timesformer(*arguments: object, code: int = 0) -> Result:
@@ -191,7 +183,11 @@ def test_sigterm_ends_the_command_with_a_saved_step(colours: Path, tmp_path: Pat
     command = training(tmp_path, colours, "--out", tmp_path / "run", *options)
     program = Path(sys.executable).with_name("timesformer")
     with subprocess.Popen(
-        [program, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [program, *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("step 1 of 20000")

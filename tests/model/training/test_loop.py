@@ -70,15 +70,6 @@ def run(videos: Path | VideoList, out: Path, **more: Any) -> dict[str, Any]:
     return train(first_model(), job(videos, out, **more), machine, on_step=on_step)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """More only wait for each other in a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def whole(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps that nothing has interrupted."""
