@@ -182,11 +182,14 @@ def test_tritons_concurrent_requests_get_their_own_answers_in_shared_batches(
     client: httpx.Client, tritons: triton.InferenceServerClient, expected: Outputs
 ) -> None:
     before = batches(client)
+    # Four batches of eight at most: the others arrive while they run.
+    long = tritons.async_infer("demo", triton_input(random_clips(30)))
     waiting = [tritons.async_infer("demo", triton_input(CLIPS[n % 2 :][:1])) for n in range(12)]
     for n, request in enumerate(waiting):
         logits = request.get_result().as_numpy("logits")
         np.testing.assert_allclose(logits[0], expected.logits[n % 2], atol=1e-4)
-    assert batches(client) - before < 12
+    assert long.get_result().as_numpy("logits").shape[0] == 30
+    assert batches(client) - before < 4 + 12
 
 
 def batches(client: httpx.Client) -> float:
