@@ -20,6 +20,7 @@ import time
 from multiprocessing.connection import Connection
 
 import uvicorn
+import uvloop
 
 from export.runtime import load_runtime
 from model.demo import SAMPLE_CLIP, STORE
@@ -123,7 +124,7 @@ def run_service(settings: Settings, decode: bool, connection: Connection) -> Non
         server.should_exit = True
         await serving
 
-    asyncio.run(run())
+    uvloop.run(run())  # as `timesformer serve` does
 
 
 async def load(port: int, clients: int, seconds: float) -> list[float]:
