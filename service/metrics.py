@@ -56,8 +56,8 @@ class Metrics:
         )
         self.model_info = Gauge(
             "timesformer_model_info",
-            "1 for the bundle that serves, with the engine, provider and device that run it.",
-            ["name", "version", "engine", "provider", "device"],
+            "1 for the bundle that serves, with what runs it.",
+            ["name", "version", "engine", "provider", "device", "precision"],
             registry=self.registry,
         )
         self.swaps = Counter(

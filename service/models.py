@@ -74,6 +74,7 @@ def load_model(bundle: Bundle, settings: Settings) -> LoadedModel:
             "engine": runtime.engine,
             "provider": runtime.provider,
             "device": runtime.device,
+            "precision": runtime.precision,
             "seconds": round(time.perf_counter() - started, 2),
         },
     )
@@ -249,7 +250,12 @@ class ModelHost:
         bundle, runtime = loaded
         self._metrics.model_info.clear()
         self._metrics.model_info.labels(
-            bundle.name, bundle.version, runtime.engine, runtime.provider, runtime.device
+            bundle.name,
+            bundle.version,
+            runtime.engine,
+            runtime.provider,
+            runtime.device,
+            runtime.precision,
         ).set(1)
         if old is not None:
             self._metrics.swaps.labels("done").inc()

@@ -192,6 +192,7 @@ class ModelFacts(_Schema):
     engine: str
     provider: str
     device: str = Field(description="`cpu` or `cuda`.")
+    precision: str = Field(description="`float32` or `int8`.")
     training: dict[str, object] | None
 
 
@@ -325,6 +326,7 @@ class ReadyResponse(_Schema):
     engine: str
     provider: str
     device: str
+    precision: str = Field(description="`float32` or `int8`.")
 
 
 class FieldProblem(_Schema):

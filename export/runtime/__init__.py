@@ -46,7 +46,7 @@ def load_runtime(
             raise RuntimeUnavailableError(
                 "the INT8 graph is for CPUs: set the precision to float32, or the device to cpu"
             )
-        return OnnxRuntime(bundle.file(ONNX_INT8), cuda=False, threads=threads)
+        return OnnxRuntime(bundle.file(ONNX_INT8), cuda=False, threads=threads, precision="int8")
     if device != "cpu":
         try:
             return OnnxRuntime(bundle.file(ONNX_FLOAT32), cuda=True, threads=threads)
@@ -54,8 +54,6 @@ def load_runtime(
             if device == "cuda":
                 raise
             logger.warning("no GPU is used: %s", error)
-    rounded = precision == "auto" and ONNX_INT8 in bundle.manifest.files
-    graph = ONNX_INT8 if rounded else ONNX_FLOAT32
-    if precision == "auto":
-        logger.info("precision auto: %s is served", graph)
-    return OnnxRuntime(bundle.file(graph), cuda=False, threads=threads)
+    if precision == "auto" and ONNX_INT8 in bundle.manifest.files:
+        return OnnxRuntime(bundle.file(ONNX_INT8), cuda=False, threads=threads, precision="int8")
+    return OnnxRuntime(bundle.file(ONNX_FLOAT32), cuda=False, threads=threads)

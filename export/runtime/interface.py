@@ -39,6 +39,10 @@ class Runtime(Protocol):
     def device(self) -> str:
         """`cpu` or `cuda`."""
 
+    @property
+    def precision(self) -> str:
+        """`float32` or `int8`: of the graph that is loaded."""
+
     def run(self, frames: NDArray[np.uint8]) -> Outputs:
         """Classifies clips: uint8 (batch, time, height, width, 3) to `Outputs`."""
 

@@ -25,6 +25,7 @@ class OnnxRuntime:
     Args:
         path: the ONNX file.
         cuda: run on the GPU.
+        precision: what the graph computes in, to be told to whoever asks.
         threads: CPU threads inside one operator; 0 for one per usable core.
 
     Raises:
@@ -33,7 +34,9 @@ class OnnxRuntime:
 
     engine = "onnxruntime"
 
-    def __init__(self, path: Path, *, cuda: bool, threads: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, cuda: bool, threads: int = 0, precision: str = "float32"
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
@@ -53,6 +56,7 @@ class OnnxRuntime:
                 "its log says what is missing"
             )
         self.device = "cuda" if cuda else "cpu"
+        self.precision = precision
 
     def run(self, frames: NDArray[np.uint8]) -> Outputs:
         logits, embedding = self._session.run(["logits", "embedding"], {"frames": frames})

@@ -29,6 +29,7 @@ async def ready(state: Running) -> ReadyResponse:
         engine=runtime.engine,
         provider=runtime.provider,
         device=runtime.device,
+        precision=runtime.precision,
     )
 
 

@@ -29,6 +29,7 @@ async def models(state: Running) -> ModelsResponse:
                 engine=runtime.engine,
                 provider=runtime.provider,
                 device=runtime.device,
+                precision=runtime.precision,
                 training=manifest.training,
             ),
         )

@@ -27,6 +27,7 @@ def test_it_is_alive_and_ready_and_says_what_runs_it(client: httpx.Client) -> No
         "engine": "onnxruntime",
         "provider": "CPUExecutionProvider",
         "device": "cpu",
+        "precision": "float32",
     }
 
 
@@ -83,7 +84,7 @@ def test_metrics_say_which_bundle_runs_on_what(client: httpx.Client) -> None:
     text = client.get("/metrics").text
     assert (
         'timesformer_model_info{device="cpu",engine="onnxruntime",name="demo",'
-        'provider="CPUExecutionProvider",version="1"} 1.0' in text
+        'precision="float32",provider="CPUExecutionProvider",version="1"} 1.0' in text
     )
     assert "timesformer_ready 1.0" in text
 
