@@ -26,6 +26,10 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+# On two AVX2 cores the service kept 0.96 of the engine's best rate on `tiny` with batches of 1,
+# 0.92 with 2, 0.85 with 4 (docs/measurements.md).
+_MAX_BATCH = {"cpu": 2, "cuda": 16}
+
 
 class LoadedModel(NamedTuple):
     """A bundle and the engine that runs it."""
@@ -60,7 +64,7 @@ def load_model(bundle: Bundle, settings: Settings) -> LoadedModel:
     bundle.verify()
     runtime = load_runtime(bundle, settings.device, settings.engine_threads, settings.precision)
     try:
-        _warm_up(bundle, runtime, settings.max_batch_clips)
+        _warm_up(bundle, runtime, max_batch(settings, runtime))
     except Exception as error:  # engines' exceptions share no base but Exception
         runtime.close()
         raise RuntimeUnavailableError(
@@ -81,11 +85,16 @@ def load_model(bundle: Bundle, settings: Settings) -> LoadedModel:
     return LoadedModel(bundle, runtime)
 
 
-def _warm_up(bundle: Bundle, runtime: Runtime, max_batch: int) -> None:
+def max_batch(settings: Settings, runtime: Runtime) -> int:
+    """Most clips in a batch, on the device that was found."""
+    return settings.max_batch_clips or _MAX_BATCH[runtime.device]
+
+
+def _warm_up(bundle: Bundle, runtime: Runtime, largest: int) -> None:
     """Runs the smallest and the largest batch: the engine's memory grows now, not under load."""
     config = bundle.config
     shape = (config.num_frames, config.image_size, config.image_size, 3)
-    for clips in {1, max_batch}:
+    for clips in {1, largest}:
         outputs = runtime.run(np.zeros((clips, *shape), np.uint8))
         if not np.isfinite(outputs.logits).all():
             raise FloatingPointError("its logits are not finite")
@@ -106,7 +115,7 @@ class ServedModel:
         self.bundle, self.runtime = loaded
         self.batcher = Batcher(
             loaded.runtime.run,
-            max_batch=settings.max_batch_clips,
+            max_batch=max_batch(settings, self.runtime),
             max_queue=settings.max_queue_clips,
             settle_s=settings.batch_settle_ms / 1e3,
             on_batch=metrics.batch_clips.observe,

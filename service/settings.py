@@ -80,12 +80,13 @@ class Settings(BaseSettings):
     engine_threads: int = Field(
         0, ge=0, description="CPU threads of the engine; 0 is one per core. CPU inference only."
     )
-    max_batch_clips: int = Field(
-        16,
+    max_batch_clips: int | None = Field(
+        None,
         ge=1,
         le=1024,
-        description="Most clips that go through the network together. Larger batches serve more "
-        "on a GPU and cost memory; on a CPU they gain little.",
+        description="Most clips that go through the network together; by default 16 on a GPU and "
+        "2 on a CPU. Larger batches serve more on a GPU and cost memory. On a CPU they save our "
+        "own share of the work but run slower clip by clip, as less of them fits into the caches.",
     )
     max_queue_clips: int = Field(
         256,

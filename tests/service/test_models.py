@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,6 +16,8 @@ import pytest
 from export.bundle import ACTIVE, ONNX_FLOAT32, Bundle, BundleStore
 from model.demo import STORE
 from service.metrics import Metrics
+from service.models import max_batch
+from service.settings import load_settings
 
 DEMO = BundleStore(STORE).open("demo")
 
@@ -156,6 +159,13 @@ def test_with_the_watch_off_nothing_changes(serve: Any, store: BundleStore, tmp_
         store.activate("demo", "2")
         time.sleep(0.5)
         assert serving(client) == "1"
+
+
+@pytest.mark.parametrize(("device", "clips"), [("cpu", 2), ("cuda", 16)])
+def test_the_largest_batch_is_the_devices_unless_it_is_set(device: str, clips: int) -> None:
+    runtime = SimpleNamespace(device=device)
+    assert max_batch(load_settings(), runtime) == clips
+    assert max_batch(load_settings(max_batch_clips=5), runtime) == 5
 
 
 def test_metrics_of_two_apps_are_apart() -> None:

@@ -41,7 +41,7 @@ def another_value(field: FieldInfo) -> Any:
     if bool in types:
         return not default
     if int in types:
-        return default + 1
+        return (default or 1) + 1
     if float in types:
         return default + 0.5
     return Path("/somewhere/else") if Path in types else "something"
