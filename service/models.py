@@ -26,7 +26,7 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# On two AVX2 cores the service kept 0.96 of the engine's best rate on `tiny` with batches of 1,
+# On two CPU cores the service kept 0.96 of the engine's best rate on `tiny` with batches of 1,
 # 0.92 with 2, 0.85 with 4 (docs/measurements.md).
 _MAX_BATCH = {"cpu": 2, "cuda": 16}
 
