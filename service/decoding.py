@@ -17,16 +17,18 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict
+from multiprocessing import BufferTooShort
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import orjson
 
 from model.config import Preprocessing
-from model.video import Clips, Limits, VideoError, load_clips
+from model.video import Clips, Limits, VideoError, VideoFacts, load_clips
 from service.errors import VideoRejectedError
 
 logger = logging.getLogger(__name__)
@@ -176,32 +178,29 @@ class _Worker:
                     "decoding_timeout",
                     f"The video took longer than {self._limits.timeout_s:g} s to decode.",
                 )
-            # Trusted: the worker runs our code, and a file cannot write to this pipe.
-            answer: _Answer | _Refusal = pickle.loads(  # noqa: S301
-                self._connection.recv_bytes()
-            )
-            if isinstance(answer, _Refusal):
-                raise VideoRejectedError(answer.code, answer.detail)
-            frames = np.empty(answer.shape, np.uint8)
+            # JSON, never a pickle: a file that takes its worker over must not get further.
+            answer = orjson.loads(self._connection.recv_bytes())
+            if "code" in answer:
+                raise VideoRejectedError(answer["code"], answer["detail"])
+            seen = job.preprocessing
+            size = (seen.image_size, seen.image_size)
+            frames = np.empty((job.views * job.crops, seen.num_frames, *size, 3), np.uint8)
             # Flat, as a 4-D buffer desynchronises the pipe; the bytes land where they are used.
-            self._connection.recv_bytes_into(frames.reshape(-1))
-            return replace(answer.clips, frames=frames)
-        except (EOFError, OSError) as error:
+            if not self._connection.poll(self._limits.timeout_s):
+                raise ValueError("the worker sent no pixels")
+            if self._connection.recv_bytes_into(frames.reshape(-1)) != frames.nbytes:
+                raise ValueError("the worker sent fewer pixels than it should")
+            return Clips(
+                frames=frames,
+                times=np.array(answer["times"], np.float64),
+                facts=VideoFacts(**answer["facts"]),
+                truncated=answer["truncated"],
+                sampling=answer["sampling"],
+            )
+        except (EOFError, OSError, ValueError, KeyError, TypeError, BufferTooShort) as error:
             raise _WorkerLostError(
                 "decoder_crashed", "The video broke its decoder; it is damaged or hostile."
             ) from error
-
-
-class _Refusal(NamedTuple):
-    code: str
-    detail: str
-
-
-class _Answer(NamedTuple):
-    """Goes before the frames' bytes."""
-
-    shape: tuple[int, ...]
-    clips: Clips  # without its frames
 
 
 def _worker_main(connection: Connection, limits: WorkerLimits) -> None:
@@ -223,14 +222,19 @@ def _answer(connection: Connection, job: Job, limits: Limits) -> None:
             job.path, job.preprocessing, views=job.views, crops=job.crops, limits=limits
         )
     except VideoError as error:
-        connection.send_bytes(pickle.dumps(_Refusal(error.code, str(error))))
+        connection.send_bytes(orjson.dumps({"code": error.code, "detail": str(error)}))
         return
     except MemoryError:
         detail = "Decoding the video takes more memory than one video may have."
-        connection.send_bytes(pickle.dumps(_Refusal("video_too_large", detail)))
+        connection.send_bytes(orjson.dumps({"code": "video_too_large", "detail": detail}))
         return
-    header = _Answer(clips.frames.shape, replace(clips, frames=np.empty(0, np.uint8)))
-    connection.send_bytes(pickle.dumps(header))
+    header = {
+        "times": clips.times.tolist(),
+        "facts": asdict(clips.facts),
+        "truncated": clips.truncated,
+        "sampling": clips.sampling,
+    }
+    connection.send_bytes(orjson.dumps(header))
     connection.send_bytes(clips.frames.reshape(-1).data)
 
 

@@ -12,11 +12,20 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 
 from model.config import Preprocessing
 from model.video import Limits, load_clips
-from service.decoding import DecoderPool, Job, WorkerLimits, _answer, _worker_main
+from service.decoding import (
+    DecoderPool,
+    Job,
+    WorkerLimits,
+    _answer,
+    _Worker,
+    _worker_main,
+    _WorkerLostError,
+)
 from service.errors import VideoRejectedError
 from service.settings import MIB
 
@@ -152,8 +161,8 @@ def test_a_video_over_the_memory_limit_is_refused_not_fatal(video: Path) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.decoding.load_clips", Hungry())
         _answer(theirs, Job(video, SEEN, 1, 1), Limits())
-    refusal = pickle.loads(ours.recv_bytes())
-    assert refusal.code == "video_too_large"
+    refusal = orjson.loads(ours.recv_bytes())
+    assert refusal["code"] == "video_too_large"
 
 
 def test_the_worker_loop_answers_until_its_parent_is_gone(video: Path) -> None:
@@ -165,8 +174,35 @@ def test_the_worker_loop_answers_until_its_parent_is_gone(video: Path) -> None:
     theirs.close()
     assert ours.recv_bytes() == b"ready"
     ours.send_bytes(pickle.dumps(Job(video, SEEN, 1, 1)))
-    shape = pickle.loads(ours.recv_bytes()).shape
-    assert len(ours.recv_bytes()) == np.prod(shape)
+    assert orjson.loads(ours.recv_bytes())["facts"]["frames"] == 60
+    assert len(ours.recv_bytes()) == 4 * 32 * 32 * 3
     ours.close()
     worker.join(10)
     assert worker.exitcode == 0
+
+
+class _Harm:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("harm"),))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [pickle.dumps(_Harm())],
+        [b"{}"],
+        [b'{"times": [[0]], "facts": {}, "truncated": false, "sampling": "dense"}', b"short"],
+        [b'{"times": [[0]], "facts": {}, "truncated": false, "sampling": "dense"}', b"x" * 99999],
+    ],
+)
+def test_a_worker_that_was_taken_over_gets_no_further(
+    video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[bytes]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    worker = _Worker(LIMITS._replace(timeout_s=0.2))
+    worker._connection, theirs = multiprocessing.Pipe()
+    for answer in answers:
+        theirs.send_bytes(answer)
+    with pytest.raises(_WorkerLostError):
+        worker.decode(Job(video, SEEN, 1, 1))
+    assert not (tmp_path / "harm").exists()
