@@ -37,10 +37,15 @@ VIDEOS ?= ../shared/videos
 test-faults: .venv/.dev ## thousands of damaged videos against a running service; minutes
 	.venv/bin/python -m tests.faults.fuzz $(VIDEOS)
 
-demo: .venv/.dev ## train and export the bundled demo model again (about an hour on two cores)
-	.venv/bin/python -m model.demo.recipe --out build/demo
-	.venv/bin/timesformer export build/demo/weights.safetensors --name demo \
-		--training build/demo/training.json --store build/demo/bundles
+demo: .venv/.dev ## render, train and export the bundled demo model again (hours on two cores)
+	.venv/bin/timesformer data demo build/demo/set
+	.venv/bin/python -m model.demo.pretrain --out build/demo/start.safetensors
+	.venv/bin/timesformer train build/demo/set/train.csv --out build/demo/run \
+		--validation build/demo/set/validation.csv --labels build/demo/set/labels.txt \
+		--from build/demo/start.safetensors --recipe model/demo/recipe.json \
+		--cache build/demo/cache --device cpu
+	.venv/bin/timesformer export build/demo/run/weights.safetensors --name demo \
+		--training build/demo/run/training.json --store build/demo/bundles
 
 lock: .venv/.dev
 	.venv/bin/uv pip compile pyproject.toml --extra cpu $(LOCK) --output-file requirements.lock

@@ -120,6 +120,9 @@ class Manifest(_Model):
     network_cost: Cost | None = Field(None, description="of the network as it was trained")
     graph_cost: Cost | None = Field(None, description="of the graph, after its exact rewrites")
     verification: dict[str, Parity]
+    temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="what logits are divided by to become scores"
+    )
     training: dict[str, Any] | None = None
     parent: str | None = None
 

@@ -39,6 +39,10 @@ from model.config import ModelConfig, Preprocessing
 from model.cost import cost
 from model.demo import SAMPLE_CLIP
 from model.timesformer import TimeSformer
+from model.training.calibration import calibrate
+from model.training.errors import DataError
+from model.training.evaluation import predict
+from model.training.sources import VideoList
 from model.video import VideoError, load_clips
 
 Precision = Literal["float32", "int8"]
@@ -70,6 +74,8 @@ def export_bundle(
     videos: Sequence[Path] = (SAMPLE_CLIP,),
     precisions: Collection[Precision] = (),
     training: Mapping[str, Any] | None = None,
+    temperature: float = 1.0,
+    calibrate_on: VideoList | None = None,
     report: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
     """Exports a checkpoint, proves the export right on real frames, and publishes it.
@@ -79,9 +85,13 @@ def export_bundle(
         videos: files whose clips the artefacts are compared on.
         precisions: what the bundle shall hold besides float32, which it always holds.
         training: metrics to be kept in the manifest.
+        temperature: what logits are to be divided by before the softmax.
+        calibrate_on: videos to fit the temperature on instead, with the float32 graph; not those
+            that the network was trained on.
         report: is told each step as it begins.
 
     Raises:
+        DataError: the videos to calibrate on cannot be decoded, or are of one group only.
         BundleError: the labels do not fit, or the store refuses the bundle or cannot be written.
         ExportError: the network cannot become a graph.
         VerificationError: the graph's answers are off.
@@ -106,6 +116,9 @@ def export_bundle(
             quantize(*graphs)
         report(f"verifying on {len(clips)} clips")
         verification = _verify(model, graphs, clips)
+        if calibrate_on is not None:
+            report(f"calibrating on {len(calibrate_on.samples)} videos")
+            temperature = _fit_temperature(graphs[0], config.preprocessing, calibrate_on)
         report("publishing")
         fields = config.to_dict()
         preprocessing = {key: fields.pop(key) for key in _PREPROCESSING_FIELDS}
@@ -130,6 +143,7 @@ def export_bundle(
             network_cost=_network_cost(config),
             graph_cost=_graph_cost(network),
             verification=verification,
+            temperature=temperature,
             training=dict(training) if training else None,
             parent=parent,
         )
@@ -189,6 +203,21 @@ def _verify_graph(graph: Path, reference: Outputs, clips: NDArray[np.uint8]) -> 
             "nothing was published"
         )
     return parity
+
+
+def _fit_temperature(graph: Path, preprocessing: Preprocessing, videos: VideoList) -> float:
+    runtime = OnnxRuntime(graph, cuda=False)
+    try:
+        found = predict(videos, preprocessing, lambda frames: runtime.run(frames).logits)
+    finally:
+        runtime.close()
+    calibration = calibrate(found)
+    if calibration is None:
+        raise DataError(
+            "the videos to calibrate on are of one group, or one video: there is nothing to judge "
+            "the temperature on; give more, or state it with --temperature"
+        )
+    return calibration.temperature
 
 
 def _verdict(parity: Parity) -> str:

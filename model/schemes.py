@@ -36,8 +36,9 @@ class Grouping(NamedTuple):
         sizes, group_axes, token_axes = self._factors(patches.shape[1:4])
         batch, dim = patches.shape[0], patches.shape[-1]
         order = [0, *group_axes, *token_axes, len(sizes) + 1]
-        groups = math.prod(sizes[axis - 1] for axis in group_axes)
-        tokens = math.prod(sizes[axis - 1] for axis in token_axes)
+        # Lists, as torch.compile does not see through generators.
+        groups = math.prod([sizes[axis - 1] for axis in group_axes])
+        tokens = math.prod([sizes[axis - 1] for axis in token_axes])
         return (
             patches.reshape(batch, *sizes, dim).permute(order).reshape(batch, groups, tokens, dim)
         )
@@ -53,7 +54,7 @@ class Grouping(NamedTuple):
     def counts(self, time: int, height: int, width: int) -> tuple[int, int]:
         """Number of groups, and tokens in each, for a clip of that many patches."""
         sizes, group_axes, _ = self._factors((time, height, width))
-        groups = math.prod(sizes[axis - 1] for axis in group_axes)
+        groups = math.prod([sizes[axis - 1] for axis in group_axes])
         return groups, time * height * width // groups
 
     def _factors(self, lengths: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:

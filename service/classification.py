@@ -25,7 +25,9 @@ def classification(
 ) -> Classification:
     """The answer for one video, whose clips have these logits (clips, classes)."""
     return Classification(
-        predictions=best_labels(bundle.manifest.labels, logits, parameters),
+        predictions=best_labels(
+            bundle.manifest.labels, logits / bundle.manifest.temperature, parameters
+        ),
         model=ModelName(name=bundle.name, version=bundle.version),
         sampling=sampling_facts(clips, parameters),
         video=video_facts(clips),

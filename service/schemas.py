@@ -193,6 +193,7 @@ class ModelFacts(_Schema):
     provider: str
     device: str = Field(description="`cpu` or `cuda`.")
     precision: str = Field(description="`float32` or `int8`.")
+    temperature: float = Field(description="What logits are divided by before the softmax.")
     training: dict[str, object] | None
 
 

@@ -3,7 +3,8 @@
 A scene is a textured background with up to three textured objects on it. What its label names
 happens to all of it, as when a camera pans, zooms or rolls, or to the objects alone. Textures,
 colours, sizes, blur, noise, bars and compression are drawn without a look at the label, so one
-frame says nothing about the class: only time does. numpy and PyAV, no torch.
+frame says nothing about the class: only time does. torch looks textures up, as numpy would take ten
+times as long.
 
 Lengths are in short sides of the frame, times in seconds from the middle of the clip, x points
 right and y down, angles grow clockwise.
@@ -16,12 +17,16 @@ import io
 import itertools
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
 import av
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from model.config import Preprocessing
 from model.demo.textures import (
@@ -55,6 +60,7 @@ Times = npt.NDArray[np.float64]
 # A pose says how a layer differs from rest: x, y, angle, log of the scale, log of the brightness.
 X, Y, ANGLE, ZOOM, LIGHT = range(5)
 TILE = 2.0  # side of the background's endlessly repeated texture
+_RATES = (15, Fraction(24000, 1001), 25, 25, 30, 30, 60)  # of files, frames a second
 SUBFRAMES = 3  # samples a pixel, spread over its area and over the shutter time
 
 # Steady motions: (component of the pose, sign, slowest and fastest rate in 1/s). A clip lasts
@@ -214,20 +220,6 @@ def make_camera(rng: np.random.Generator) -> Camera:
 # ---- from scene to pixels ---------------------------------------------------------------------
 
 
-def _sample(texture: Array, u: Array, v: Array) -> Array:
-    """Bilinear, wrapping look-up of `texture` (side, side, 4) at columns `u` and rows `v`."""
-    side = texture.shape[0]
-    texels = texture.reshape(-1, 4)
-    col, row = np.floor(u), np.floor(v)
-    right, below = (u - col)[..., None], (v - row)[..., None]
-    c0, r0 = col.astype(np.int32) % side, row.astype(np.int32) % side
-    c1, r1 = (c0 + 1) % side, (r0 + 1) % side * side
-    r0 *= side
-    top = texels[r0 + c0] * (1 - right) + texels[r0 + c1] * right
-    bottom = texels[r1 + c0] * (1 - right) + texels[r1 + c1] * right
-    return np.asarray(top * (1 - below) + bottom * below, np.float32)
-
-
 def _turn_and_scale(layer: Layer, pose: Array) -> tuple[np.float32, np.float32]:
     """Cosine and sine of how far the layer is turned, times its scale."""
     angle, scale = layer.angle + float(pose[ANGLE]), math.exp(pose[ZOOM]) * (layer.radius or 1.0)
@@ -248,33 +240,54 @@ def _to_frame(layer: Layer, pose: Array, u: Array, v: Array) -> Array:
     return np.stack([cos * u - sin * v + pose[X], sin * u + cos * v + pose[Y]], -1)
 
 
-def _look_up(layer: Layer, u: Array, v: Array, texels_per_unit: float) -> Array:
-    """The layer's RGBA (..., 4) at points of its own, about as fine as asked for."""
-    if layer.radius is None:
-        extent = TILE
-    else:  # beyond its margin an object is transparent, not repeated
-        extent = 2 * OBJECT_MARGIN
-        u, v = (np.clip(axis, -OBJECT_MARGIN, OBJECT_MARGIN) for axis in (u, v))
+def _look_up(layer: Layer, u: Tensor, v: Tensor, texels_per_unit: float) -> Tensor:
+    """The layer's RGBA at points of its own, bilinear and about as fine as asked for.
+
+    Args:
+        u, v: float32 (images, rows, columns).
+
+    Returns:
+        (images, 4, rows, columns). An object is transparent beyond its texture; the background
+        repeats.
+    """
+    extent = TILE if layer.radius is None else 2 * OBJECT_MARGIN
     excess = layer.pyramid[0].shape[0] / extent / texels_per_unit
     level = min(int(math.log2(max(excess, 1.0))), len(layer.pyramid) - 1)
     texture = layer.pyramid[level]
-    density, middle = np.float32(len(texture) / extent), np.float32(len(texture) / 2 - 0.5)
-    return _sample(texture, u * density + middle, v * density + middle)
+    side = len(texture)
+    points = torch.stack([u, v], -1)
+    if layer.radius is None:
+        # A border of one texel on every side lets the interpolation reach over the seam.
+        texture = np.pad(texture, ((1, 1), (1, 1), (0, 0)), mode="wrap")
+        points = points.mul_(1 / TILE).add_(0.5 - 0.5 / side).remainder_(1.0)
+        points = points.mul_(2 * side / (side + 2)).add_(3 / (side + 2) - 1)
+    else:
+        points = points.mul_(1 / OBJECT_MARGIN)
+    image = torch.from_numpy(np.ascontiguousarray(texture.transpose(2, 0, 1)))
+    return F.grid_sample(image.expand(len(points), -1, -1, -1), points, align_corners=False)
 
 
-def _draw(layer: Layer, pose: Array, xs: Array, ys: Array, canvas: Array) -> None:
-    """Puts one layer in one pose onto `canvas` (height, width, 3), pixels at `xs` x `ys`."""
+def _draw(layer: Layer, poses: list[Array], xs: Array, ys: Array, canvas: Tensor) -> None:
+    """Puts one layer onto `canvas` (images, 3, height, width), in a pose of its own on each.
+
+    Args:
+        xs, ys: where the pixels' centres are, (images, width) and (images, height).
+    """
     rows, cols = slice(None), slice(None)
-    scale = math.exp(pose[ZOOM]) * (layer.radius or 1.0)
+    scale = math.exp(poses[0][ZOOM]) * (layer.radius or 1.0)
     if layer.radius is not None:
-        reach = scale * OBJECT_MARGIN * math.sqrt(2)
-        x, y = layer.centre[0] + pose[X], layer.centre[1] + pose[Y]
-        rows = slice(*np.searchsorted(ys, (y - reach, y + reach)))
-        cols = slice(*np.searchsorted(xs, (x - reach, x + reach)))
-    u, v = _to_layer(layer, pose, xs[cols], ys[rows])
-    seen = _look_up(layer, u, v, scale / float(xs[1] - xs[0]))
-    canvas[rows, cols] *= 1 - seen[..., 3:]
-    canvas[rows, cols] += seen[..., :3] * np.float32(math.exp(pose[LIGHT]))
+        reach = scale * (OBJECT_MARGIN + 0.2) * math.sqrt(2)  # and a little, as it moves meanwhile
+        x, y = layer.centre[0] + poses[0][X], layer.centre[1] + poses[0][Y]
+        rows = slice(*np.searchsorted(ys[0], (y - reach, y + reach)))
+        cols = slice(*np.searchsorted(xs[0], (x - reach, x + reach)))
+    placed = [
+        _to_layer(layer, pose, xs[image, cols], ys[image, rows]) for image, pose in enumerate(poses)
+    ]
+    u, v = (torch.from_numpy(np.stack(axis)) for axis in zip(*placed, strict=True))
+    seen = _look_up(layer, u, v, scale / float(xs[0, 1] - xs[0, 0]))
+    light = torch.tensor([math.exp(pose[LIGHT]) for pose in poses])[:, None, None, None]
+    part = canvas[:, :, rows, cols]
+    part.mul_(1 - seen[:, 3:]).addcmul_(seen[:, :3], light)
 
 
 def _axes(size: tuple[int, int], short: float, offset: tuple[float, float]) -> tuple[Array, Array]:
@@ -287,27 +300,34 @@ def _axes(size: tuple[int, int], short: float, offset: tuple[float, float]) -> t
 
 def _expose(
     layers: list[Layer], camera: Camera, time: float, size: tuple[int, int], short: float
-) -> Array:
-    """One frame (height, width, 3) in 0..1 as it reaches the sensor at `time`."""
-    canvas = np.zeros((SUBFRAMES, *size, 3), np.float32)
-    for index, part in enumerate(canvas):
-        # The samples lie on a diagonal pattern within the pixel and along the shutter time.
-        offset = (index + 0.5) / SUBFRAMES, ((2 * index + 1) % SUBFRAMES + 0.5) / SUBFRAMES
-        xs, ys = _axes(size, short, offset)
-        smear = camera.smear.velocity * np.float32(camera.shutter * (offset[0] - 0.5))
-        for layer in layers:
-            _draw(layer, layer.motion.pose(time) + smear, xs, ys, part)
-    return np.asarray(canvas.mean(0), np.float32)
+) -> Tensor:
+    """One frame (3, height, width) in 0..1 as it reaches the sensor at `time`."""
+    # The samples lie on a diagonal pattern within the pixel and along the shutter time.
+    offsets = [
+        ((index + 0.5) / SUBFRAMES, ((2 * index + 1) % SUBFRAMES + 0.5) / SUBFRAMES)
+        for index in range(SUBFRAMES)
+    ]
+    xs, ys = (
+        np.stack(axis) for axis in zip(*[_axes(size, short, o) for o in offsets], strict=True)
+    )
+    smears = [
+        camera.smear.velocity * np.float32(camera.shutter * (along - 0.5)) for along, _ in offsets
+    ]
+    canvas = torch.zeros(SUBFRAMES, 3, *size)
+    for layer in layers:
+        pose = layer.motion.pose(time)
+        _draw(layer, [pose + smear for smear in smears], xs, ys, canvas)
+    return canvas.mean(0)
 
 
-def _develop(frame: Array, camera: Camera, rng: np.random.Generator) -> Frames:
-    """Colour, noise and bars: what the sensor makes of it, uint8."""
-    grey = frame.mean(-1, keepdims=True)
-    frame = grey + (frame - grey) * np.float32(camera.saturation)
-    frame = np.clip(frame, 0, 1) ** np.float32(camera.gamma)
+def _develop(frame: Tensor, camera: Camera, rng: np.random.Generator) -> Frames:
+    """Colour, noise and bars: what the sensor makes of a frame (3, height, width), uint8."""
+    frame = torch.lerp(frame.mean(0, keepdim=True), frame, camera.saturation)
+    frame = frame.clamp_(0, 1).pow_(camera.gamma).permute(1, 2, 0)
     if camera.noise:
-        frame = frame + rng.standard_normal(frame.shape, np.float32) * np.float32(camera.noise)
-    pixels = (np.clip(frame, 0, 1) * 255 + 0.5).astype(np.uint8)
+        noise = rng.standard_normal(tuple(frame.shape), np.float32)
+        frame = frame.add(torch.from_numpy(noise), alpha=camera.noise)
+    pixels: Frames = frame.clamp(0, 1).mul_(255).add_(0.5).to(torch.uint8).contiguous().numpy()
     for axis, share in enumerate(camera.bars):
         bar = round(share * pixels.shape[axis])
         if bar:
@@ -348,7 +368,8 @@ def flow(layers: list[Layer], times: Times, cells: int, view: float) -> Array:
         for layer in layers:
             first, last = layer.motion.pose(before), layer.motion.pose(after)
             u, v = _to_layer(layer, np.float32(0.5) * (first + last), xs, ys)
-            cover = _look_up(layer, u, v, TEXELS)[..., 3:]
+            seen = _look_up(layer, torch.from_numpy(u)[None], torch.from_numpy(v)[None], TEXELS)
+            cover = seen[0, 3, :, :, None].numpy()
             path = _to_frame(layer, last, u, v) - _to_frame(layer, first, u, v)
             field += cover * (path - field)
         fields.append(field.reshape(cells, 8, cells, 8, 2).mean((1, 3)))
@@ -379,7 +400,11 @@ def render_frames(
 
 
 def encode(
-    file: Path | io.BytesIO, frames: Frames, rate: int, codec: str, options: dict[str, str]
+    file: Path | io.BytesIO,
+    frames: Frames,
+    rate: Fraction | int,
+    codec: str,
+    options: dict[str, str],
 ) -> None:
     """Writes frames (time, height, width, 3) with even sides as an mp4 file."""
     with av.open(file, "w", format="mp4") as container:
@@ -401,8 +426,12 @@ def decode(file: Path | io.BytesIO) -> Iterator[Frames]:
 
 def _codec(rng: np.random.Generator) -> tuple[str, dict[str, str]]:
     """A codec and a quality from very good to poor."""
-    if rng.random() < 0.5:
+    kind = rng.random()
+    if kind < 0.45:
         return "mpeg4", {"qscale": str(rng.integers(2, 16)), "flags": "+qscale"}
+    if kind < 0.55:
+        quality = {"crf": str(rng.integers(20, 45)), "b": "0"}
+        return "libvpx-vp9", {**quality, "deadline": "realtime", "cpu-used": "8"}
     # Slower presets weigh macroblocks by a tree, and then frames as small as the network's come out
     # a little different from one call to the next.
     return "libx264", {"crf": str(rng.integers(16, 36)), "preset": "superfast"}
@@ -420,7 +449,7 @@ def training_clip(
         Frames (time, size, size, 3), and the flow (time - 1, cells, cells, 2) in pixels.
     """
     side, step = preprocessing.image_size, preprocessing.frame_stride / 30
-    rate = float(rng.choice([15, 23.976, 25, 30, 60]))
+    rate = float(_RATES[rng.integers(len(_RATES))])
     times = np.arange(preprocessing.num_frames) * step + rng.uniform(0, 1 / rate)
     times = np.floor(times * rate) / rate
     times -= times.mean()
@@ -436,16 +465,25 @@ def training_clip(
 
 
 def write_clip(
-    path: Path, label: str, seed: int | list[int], seconds: float = 2.0, rate: int = 30
+    path: Path,
+    label: str,
+    seed: int | list[int],
+    seconds: float | None = None,
+    rate: Fraction | int | None = None,
 ) -> None:
-    """Renders a video of the class `label` and writes it as an mp4 of 160 to 320 px a side.
+    """Renders a video of the class `label` and writes it as mp4.
+
+    What is not given is drawn: 80 to 200 px a side, 1.1 to 1.6 s (a little over the span of the
+    demo model's clip), 15 to 60 frames a second, MPEG-4, VP9 or H.264 from very good to poor.
 
     Raises:
         ValueError: an unknown label.
     """
     rng = np.random.default_rng(seed)
-    sides = [int(rng.integers(80, 121)) * 2, int(rng.integers(120, 161)) * 2]
+    sides = [int(rng.integers(40, 81)) * 2, int(rng.integers(60, 101)) * 2]
     height, width = rng.permutation(sides)
-    times = np.arange(round(seconds * rate)) / rate
+    drawn_seconds, drawn_rate = rng.uniform(1.1, 1.6), _RATES[rng.integers(len(_RATES))]
+    seconds, rate = seconds or drawn_seconds, rate or drawn_rate
+    times = np.arange(round(seconds * rate)) / float(rate)
     frames = render_frames(label, rng, times - times.mean(), (int(height), int(width)))
     encode(path, frames, rate, *_codec(rng))

@@ -17,7 +17,7 @@ from there:
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,22 +34,36 @@ CODE_GAIN = 2.5  # sharpness of the first attention: well above 0.9 on the frame
 
 @torch.no_grad()
 def start_as_motion_energy(network: TimeSformer, clips: Tensor) -> None:
-    """Initialises a divided space-time network in place.
+    """Initialises a network of any scheme in place; space-only attention gets the filters alone.
 
     Args:
-        network: Of an even width, and heads of at least as many channels as it has frames.
+        network: Of an even width, and heads of at least as many channels as it has frames, and
+            where time and space are attended to together, rows and columns of patches.
         clips: uint8 (batch, time, height, width, 3), to set the scale of the filters by.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
     _filters(network, clips)
-    code = torch.linalg.qr(torch.randn(*[network.config.embed_dim // 2] * 2))[0]
-    times, sides = code[: network.config.num_frames], code[-2:]
-    _codes(network, times, sides)
-    _look_ahead(network, times)
+    config = network.config
+    code = torch.linalg.qr(torch.randn(*[config.embed_dim // 2] * 2))[0]
+    times, sides = code[: config.num_frames], code[-2:]
+    rows, columns = code[config.num_frames : -2].split(config.grid)[:2]
+    places = Places(sides, rows, columns)
+    _codes(network, times, places)
+    if config.attention_type != "space_only":
+        _look_ahead(network, times, places)
     _energies(network)
     _look_aside(network, sides)
+
+
+class Places(NamedTuple):
+    """Where a patch is: `sides` (2, half) grow downwards and to the right; `rows` and `columns`
+    (grid, half) are all at right angles, for attentions that have to find one place in a frame."""
+
+    sides: Tensor
+    rows: Tensor
+    columns: Tensor
 
 
 def _filters(network: TimeSformer, clips: Tensor) -> None:
@@ -74,37 +88,54 @@ def _filters(network: TimeSformer, clips: Tensor) -> None:
     projection.weight[: len(scale) * 2] /= scale.repeat_interleave(2)[:, None, None, None]
 
 
-def _codes(network: TimeSformer, times: Tensor, sides: Tensor) -> None:
+def _sees_places(network: TimeSformer) -> bool:
+    """Whether the attention over time is over places too, and has to tell them apart."""
+    return network.config.attention_type in ("joint_space_time", "sparse_local_global")
+
+
+def _codes(network: TimeSformer, times: Tensor, places: Places) -> None:
     """Says when and where a patch is, in the upper half of the width."""
     half, grid = network.config.embed_dim // 2, network.config.grid
-    network.time_embed.zero_()
-    network.time_embed[0, :, half:] = times * CODE_NORM
+    if network.config.attention_type != "space_only":
+        network.time_embed.zero_()
+        network.time_embed[0, :, half:] = times * CODE_NORM
     axis = torch.linspace(-1, 1, grid)
-    places = torch.cartesian_prod(axis, axis) @ sides  # rows of the grid, then columns
+    at = torch.cartesian_prod(axis, axis) @ places.sides * SIDE_NORM  # rows, then columns
+    if _sees_places(network):
+        at += (places.rows[:, None] + places.columns[None]).flatten(0, 1) * CODE_NORM
     network.pos_embed.zero_()
     nn.init.normal_(network.pos_embed[..., half:], std=0.1)
-    network.pos_embed[0, 1:, half:] += places * SIDE_NORM
+    network.pos_embed[0, 1:, half:] += at
 
 
-def _look_ahead(network: TimeSformer, code: Tensor) -> None:
-    """Half the first temporal attention's heads copy the next frame; the last one copies itself."""
-    block = cast(Block, network.blocks[0])
-    temporal = cast(PatchAttention, block.before["temporal"])
-    frames, half = code.shape
+def _look_ahead(network: TimeSformer, times: Tensor, places: Places) -> None:
+    """Half the heads of the first attention over time copy the same place in the next frame; in
+    the last frame they copy it from there."""
+    half = times.shape[1]
     dim, width = 2 * half, network.config.head_dim
-    query, key, value = torch.split(temporal.attn.qkv.weight, dim)
-    asked = torch.arange(frames).add(1).clamp(max=frames - 1)
+    block = cast(Block, network.blocks[0])
+    before = next(iter(block.before.values()), None)
+    attention = block.attn if before is None else cast(PatchAttention, before).attn
+    query, key, value = torch.split(attention.qkv.weight, dim)
+    place = [places.rows, places.columns] if _sees_places(network) else []
+    ask, answer = torch.cat([times, *place]), torch.cat([_next(times), *place])
     for head in range(half // width):
         rows = slice(head * width, (head + 1) * width)
         query[rows], key[rows], value[rows] = 0, 0, 0
-        query[rows, half:][:frames] = CODE_GAIN * code
-        key[rows, half:][:frames] = CODE_GAIN * code[asked]
+        query[rows, half:][: len(ask)] = CODE_GAIN * ask
+        key[rows, half:][: len(answer)] = CODE_GAIN * answer
         value[rows, rows] = torch.eye(width)
-    temporal.attn.proj.weight *= 0.1
-    temporal.attn.proj.weight[:, :half] = 0
-    temporal.attn.proj.weight[half:, :half] = torch.eye(half)
-    temporal.fc.weight.copy_(torch.eye(dim))
-    block.attn.proj.weight *= 0.2  # space comes after the energies
+    attention.proj.weight *= 0.1
+    attention.proj.weight[:, :half] = 0
+    attention.proj.weight[half:, :half] = torch.eye(half)
+    if before is not None:
+        cast(PatchAttention, before).fc.weight.copy_(torch.eye(dim))
+        block.attn.proj.weight *= 0.2  # space comes after the energies
+
+
+def _next(times: Tensor) -> Tensor:
+    """For each frame the code of the frame after it; for the last its own."""
+    return times[torch.arange(len(times)).add(1).clamp(max=len(times) - 1)]
 
 
 def _energies(network: TimeSformer) -> None:

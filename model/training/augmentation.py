@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from model.training.errors import RecipeError
+from model.training.symmetries import (
+    SYMMETRIES,
+    LabelMap,
+    check_label_map,
+    label_indices,
+    labels_field,
+    reflect,
+)
 
 _GREY = (0.299, 0.587, 0.114)  # BT.601 luma
 _CUTMIX_SHARE = 0.5  # of the batches that are mixed, where both kinds are on
 _ERASED_AREA = (0.02, 1 / 3)  # of the picture; and the aspect ratio: Zhong et al., 2020, table 7
 _ERASED_ASPECT = 0.3
+_SHARES = ("shuffle_colours", "invert", "colour", "magnitude", "erasing", "label_smoothing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +38,14 @@ class Augmentation:
     """Which changes, and how strong. Everything off is 0; what is drawn is drawn once per clip.
 
     Attributes:
-        flip: probability of mirroring left and right. 0 for sets where the sides mean something,
-            or `flip_labels` says what each class becomes.
-        flip_labels: for each class the index of the class that its mirror image shows.
+        flip, upside_down, transpose, backwards: probability of mirroring left and right, of
+            mirroring top and bottom, of exchanging rows and columns, and of time running
+            backwards; done in this order. 0 where a direction means something, or the map says
+            what each class becomes.
+        flip_labels, upside_down_labels, transpose_labels, backwards_labels: what classes become,
+            by index or by pairs of names; see `symmetries.py`.
+        shuffle_colours: probability that red, green and blue change places at random.
+        invert: probability of the negative.
         colour: brightness, contrast and saturation change by up to this share.
         randaugment: operations drawn per clip (Cubuk et al., 2020), of strength `magnitude`.
         erasing: probability that a box of the clip becomes noise, the same in all its frames.
@@ -40,7 +55,15 @@ class Augmentation:
     """
 
     flip: float = 0.0
-    flip_labels: tuple[int, ...] | None = None
+    flip_labels: LabelMap | None = None
+    upside_down: float = 0.0
+    upside_down_labels: LabelMap | None = None
+    transpose: float = 0.0
+    transpose_labels: LabelMap | None = None
+    backwards: float = 0.0
+    backwards_labels: LabelMap | None = None
+    shuffle_colours: float = 0.0
+    invert: float = 0.0
     colour: float = 0.0
     randaugment: int = 0
     magnitude: float = 0.3
@@ -50,18 +73,26 @@ class Augmentation:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in ("flip", "colour", "magnitude", "erasing", "label_smoothing"):
+        for field in (*SYMMETRIES, *_SHARES):
             if not 0 <= getattr(self, field) <= 1:
                 raise RecipeError(f"{field} is {getattr(self, field)}; it must be from 0 to 1")
         for field in ("randaugment", "mixup", "cutmix"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise RecipeError(f"{field} is {getattr(self, field)}; it must not be negative")
-        labels = self.flip_labels
-        if labels is not None and any(
-            not 0 <= other < len(labels) or labels[other] != label
-            for label, other in enumerate(labels)
-        ):
-            raise RecipeError("flip_labels must pair classes: mirrored twice, a class is itself")
+        for field in map(labels_field, SYMMETRIES):
+            check_label_map(field, getattr(self, field))
+
+    def for_labels(self, labels: Sequence[str]) -> Augmentation:
+        """The same with every label map by index, for a set with these classes.
+
+        Raises:
+            RecipeError: a map names a class that the set has not, or is for another number.
+        """
+        fields = list(map(labels_field, SYMMETRIES))
+        maps: dict[str, Any] = {
+            field: label_indices(field, getattr(self, field), labels) for field in fields
+        }
+        return dataclasses.replace(self, **maps)
 
 
 def augment(
@@ -76,16 +107,21 @@ def augment(
     Args:
         frames: uint8 (batch, time, height, width, 3), on any device; not changed itself.
         labels: int64 (batch,), on the same device.
+        settings: with label maps by index; see `Augmentation.for_labels`.
         generator: on the CPU, so that draws are the same on every device.
 
     Returns:
         Frames as given, and targets float32 (batch, num_classes), each row of sum 1.
-
-    Raises:
-        RecipeError: `flip_labels` is for another number of classes.
     """
-    if settings.flip:
-        frames, labels = _flip(frames, labels, num_classes, settings, generator)
+    for name in SYMMETRIES:
+        probability = getattr(settings, name)
+        if probability:
+            becomes = getattr(settings, labels_field(name))
+            frames, labels = reflect(frames, labels, name, probability, becomes, generator)
+    if settings.shuffle_colours:
+        frames = _shuffle_colours(frames, settings.shuffle_colours, generator)
+    if settings.invert:
+        frames = _invert(frames, settings.invert, generator)
     if settings.randaugment:
         frames = _randaugment(frames, settings, generator)
     if settings.colour:
@@ -112,26 +148,20 @@ def _to_uint8(pixels: Tensor) -> Tensor:
     return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _flip(
-    frames: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    settings: Augmentation,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    chosen = (torch.rand(len(frames), generator=generator) < settings.flip).to(frames.device)
-    frames = torch.where(chosen.reshape(-1, 1, 1, 1, 1), frames.flip(3), frames)
-    if settings.flip_labels is not None:
-        if len(settings.flip_labels) != num_classes:
-            raise RecipeError(
-                f"flip_labels are for {len(settings.flip_labels)} classes, not {num_classes}"
-            )
-        mirrored = torch.tensor(settings.flip_labels, device=labels.device)
-        labels = torch.where(chosen, mirrored[labels], labels)
-    return frames, labels
-
-
 # ---- colour -----------------------------------------------------------------------------------
+
+
+def _shuffle_colours(frames: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """One of the six orders of the channels for each chosen clip; the old one is among them."""
+    chosen = torch.rand(len(frames), generator=generator) < probability
+    orders = torch.rand(len(frames), 3, generator=generator).argsort(1)
+    orders = torch.where(chosen[:, None], orders, torch.arange(3)).to(frames.device)
+    return frames.gather(-1, orders.reshape(-1, 1, 1, 1, 3).expand_as(frames))
+
+
+def _invert(frames: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    chosen = torch.rand(len(frames), generator=generator) < probability
+    return torch.where(_per_clip(chosen, frames), 255 - frames, frames)
 
 
 def _brightness(pixels: Tensor, factor: Tensor) -> Tensor:

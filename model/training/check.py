@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from model.config import Preprocessing
+from model.training.errors import MissingVideo, UnreachableVideo
+from model.training.remote import local_video
 from model.training.sources import Sample, VideoList
 from model.training.workers import in_processes
 from model.video import VideoError, load_clips
@@ -95,12 +97,14 @@ def check(
 
 def _look(sample: Sample, preprocessing: Preprocessing) -> _Facts:
     try:
-        with Path(sample.path).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with local_video(sample.path) as path:
+            with Path(path).open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            clips = load_clips(path, preprocessing, views=_VIEWS)
     except OSError as error:
         return _Facts(error=("unreadable", f"{error.strerror}."))
-    try:
-        clips = load_clips(sample.path, preprocessing, views=_VIEWS)
+    except (MissingVideo, UnreachableVideo) as error:
+        return _Facts(error=("unreadable", str(error)))
     except VideoError as error:
         return _Facts(error=("undecodable", str(error)))
     return _Facts(sha256, clips.facts.duration_s, clips.facts.frames, clips.truncated)

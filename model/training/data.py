@@ -7,7 +7,7 @@ data is one number, the batches taken so far, whatever the worker processes have
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.config import Preprocessing
-from model.training.errors import DataError
-from model.training.sources import VideoList
+from model.training.errors import DataError, RecipeError
+from model.training.remote import local_video
+from model.training.sources import Sample, VideoList
 from model.training.workers import leave_interrupts_to_the_parent
 from model.video import Timeline, VideoError, read_frames, resize_crop, to_rgb
 from model.video.sampling import TIMELINE_FPS, frames_at
@@ -28,7 +29,7 @@ from model.video.transforms import upright_turns
 _ATTEMPTS = 20  # videos tried for one clip, before the list is called unusable
 _MAX_WHOLE_PICTURE = 16  # squares of its short side that a picture is scaled up to as a whole
 # What draws are for; with the seed and the place they seed a generator of their own.
-_ORDER, _CLIP = 0, 1
+_ORDER, _CLIP, _VIEW = 0, 1, 3  # 2 is augmentation, in run.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +38,17 @@ class View:
 
     `scale`: the range of the short side, in multiples of the input size; the paper's is 256 to 320
     pixels for 224. `temporal_jitter`: by what share the time between the frames of a dense clip
-    may differ from `frame_stride`.
+    may differ from `frame_stride`. `cached`: how many views a video has in all, taken in turn from
+    epoch to epoch, so that they can be decoded once and kept; 0 for a new one each time.
     """
 
     scale: tuple[float, float] = (256 / 224, 320 / 224)
     temporal_jitter: float = 0.0
+    cached: int = 0
+
+    def __post_init__(self) -> None:
+        if self.cached < 0:
+            raise RecipeError(f"cached is {self.cached}; it must not be negative")
 
 
 class Draw(NamedTuple):
@@ -123,15 +130,24 @@ def _class_weights(labels: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 class TrainingClips(Dataset[tuple[NDArray[np.uint8], int, list[Replaced]]]):
-    """From a `Draw` to the frames and label of a clip, and the videos that failed before it."""
+    """From a `Draw` to the frames and label of a clip, and the videos that failed before it.
+
+    With `view.cached`, clips are those of `view_clip`, and read from `cache` where it is given.
+    """
 
     def __init__(
-        self, videos: VideoList, preprocessing: Preprocessing, view: View, seed: int
+        self,
+        videos: VideoList,
+        preprocessing: Preprocessing,
+        view: View,
+        seed: int,
+        cache: Callable[[int, int], NDArray[np.uint8] | Replaced] | None = None,
     ) -> None:
         self.samples = videos.samples
         self.preprocessing = preprocessing
         self.view = view
         self.seed = seed
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -145,18 +161,45 @@ class TrainingClips(Dataset[tuple[NDArray[np.uint8], int, list[Replaced]]]):
         rng = np.random.default_rng([self.seed, _CLIP, draw.place])
         index, replaced = draw.video, list[Replaced]()
         for _ in range(_ATTEMPTS):
-            sample = self.samples[index]
-            try:
-                frames = training_clip(sample.path, self.preprocessing, self.view, rng)
-                return frames, sample.label, replaced
-            except VideoError as error:
-                replaced.append(Replaced(sample.path, error.code, str(error)))
+            clip = self._clip(index, draw.place, rng)
+            if not isinstance(clip, Replaced):
+                return clip, self.samples[index].label, replaced
+            replaced.append(clip)
             index = int(rng.integers(len(self.samples)))
         path, _, detail = replaced[-1]
         raise DataError(
             f"{_ATTEMPTS} videos in a row could not be decoded, the last {path}: {detail} "
             "`timesformer data check` says which can be"
         )
+
+    def _clip(
+        self, video: int, place: int, rng: np.random.Generator
+    ) -> NDArray[np.uint8] | Replaced:
+        sample = self.samples[video]
+        if not self.view.cached:
+            return _clip_or_failure(sample, self.preprocessing, self.view, rng)
+        number = place // len(self.samples) % self.view.cached  # by epoch
+        if self.cache is not None:
+            return self.cache(video, number)
+        return view_clip(sample, self.preprocessing, self.view, self.seed, video, number)
+
+
+def view_clip(
+    sample: Sample, preprocessing: Preprocessing, view: View, seed: int, video: int, number: int
+) -> NDArray[np.uint8] | Replaced:
+    """View `number` of the video that is `video`-th in its list: always the same; or why not."""
+    rng = np.random.default_rng([seed, _VIEW, video, number])
+    return _clip_or_failure(sample, preprocessing, view, rng)
+
+
+def _clip_or_failure(
+    sample: Sample, preprocessing: Preprocessing, view: View, rng: np.random.Generator
+) -> NDArray[np.uint8] | Replaced:
+    try:
+        with local_video(sample.path) as path:
+            return training_clip(path, preprocessing, view, rng)
+    except VideoError as error:
+        return Replaced(sample.path, error.code, str(error))
 
 
 def training_clip(

@@ -7,9 +7,17 @@ TrainingError
 │   └── MismatchError  a run that was begun with other data or settings
 ├── DivergedError      the loss is no number any more
 └── StoppedError       asked to stop; the state is saved
+
+VideoError, of model/video/errors.py
+├── MissingVideo       there is none where the list says, or it is not ours to read
+└── UnreachableVideo   it could not be fetched; it may be there
 """
 
+# ruff: noqa: N818 (as in model/video/errors.py)
+
 from __future__ import annotations
+
+from model.video.errors import VideoError
 
 
 class TrainingError(Exception):
@@ -38,3 +46,11 @@ class DivergedError(TrainingError):
 
 class StoppedError(TrainingError):
     """SIGTERM or Ctrl-C; the state was saved and the same command continues."""
+
+
+class MissingVideo(VideoError):
+    code = "missing_video"
+
+
+class UnreachableVideo(VideoError):
+    code = "unreachable_video"

@@ -1,4 +1,4 @@
-"""How good a model is on labelled videos: accuracy, calibration, and the temperature that mends it.
+"""How good a model is on labelled videos: accuracy and calibration.
 
 The model is any function from clips to logits: a network, or a bundle's engine. No torch.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from model.config import Preprocessing
 from model.training.errors import DataError
+from model.training.remote import local_video
 from model.training.sources import Sample, VideoList
 from model.training.workers import in_processes
 from model.video import Crops, VideoError, load_clips
@@ -24,7 +25,6 @@ Classify = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 _BINS = 15  # of confidence; Guo et al., 2017
 _BATCH_CLIPS = 16
-_TEMPERATURES = (0.05, 20.0)  # the range that is searched
 
 
 class Protocol(NamedTuple):
@@ -46,12 +46,12 @@ class Failure(NamedTuple):
 class Predictions:
     """What a model says of every video that can be decoded.
 
-    `logits` float32 (videos, clips, classes), `targets` int64 (videos,), `paths` of the videos.
+    `logits` float32 (videos, clips, classes), `targets` int64 (videos,), `samples` the videos.
     """
 
     logits: NDArray[np.float32]
     targets: NDArray[np.int64]
-    paths: tuple[str, ...]
+    samples: tuple[Sample, ...]
     labels: tuple[str, ...]
     failures: tuple[Failure, ...]
 
@@ -127,17 +127,37 @@ def predict(
     return Predictions(
         np.stack(logits),
         np.array([sample.label for sample in scored]),
-        tuple(sample.path for sample in scored),
+        tuple(scored),
         videos.labels,
         tuple(failures),
     )
+
+
+def predict_each(
+    videos: VideoList,
+    preprocessing: Preprocessing,
+    classifiers: Sequence[Classify],
+    protocol: Protocol = Protocol(),  # noqa: B008 (immutable)
+    *,
+    processes: int = 0,
+    done: Callable[[int], object] = lambda count: None,
+) -> list[Predictions]:
+    """As `predict`, of several models of the same classes; the videos are decoded once."""
+
+    def together(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.concatenate([classify(frames) for classify in classifiers], axis=1)
+
+    found = predict(videos, preprocessing, together, protocol, processes=processes, done=done)
+    parts = np.split(found.logits, len(classifiers), axis=2)
+    return [dataclasses.replace(found, logits=part) for part in parts]
 
 
 def _load(
     sample: Sample, preprocessing: Preprocessing, protocol: Protocol
 ) -> NDArray[np.uint8] | Failure:
     try:
-        clips = load_clips(sample.path, preprocessing, views=protocol.views, crops=protocol.crops)
+        with local_video(sample.path) as path:
+            clips = load_clips(path, preprocessing, views=protocol.views, crops=protocol.crops)
     except VideoError as error:
         return Failure(sample.path, error.code, str(error))
     return clips.frames
@@ -157,7 +177,7 @@ def _classify(classify: Classify, videos: list[NDArray[np.uint8]]) -> Iterator[N
 
 def measure(predictions: Predictions, temperature: float = 1.0) -> Metrics:
     """The metrics of predictions whose logits are divided by `temperature` first."""
-    scores = _scores(predictions.logits, temperature)
+    scores = video_scores(predictions.logits, temperature)
     targets = predictions.targets
     best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     right = best[:, 0] == targets
@@ -179,6 +199,12 @@ def measure(predictions: Predictions, temperature: float = 1.0) -> Metrics:
     )
 
 
+def agreement(one: Predictions, other: Predictions) -> float:
+    """The share of the videos that two models give the same label."""
+    best, others = (video_scores(each.logits).argmax(1) for each in (one, other))
+    return float((best == others).mean())
+
+
 def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
     """Expected calibration error of predictions (n,) made with `confidence` from 0 to 1."""
     bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
@@ -190,33 +216,7 @@ def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_])
     return float(error)
 
 
-def fit_temperature(predictions: Predictions) -> float:
-    """The temperature with the least log loss (Guo et al., 2017), within 0.05 to 20.
-
-    To be fitted on validation data: not on what the model was trained on, and the calibration
-    that it promises is to be measured on yet other videos.
-    """
-
-    def loss(logarithm: float) -> float:
-        scores = _scores(predictions.logits, float(np.exp(logarithm)))
-        return _log_loss(scores, predictions.targets)
-
-    # The mean over clips may have more than one minimum: a grid first, then a search around it.
-    lowest, highest = np.log(_TEMPERATURES)
-    grid = np.linspace(lowest, highest, 25)
-    at = int(np.argmin([loss(point) for point in grid]))
-    low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)])
-    golden = (np.sqrt(5) - 1) / 2
-    for _ in range(30):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        if loss(left) < loss(right):
-            high = right
-        else:
-            low = left
-    return float(np.exp((low + high) / 2))
-
-
-def _scores(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+def video_scores(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float64]:
     """Logits (videos, clips, classes) to scores (videos, classes)."""
     scaled = logits.astype(np.float64) / temperature
     powers = np.exp(scaled - scaled.max(-1, keepdims=True))

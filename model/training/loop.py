@@ -23,12 +23,11 @@ from typing import Any
 
 from model.timesformer import TimeSformer
 from model.training.errors import StoppedError, TrainingError
-from model.training.evaluation import Metrics, Protocol
+from model.training.evaluation import Metrics
 from model.training.log import RunLog
 from model.training.run import CHECKPOINTS, Job, Machine, Run, Step
 
 LOG = "log.jsonl"
-_WHILE_TRAINING = Protocol(views=1, crops=1)
 
 
 def train(
@@ -38,11 +37,13 @@ def train(
     *,
     on_step: Callable[[Step], object] = lambda step: None,
     on_evaluation: Callable[[int, Metrics], object] = lambda step, metrics: None,
+    on_cached: Callable[[int, int], object] = lambda count, videos: None,
 ) -> dict[str, Any]:
     """Trains to the end, from the beginning or from where a run in `job.out` was ended.
 
     Args:
         model: the first weights; trained in place.
+        on_cached: told how many videos the cache holds, of how many, while it fills.
 
     Returns:
         What stands in `training.json`.
@@ -56,20 +57,21 @@ def train(
         if finished is not None:
             return finished
         run.resume()
+        run.open_cache(on_cached)
         with RunLog(job.out / LOG, run.step) as log, _stop_signal() as stop:
             for step in run.steps():
                 log.write("step", **_rounded(step))
                 for each in run.replaced_now:
                     log.write("replaced", run.step, **each._asdict())
                 on_step(step)
-                if run.ends_epoch():
-                    metrics = run.evaluate(_WHILE_TRAINING)
+                if run.is_evaluated():
+                    metrics = run.evaluate_epoch()
                     if metrics is not None:
                         log.write("evaluation", run.step, **metrics.to_dict())
                         on_evaluation(run.step, metrics)
-                if run.step % machine.checkpoint_every == 0 or stop or run.step == run.last:
+                if run.step % machine.checkpoint_every == 0 or stop or run.complete:
                     run.save()
-                if stop and run.step < run.last:
+                if stop and not run.complete:
                     raise StoppedError(
                         f"stopped after step {run.step} of {run.last}, which is saved in "
                         f"{job.out / CHECKPOINTS}; the same command goes on from there"

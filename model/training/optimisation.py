@@ -36,6 +36,9 @@ class Optimisation:
         accumulate: batches whose gradients are added up to one step.
         train: `all`, `head` (linear probe), or the number of last blocks that are trained with the
             head and the last norm.
+        patience: evaluations without a better `watch` before the run ends; its result is then the
+            best that was evaluated. 0 trains to the end, and takes the last.
+        watch: what is better when it is lower (`log_loss`) or higher (`top1`).
     """
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -53,16 +56,20 @@ class Optimisation:
     clip_norm: float = 0.0
     accumulate: int = 1
     train: Literal["all", "head"] | int = "all"
+    patience: int = 0
+    watch: Literal["log_loss", "top1"] = "log_loss"
 
     def __post_init__(self) -> None:
         for field in ("epochs", "learning_rate", "layer_decay", "accumulate"):
             if not 0 < getattr(self, field) < math.inf:
                 raise RecipeError(f"{field} is {getattr(self, field)}; it must be above 0")
-        for field in ("momentum", "weight_decay", "warm_up", "ema", "clip_norm"):
+        for field in ("momentum", "weight_decay", "warm_up", "ema", "clip_norm", "patience"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise RecipeError(f"{field} is {getattr(self, field)}; it must not be negative")
         if self.ema >= 1 or self.momentum >= 1:
             raise RecipeError("ema and momentum must be below 1")
+        if self.watch not in ("log_loss", "top1"):
+            raise RecipeError(f"watch is {self.watch!r}; it must be log_loss or top1")
 
 
 def layer_of(name: str, depth: int) -> int:

@@ -5,7 +5,6 @@ the result that it writes. Who calls them when is in `loop.py`.
 from __future__ import annotations
 
 import collections
-import copy
 import dataclasses
 import hashlib
 import json
@@ -21,22 +20,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from model.checkpoints import save_safetensors
 from model.timesformer import TimeSformer
 from model.training import checkpoint
 from model.training.augmentation import augment
+from model.training.best import Best
+from model.training.cache import ClipCache, Draws, open_cache
+from model.training.calibration import calibrate
 from model.training.data import Batch, BatchOrder, Replaced, TrainingClips, load_batches
-from model.training.errors import CheckpointError, DivergedError, MismatchError, TrainingError
-from model.training.evaluation import Metrics, Protocol, measure, predict
+from model.training.errors import (
+    CheckpointError,
+    DivergedError,
+    MismatchError,
+    RecipeError,
+    TrainingError,
+)
+from model.training.evaluation import Metrics, Predictions, Protocol, measure, predict
 from model.training.optimisation import Average, build_optimizer, freeze, rate, set_rate
 from model.training.recipe import Recipe
 from model.training.sources import VideoList
+from model.training.start import fresh_model
 
 WEIGHTS, REPORT, CHECKPOINTS = "weights.safetensors", "training.json", "checkpoints"
 _AUGMENTATION = 2  # what a draw is for, as `_ORDER` and `_CLIP` in data.py
+_RECOMPUTED_PATCHES = 10_000  # of a clip: `hr`, `large`, `long-64` and `long-96` have more
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -56,11 +66,18 @@ class Machine:
 
     `workers` decode; 0 decodes in the training process. A state is written every
     `checkpoint_every` steps.
+
+    `recompute` is that of `TimeSformer`; None does it for long or large clips, which would not fit.
+    `compile` is a backend of `torch.compile`, such as `inductor`; None computes step by step.
+    `cache` is a folder that the views of `View.cached` are kept in, decoded, for any run.
     """
 
     device: str = "cpu"
     workers: int = 0
     checkpoint_every: int = 500
+    recompute: bool | None = None
+    compile: str | None = None
+    cache: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +100,17 @@ class Run:
         recipe, settings = job.recipe, job.recipe.optimisation
         self.job, self.machine = job, machine
         self.identity = _identity(model, job)
+        self.augmentation = recipe.augmentation.for_labels(job.videos.labels)
         self.device = torch.device(machine.device)
         freeze(model, settings.train)
         self.model = model.to(self.device)
+        patches = model.config.num_frames * model.config.grid**2
+        self.model.recompute = machine.recompute or (
+            machine.recompute is None and patches > _RECOMPUTED_PATCHES
+        )
+        if machine.compile is not None:
+            # In place: a wrapper would change the names of the weights.
+            self.model.compile(backend=machine.compile)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.average = Average(self.model, settings.ema) if settings.ema else None
         self.optimizer = build_optimizer(self.model, settings)
@@ -96,9 +121,35 @@ class Run:
         )
         self.step = 0
         self.seconds = 0.0
+        self.best = Best(settings)
+        if settings.patience and job.validation is None:
+            raise RecipeError(
+                "patience needs videos to evaluate on: give --validation or --hold-out, "
+                "or set patience to 0"
+            )
         self.replaced: collections.Counter[str] = collections.Counter()
         self.replaced_now: list[Replaced] = []
+        self.cache: ClipCache | None = None
         torch.manual_seed(recipe.seed)
+
+    def open_cache(self, done: Callable[[int, int], object]) -> None:
+        """Fills the machine's cache of clips, or finds it full; nothing where there is none.
+
+        Raises:
+            DataError: it cannot be written.
+            RecipeError: there is a cache, and a recipe that has new views in every epoch.
+        """
+        recipe, machine = self.job.recipe, self.machine
+        if machine.cache is None:
+            return
+        if not recipe.view.cached:
+            raise RecipeError(
+                "a cache of clips needs the number of views of each video that are kept in it: "
+                "--cached-views, or `cached` in the recipe"
+            )
+        sees = self.model.config.preprocessing
+        draws = Draws(self.job.videos, sees, recipe.view, recipe.seed)
+        self.cache = open_cache(machine.cache, draws, processes=machine.workers, done=done)
 
     # ---- steps --------------------------------------------------------------------------------
 
@@ -106,14 +157,23 @@ class Run:
         """Every step that is left, done when it is yielded."""
         accumulate = self.job.recipe.optimisation.accumulate
         batches = self._batches(range(self.step * accumulate, self.last * accumulate))
-        while self.step < self.last:
+        while not self.complete:
             began = time.perf_counter()
             yield self._do_step([next(batches) for _ in range(accumulate)], began)
 
-    def ends_epoch(self) -> bool:
-        """Whether the last step has completed an epoch with more to come."""
-        completed = self._epoch(self.step) // 1 > self._epoch(self.step - 1) // 1
-        return completed and self.step < self.last
+    @property
+    def complete(self) -> bool:
+        """Whether there are no steps left."""
+        return self.step == self.last or self.best.over
+
+    def is_evaluated(self) -> bool:
+        """Whether the last step has completed an epoch.
+
+        The last epoch's result is evaluated by `finish`, but among others it must compete first.
+        """
+        if self.step == self.last:
+            return self.best.patience > 0
+        return self._epoch(self.step) // 1 > self._epoch(self.step - 1) // 1
 
     def _epoch(self, step: float) -> float:
         return step * self.clips_per_step / len(self.job.videos.samples)
@@ -123,9 +183,13 @@ class Run:
         recipe, videos = self.job.recipe, self.job.videos
         labels = np.array([sample.label for sample in videos.samples])
         order = BatchOrder(labels, recipe.batch_size, recipe.seed, which, recipe.balanced)
-        clips = TrainingClips(videos, self.model.config.preprocessing, recipe.view, recipe.seed)
+        cached = self.cache.clip if self.cache else None
+        sees = self.model.config.preprocessing
+        clips = TrainingClips(videos, sees, recipe.view, recipe.seed, cached)
+        # Reading from memory is not worth the way through another process.
+        workers = 0 if cached else self.machine.workers
         try:
-            yield from zip(which, load_batches(clips, order, self.machine.workers), strict=True)
+            yield from zip(which, load_batches(clips, order, workers), strict=True)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -174,7 +238,7 @@ class Run:
             batch.frames.to(self.device, non_blocking=True),
             batch.labels.to(self.device),
             self.model.config.num_classes,
-            recipe.augmentation,
+            self.augmentation,
             draws,
         )
         dtype = _DTYPES.get(recipe.precision)
@@ -194,6 +258,7 @@ class Run:
             "average": self.average.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "best": self.best.state_dict(),
             # Order, views and augmentation are drawn from the seed and the step, and need no state.
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all(),
@@ -218,6 +283,7 @@ class Run:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.best.load_state_dict(state["best"])
         torch.set_rng_state(state["random"])
         if len(state["random_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["random_cuda"])
@@ -236,26 +302,44 @@ class Run:
 
     # ---- the result ---------------------------------------------------------------------------
 
-    def result(self) -> TimeSformer:
+    def current(self) -> TimeSformer:
         """A copy of the network in eval mode, with the average of its weights if there is one."""
-        model = copy.deepcopy(self.model).eval()
+        state = self.model.state_dict()
         if self.average is not None:
-            model.load_state_dict(self.average.weights, strict=False)
-        return model
+            state |= self.average.weights
+        return self._network(state)
 
-    def evaluate(self, protocol: Protocol) -> Metrics | None:
-        """Metrics of the result on the validation videos; None where there are none."""
+    def result(self) -> TimeSformer:
+        """The network in eval mode that the run is for: the best evaluated, or the last."""
+        return self.current() if self.best.weights is None else self._network(self.best.weights)
+
+    def _network(self, state: dict[str, Tensor]) -> TimeSformer:
+        # A seed of its own: random numbers drawn here would change what a resumed run draws.
+        model = fresh_model(self.model.config, seed=0)
+        model.load_state_dict(state)
+        return model.to(self.device).eval()
+
+    def evaluate_epoch(self) -> Metrics | None:
+        """Metrics of the current weights, one clip a video; the best ones are kept."""
+        model = self.current()
+        predictions = self._predict(model, Protocol(views=1, crops=1))
+        if predictions is None:
+            return None
+        metrics = measure(predictions)
+        self.best.take(self.step, metrics, model.state_dict())
+        return metrics
+
+    def _predict(self, model: TimeSformer, protocol: Protocol) -> Predictions | None:
+        """What a network says of the validation videos; None where there are none."""
         if self.job.validation is None:
             return None
-        model = self.result()
-        predictions = predict(
+        return predict(
             self.job.validation,
             model.config.preprocessing,
             classifier(model),
             protocol,
             processes=self.machine.workers,
         )
-        return measure(predictions)
 
     def finished(self) -> dict[str, Any] | None:
         """The report of a run of this identity that is complete."""
@@ -267,19 +351,23 @@ class Run:
         return contents
 
     def finish(self) -> dict[str, Any]:
-        """Evaluates by the paper's protocol, and writes weights and report."""
+        """Evaluates by the paper's protocol, calibrates, and writes weights and report."""
         out, videos = self.job.out, self.job.videos
-        metrics = self.evaluate(Protocol())
         model = self.result()
+        predictions = self._predict(model, Protocol())
+        calibration = calibrate(predictions) if predictions else None
         report = {
-            "metrics": metrics.to_dict() if metrics else None,
+            "metrics": measure(predictions).to_dict() if predictions else None,
+            "temperature": calibration.temperature if calibration else 1.0,
+            "calibration": calibration.to_dict() if calibration else None,
             "protocol": Protocol()._asdict(),
             "videos": len(videos.samples),
             "validation_videos": len(self.job.validation.samples) if self.job.validation else 0,
             # How many, not which: this is published with the model. Which, says the log.
             "replaced_clips": self.replaced.total(),
             "replaced_videos": len(self.replaced),
-            "steps": self.last,
+            "steps": self.step,
+            "weights_of_step": self.best.step or self.step,
             "seconds": round(self.seconds, 1),
             "device": str(self.device),
             "identity": self.identity,

@@ -4,7 +4,9 @@ A source is one of
     a folder                one folder per class, videos inside
     a CSV without a header  Kinetics style: `path label` or `path,label`; index or name
     a CSV with a header     columns `path`, `label` and, if there is one, `group`
+    Parquet                 the same columns
     a JSON list             Something-Something: objects with `id`, `template` or `label`
+Each may be local or a URL, and so may the videos in it; see `remote.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +17,19 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from model.labels import LabelError, labels_from_json, read_labels
 from model.training.errors import DataError
+from model.training.remote import (
+    check_protocols,
+    folder_files,
+    is_url,
+    joined,
+    parent,
+    read_bytes,
+)
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset({
@@ -27,6 +37,7 @@ VIDEO_SUFFIXES = frozenset({
     ".ogv", ".ts", ".webm", ".wmv",
 })
 # fmt: on
+_PARQUET = ".parquet"
 _SOMETHING_SUFFIXES = (".webm", ".mp4")  # of the set as published, and as often converted
 
 
@@ -109,27 +120,21 @@ def read_videos(
     Args:
         labels: names of the classes, in order. Without them they are the names that occur, sorted;
             or `class 0` and so on, where the source has indices only.
-        root: what relative paths are relative to; by default the folder that the list lies in.
+        root: folder or URL that relative paths are relative to; by default where the list lies.
 
     Raises:
         DataError: the source cannot be read, or a line in it is wrong; says which.
     """
-    path = Path(source)
-    base = Path(root) if root is not None else path.parent
+    path = str(source)
+    base = str(root) if root is not None else parent(path)
     try:
-        if path.is_dir():
-            rows = _folder_rows(path)
-        else:
-            text = path.read_text(encoding="utf-8-sig")
-            if path.suffix.lower() == ".json":
-                rows = _something_rows(text, base)
-            else:
-                rows = _csv_rows(text, base, columns)
-        return _with_indices(list(rows), labels)
+        rows = list(_rows(path, base, columns))
+        check_protocols(video for video, _, _ in rows)
+        return _with_indices(rows, labels)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(str(error) if path in str(error) else f"{path}: {error}") from error
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
@@ -161,7 +166,8 @@ def write_list(videos: VideoList, path: Path) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(Columns())
     for sample in videos.samples:
-        table.writerow([Path(sample.path).absolute(), videos.labels[sample.label], sample.group])
+        where = sample.path if is_url(sample.path) else Path(sample.path).absolute()
+        table.writerow([where, videos.labels[sample.label], sample.group])
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +184,36 @@ def write_list(videos: VideoList, path: Path) -> None:
 # A video without a group is one by itself, by its name in the list: the split is the same wherever
 # the videos lie.
 
-_Row = tuple[Path, str, str]
+_Row = tuple[str, str, str]
+_LIST_SUFFIXES = (".csv", ".txt", ".tsv", ".json", _PARQUET)
+
+
+def _rows(path: str, base: str, columns: Columns) -> Iterable[_Row]:
+    suffix = PurePosixPath(path).suffix.lower()
+    if is_url(path):
+        files = None if suffix in _LIST_SUFFIXES else folder_files(path)
+        if files is not None:
+            return _remote_folder_rows(files)
+        content = read_bytes(path)
+    elif Path(path).is_dir():
+        return _folder_rows(Path(path))
+    else:
+        content = Path(path).read_bytes()
+    if suffix == _PARQUET:
+        return _parquet_rows(content, base, columns)
+    text = content.decode("utf-8-sig")
+    if suffix == ".json":
+        return _something_rows(text, base)
+    return _csv_rows(text, base, columns)
+
+
+def _remote_folder_rows(files: Mapping[str, str]) -> Iterable[_Row]:
+    for name, url in files.items():
+        parts = PurePosixPath(name).parts
+        hidden = any(part[0] == "." for part in (parts[0], parts[-1]))
+        video = PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
+        if video and len(parts) > 1 and not hidden:
+            yield url, parts[0], name
 
 
 def _folder_rows(folder: Path) -> Iterable[_Row]:
@@ -188,10 +223,10 @@ def _folder_rows(folder: Path) -> Iterable[_Row]:
     for each in classes:
         for path in sorted(each.rglob("*")):
             if path.suffix.lower() in VIDEO_SUFFIXES and path.name[0] != ".":
-                yield path, each.name, path.relative_to(folder).as_posix()
+                yield str(path), each.name, path.relative_to(folder).as_posix()
 
 
-def _csv_rows(text: str, base: Path, columns: Columns) -> Iterable[_Row]:
+def _csv_rows(text: str, base: str, columns: Columns) -> Iterable[_Row]:
     first = next(iter(text.splitlines()), "")
     header = next(csv.reader([first]), [])
     if columns.path in header and columns.label in header:
@@ -206,19 +241,46 @@ def _csv_rows(text: str, base: Path, columns: Columns) -> Iterable[_Row]:
         if len(fields) != 2 or not all(field.strip() for field in fields):
             form = "`path,label`" if comma else "`path label`"
             raise DataError(f"line {number} is {line[:80]!r}; it must be {form}")
-        yield base / fields[0].strip(), fields[1].strip(), fields[0].strip()
+        yield joined(base, fields[0].strip()), fields[1].strip(), fields[0].strip()
 
 
-def _table_rows(text: str, base: Path, columns: Columns) -> Iterable[_Row]:
+def _table_rows(text: str, base: str, columns: Columns) -> Iterable[_Row]:
     table = csv.DictReader(io.StringIO(text, newline=""))
     for row in table:
         path, label = row[columns.path], row[columns.label]
         if not path or not label:
             raise DataError(f"line {table.line_num} has no {columns.path} or no {columns.label}")
-        yield base / path, label.strip(), row.get(columns.group) or path
+        yield joined(base, path), label.strip(), row.get(columns.group) or path
 
 
-def _something_rows(text: str, base: Path) -> Iterable[_Row]:
+def _parquet_rows(content: bytes, base: str, columns: Columns) -> Iterable[_Row]:
+    try:
+        from pyarrow import ArrowException, BufferReader
+        from pyarrow.parquet import read_table
+    except ImportError as error:
+        raise DataError(
+            f"a Parquet table needs pyarrow, which is not installed ({error})"
+        ) from error
+    try:
+        table = read_table(BufferReader(content))
+    except (ArrowException, OSError) as error:
+        raise DataError(f"it is no Parquet table: {error}") from error
+    missing = {columns.path, columns.label} - set(table.column_names)
+    if missing:
+        raise DataError(
+            f"it has no column {sorted(missing)[0]!r}; it has {', '.join(table.column_names)}. "
+            "--columns says which to take"
+        )
+    wanted = [name for name in columns if name in table.column_names]
+    for number, row in enumerate(table.select(wanted).to_pylist(), start=1):
+        path, label, group = (row.get(name) for name in columns)
+        if path in (None, "") or label in (None, ""):
+            raise DataError(f"row {number} has no {columns.path} or no {columns.label}")
+        path = str(path)
+        yield joined(base, path), str(label).strip(), path if group is None else str(group)
+
+
+def _something_rows(text: str, base: str) -> Iterable[_Row]:
     try:
         entries = json.loads(text)
     except ValueError as error:
@@ -236,9 +298,9 @@ def _something_rows(text: str, base: Path) -> Iterable[_Row]:
         yield _something_path(base, entry), name, str(entry["id"])
 
 
-def _something_path(base: Path, entry: Mapping[str, Any]) -> Path:
-    candidates = [base / f"{entry['id']}{suffix}" for suffix in _SOMETHING_SUFFIXES]
-    return next((path for path in candidates if path.exists()), candidates[0])
+def _something_path(base: str, entry: Mapping[str, Any]) -> str:
+    candidates = [joined(base, f"{entry['id']}{suffix}") for suffix in _SOMETHING_SUFFIXES]
+    return next((path for path in candidates if Path(path).exists()), candidates[0])
 
 
 # ---- from labels as they stand there to indices -------------------------------------------------
@@ -250,7 +312,7 @@ def _with_indices(rows: list[_Row], labels: Sequence[str] | None) -> VideoList:
     names = [label for _, label, _ in rows]
     classes = tuple(labels) if labels is not None else _classes(names)
     by_name = {name: index for index, name in enumerate(classes)}
-    samples = tuple(Sample(str(path), _index(label, by_name), group) for path, label, group in rows)
+    samples = tuple(Sample(path, _index(label, by_name), group) for path, label, group in rows)
     return VideoList(samples, classes)
 
 

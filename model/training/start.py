@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,35 @@ def fine_tuned_model(checkpoint: Checkpoint, labels: Sequence[str]) -> tuple[Tim
     else:
         keep = checkpoint.config.num_classes == len(labels) and checkpoint.kind != "vit"
     return (checkpoint if keep else checkpoint.with_new_head(len(labels))).build(), keep
+
+
+def grown(checkpoint: Checkpoint, labels: Sequence[str]) -> Checkpoint:
+    """The checkpoint with a head for `labels`: its own classes, in their order, and new ones after.
+
+    The old rows stay bit for bit. Each new row is the mean of the old ones: its logit is the mean
+    of theirs, so that it never outranks the best of them and no answer changes before training,
+    whatever offset the old logits share. Small random rows would give logits near zero instead,
+    which may be above all that a trained head gives. Targets tell equal rows apart from the
+    first step on.
+
+    Raises:
+        RecipeError: `labels` do not begin with the checkpoint's.
+    """
+    known = checkpoint.labels
+    if known is None or tuple(labels[: len(known)]) != known:
+        raise RecipeError("a head grows at its end: the classes must begin with those it has")
+    added = len(labels) - len(known)
+    rows = {name: checkpoint.state[name] for name in ("head.weight", "head.bias")}
+    head = {
+        name: torch.cat([row, row.mean(0, keepdim=True).expand(added, *row.shape[1:])])
+        for name, row in rows.items()
+    }
+    return dataclasses.replace(
+        checkpoint,
+        config=checkpoint.config.replace(num_classes=len(labels)),
+        state={**checkpoint.state, **head},
+        labels=tuple(labels),
+    )
 
 
 def choose_device(wanted: str) -> str:

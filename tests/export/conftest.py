@@ -90,13 +90,14 @@ def write_colour_graph(path: Path) -> None:
 
 def colour_manifest(name: str = "colours") -> Manifest:
     config = colour_config()
+    architecture, preprocessing = config.to_dict(), dataclasses.asdict(config.preprocessing)
     return Manifest(
         name=name,
         version="0",
         created=datetime.now(UTC),
         source="made by hand",
-        architecture=config.to_dict(),
-        preprocessing=dataclasses.asdict(config.preprocessing),
+        architecture={key: architecture[key] for key in architecture.keys() - preprocessing.keys()},
+        preprocessing=preprocessing,
         labels=COLOURS,
         inputs=(TensorSpec(name="frames", dtype="uint8", shape=(-1, 4, 16, 16, 3)),),
         outputs=(

@@ -452,7 +452,10 @@ def test_a_manifest_from_before_a_field_was_added_is_read(store: BundleStore) ->
         "cosine_limit",
     )
     parity = manifest["verification"][ONNX_FLOAT32]
-    for fields, names in ((manifest, ("network_cost", "graph_cost")), (parity, added)):
+    for fields, names in (
+        (manifest, ("network_cost", "graph_cost", "temperature")),
+        (parity, added),
+    ):
         for name in names:
             del fields[name]
     (bundle.path / MANIFEST).write_text(json.dumps(manifest))
@@ -460,3 +463,4 @@ def test_a_manifest_from_before_a_field_was_added_is_read(store: BundleStore) ->
     old = store.open("colours", "1")
     old.verify()
     assert old.manifest.network_cost is None
+    assert old.manifest.temperature == 1.0

@@ -35,7 +35,11 @@ from export.runtime.onnxruntime import OnnxRuntime
 from model.checkpoints import Checkpoint, load_checkpoint
 from model.cost import cost
 from model.timesformer import TimeSformer
-from model.video import UndecodableVideo
+from model.training.calibration import calibrate
+from model.training.errors import DataError
+from model.training.evaluation import predict
+from model.training.sources import Sample, VideoList
+from model.video import UndecodableVideo, load_clips
 
 from .conftest import write_video
 
@@ -173,6 +177,27 @@ class TestExporting:
         with pytest.raises(UndecodableVideo, match=r"cannot verify on .*broken\.mp4: ."):
             export_bundle(checkpoint, "tiny", store, videos=[video, broken])
         assert not store.root.exists()
+
+    def test_the_temperature_is_fitted_with_the_exported_graph(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path, exported: Bundle
+    ) -> None:
+        runtime = OnnxRuntime(exported.file(ONNX_FLOAT32), cuda=False)
+        clips = load_clips(video, exported.config.preprocessing).frames
+        said = int(runtime.run(clips).logits[0].argmax())
+        # Right on all ten videos, and far less sure of it.
+        samples = tuple(Sample(str(video), said, f"take {take}") for take in range(10))
+        videos = VideoList(samples, exported.manifest.labels)
+        bundle = export_bundle(checkpoint, "tiny", store, videos=[video], calibrate_on=videos)
+        found = predict(
+            videos, exported.config.preprocessing, lambda frames: runtime.run(frames).logits
+        )
+        expected = calibrate(found)
+        assert expected is not None
+        assert bundle.manifest.temperature == expected.temperature < 1
+
+        alone = VideoList(samples[:1], exported.manifest.labels)
+        with pytest.raises(DataError, match="nothing to judge"):
+            export_bundle(checkpoint, "tiny", store, videos=[video], calibrate_on=alone)
 
     def test_steps_are_told_as_they_begin(
         self, checkpoint: Checkpoint, store: BundleStore, video: Path

@@ -143,6 +143,7 @@ class TestExport:
             "version": "1",
             "path": str(exported.bundle.path),
             "active": True,
+            "temperature": 1.0,
         }
         assert parity["passed"]
         assert parity["clips"] == 7  # three crops of two videos, and noise
@@ -324,7 +325,7 @@ class TestBundles:
         lines = timesformer("bundles", "--store", store.root).stdout.splitlines()
         assert lines[0] == str(store.root)
         assert lines[1].split() == [
-            "name", "version", "active", "created", "attention_type", "classes", "verified",
+            "name", "version", "active", "created", "attention", "type", "classes", "verified",
         ]  # fmt: skip
         created = store.open("colours", "1").manifest.created.isoformat(timespec="seconds")
         assert lines[2].split() == [

@@ -57,6 +57,25 @@ def test_each_video_gets_its_own_answer_in_order(
     assert [answer["predictions"][0]["label"] for answer in answers] == list(COLOURS)
 
 
+def test_the_scores_are_those_of_the_bundle_s_temperature(
+    videos: dict[str, Path],
+    settings: Settings,
+    store: BundleStore,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Squared and normalised anew where it is a half."""
+    ask = ClassifyParameters(top_k=3)
+    classify_files([videos["red"]], settings, ask, as_json=True)
+    store.activate("colours", publish_colours(store, temperature=0.5).version)
+    classify_files([videos["red"]], settings, ask, as_json=True)
+    plain, sharp = (
+        np.array([each["score"] for each in answer["predictions"]])
+        for answer in json_lines(capsys.readouterr().out)
+    )
+    np.testing.assert_allclose(sharp, plain**2 / (plain**2).sum(), atol=2e-6)
+    assert sharp[0] > plain[0]
+
+
 def test_an_answer_says_what_was_seen_by_which_model(
     videos: dict[str, Path], settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:

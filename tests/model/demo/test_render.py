@@ -133,5 +133,5 @@ def test_a_written_clip_is_an_mp4_that_others_can_decode(tmp_path: Path) -> None
     with av.open(paths[0]) as container:
         video = container.streams.video[0]
         assert video.average_rate == 30
-        assert all(160 <= side <= 320 and side % 2 == 0 for side in (video.height, video.width))
+        assert all(80 <= side <= 200 and side % 2 == 0 for side in (video.height, video.width))
         assert sum(1 for _ in container.decode(video)) == 9

@@ -30,6 +30,10 @@ def changed(seed: int = 0, batch: int = 8, **settings: Any) -> tuple[Tensor, Ten
 
 EVERYTHING: dict[str, Any] = {
     "flip": 0.5,
+    "upside_down": 0.5,
+    "backwards": 0.5,
+    "shuffle_colours": 0.5,
+    "invert": 0.5,
     "colour": 0.4,
     "randaugment": 2,
     "erasing": 0.5,
@@ -56,10 +60,12 @@ def test_the_same_generator_gives_the_same_batch_and_the_input_stays() -> None:
     assert torch.equal(before, clips()[0])
 
 
-@pytest.mark.parametrize("name", [name for name in EVERYTHING if name != "label_smoothing"])
+@pytest.mark.parametrize(
+    "name", [name for name in EVERYTHING if name not in ("label_smoothing", "backwards")]
+)
 def test_a_still_clip_stays_still(name: str) -> None:
     """What changes a clip, changes all its frames alike: no motion is made up."""
-    frames, _ = changed(**{name: 1.0 if name == "flip" else EVERYTHING[name]})
+    frames, _ = changed(**{name: EVERYTHING[name]})
     assert not torch.equal(frames, clips()[0])
     assert torch.equal(frames, frames[:, :1].expand_as(frames))
 
@@ -142,14 +148,9 @@ def test_label_smoothing_spreads_a_share() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"flip": 1.5}, {"colour": -0.1}, {"mixup": -1.0}, {"flip_labels": (1, 2, 0)},
-     {"flip_labels": (0, 5)}, {"randaugment": -1}],
+    [{"flip": 1.5}, {"transpose": -1}, {"invert": 2}, {"colour": -0.1}, {"mixup": -1.0},
+     {"flip_labels": (1, 2, 0)}, {"flip_labels": (0, 5)}, {"randaugment": -1}],
 )  # fmt: skip
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(wrong))):
         Augmentation(**wrong)
-
-
-def test_flip_labels_for_other_classes_are_refused() -> None:
-    with pytest.raises(RecipeError, match="for 2 classes, not 4"):
-        changed(flip=0.5, flip_labels=(1, 0))

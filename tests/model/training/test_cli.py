@@ -63,30 +63,48 @@ def test_what_was_trained_is_exported_and_both_are_evaluated_alike(
 ) -> None:
     store = tmp_path / "store"
     weights = trained / "weights.safetensors"
-    timesformer("export", weights, "--name", "colours", "--training", trained / "training.json",
-                "--store", store)  # fmt: skip
+    report = json.loads((trained / "training.json").read_text())
+    # Eight videos, all right: the trial's temperature, of four, is worse for the other four.
+    assert report["calibration"]["after"]["log_loss"] > report["calibration"]["before"]["log_loss"]
+    assert report["temperature"] == 1.0
+    (tmp_path / "training.json").write_text(json.dumps({**report, "temperature": 1.5}))
+    timesformer("export", weights, "--name", "colours", "--training", tmp_path / "training.json",
+                "--precision", "int8", "--store", store)  # fmt: skip
     manifest = json.loads((store / "colours" / "1" / "manifest.json").read_text())
     assert manifest["training"]["metrics"]["top1"] == 1.0
     assert manifest["labels"] == ["blue", "red"]
+    assert manifest["temperature"] == 1.5
 
+    bundle = store / "colours" / "1"
     (colours / "red" / "zz-broken.mp4").write_text("no video")
     try:
         reports = [
             json.loads(
-                timesformer("evaluate", model, colours, "--json", "--fit-temperature",
+                timesformer("evaluate", model, colours, "--json", *options,
                             "--workers", 0, "--device", "cpu").stdout
             )
-            for model in (weights, store / "colours" / "1")
+            for model, *options in (
+                (weights, "--fit-temperature"),
+                (bundle, "--temperature", 1),
+                (bundle, "--precision", "all"),
+            )
         ]  # fmt: skip
     finally:
         (colours / "red" / "zz-broken.mp4").unlink()
-    network, bundle = (report["metrics"] for report in reports)
-    assert network["top1"] == bundle["top1"] == 1.0
-    assert network["log_loss"] == pytest.approx(bundle["log_loss"], abs=1e-4)
+    network, plain, calibrated = (each["metrics"] for each in reports)
+    assert network["top1"] == plain["top1"] == 1.0
+    assert network["log_loss"] == pytest.approx(plain["log_loss"], abs=1e-4)
     assert reports[0]["protocol"] == {"views": 1, "crops": 3}
     assert [failure["code"] for failure in reports[1]["undecodable"]] == ["undecodable_video"]
-    assert 0.05 <= reports[0]["temperature"] <= 20
-    assert reports[0]["calibrated"]["log_loss"] <= network["log_loss"]
+    assert reports[0]["calibration"] == report["calibration"]
+    assert (report["calibration"]["fitted_on"], report["calibration"]["judged_on"]) == (4, 4)
+
+    assert [each["temperature"] for each in reports] == [1.0, 1.0, 1.5]
+    assert calibrated["log_loss"] != pytest.approx(plain["log_loss"], abs=1e-4)
+    artefacts = reports[2]["artefacts"]
+    assert list(artefacts) == ["float32", "int8"]
+    assert artefacts["float32"] == {**calibrated, "agreement_with_float32": 1.0}
+    assert artefacts["int8"]["agreement_with_float32"] == 1.0
 
 
 def test_the_table_of_an_evaluation(trained: Path, colours: Path) -> None:
@@ -94,6 +112,9 @@ def test_the_table_of_an_evaluation(trained: Path, colours: Path) -> None:
                          "--workers", 0)  # fmt: skip
     assert "mean class accuracy" in result.stdout
     assert "red" in result.stdout
+    refused = timesformer("evaluate", trained / "weights.safetensors", colours, "--precision",
+                          "int8", code=2)  # fmt: skip
+    assert "MODEL is no bundle" in refused.stderr
 
 
 def test_a_checkpoint_of_these_classes_keeps_its_head(
@@ -141,6 +162,20 @@ def test_weights_without_labels_keep_a_head_of_as_many_classes(tmp_path: Path) -
     checkpoint = load_checkpoint(tmp_path / "w.safetensors")
     assert fine_tuned_model(checkpoint, "abc")[1]
     assert not fine_tuned_model(checkpoint, "ab")[1]
+
+
+def test_a_run_from_urls_and_a_cache_of_clips(colours: Path, tmp_path: Path) -> None:
+    """What was decoded for one run is read by the next."""
+    pytest.importorskip("fsspec")
+    options = ("--variant", "demo", "--epochs", 2, "--batch-size", 4, "--cached-views", 2,
+               "--cache", tmp_path / "cache")  # fmt: skip
+    for name in ("first", "second"):
+        command = training(tmp_path, f"file://{colours}", "--out", tmp_path / name, *options)
+        result = timesformer(*command)
+        assert ("video 8 of 8, decoded for the cache" in result.stderr) == (name == "first")
+        assert "step 4 of 4, epoch 2.00" in result.stderr
+    command = training(tmp_path, colours, "--out", tmp_path / "third", *options[:-4])
+    assert "--cached-views" in timesformer(*command, *options[-2:], code=1).stderr
 
 
 def test_a_hold_out_by_group(colours: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Metrics are what their definitions say, and the temperature mends the calibration."""
+"""Metrics are what their definitions say."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from model.training.errors import DataError
 from model.training.evaluation import (
     Predictions,
     Protocol,
+    agreement,
     calibration_error,
-    fit_temperature,
     measure,
     predict,
+    predict_each,
 )
 from model.training.sources import Sample, VideoList, read_videos
 
@@ -27,7 +28,8 @@ def predictions(scores: object, targets: list[int]) -> Predictions:
     """Of logits (videos, clips, classes) with these softmax scores."""
     logits = np.log(np.asarray(scores, np.float32))
     labels = tuple(f"class {index}" for index in range(logits.shape[-1]))
-    return Predictions(logits, np.array(targets), ("x",) * len(targets), labels, ())
+    samples = tuple(Sample("x", target, "x") for target in targets)
+    return Predictions(logits, np.array(targets), samples, labels, ())
 
 
 def test_a_video_s_score_is_the_mean_over_its_clips() -> None:
@@ -64,22 +66,6 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error(confidence, right) == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_temperature_of_an_overconfident_model_is_found() -> None:
-    rng = np.random.default_rng(0)
-    true = rng.normal(0, 1.5, (6000, 1, 5))
-    powers = np.exp(true[:, 0])
-    targets = [int(rng.choice(5, p=row / row.sum())) for row in powers]
-    honest = Predictions(true.astype(np.float32), np.array(targets), (), tuple("abcde"), ())
-    assert fit_temperature(honest) == pytest.approx(1.0, abs=0.06)
-    boastful = Predictions(honest.logits * 3, honest.targets, (), honest.labels, ())
-    temperature = fit_temperature(boastful)
-    assert temperature == pytest.approx(3.0, abs=0.18)
-    before, after = measure(boastful), measure(boastful, temperature)
-    assert before.calibration_error > 0.1
-    assert after.calibration_error < 0.03
-    assert after.top1 == before.top1
-
-
 def redness(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     red, _, blue = frames.mean((1, 2, 3)).T
     return np.stack([blue, red], 1).astype(np.float32)
@@ -102,11 +88,29 @@ def test_every_video_is_scored_in_order_and_broken_ones_are_named(
         done=counted.append,
     )
     assert found.logits.shape == (8, 6, 2)
-    assert found.paths == tuple(sample.path for sample in good.samples)
+    assert found.samples == good.samples
     assert [failure.code for failure in found.failures] == ["undecodable_video"]
     assert counted == list(range(1, 10))
     metrics = measure(found)
     assert (metrics.videos, metrics.top1) == (8, 1.0)
+
+
+def test_several_models_are_asked_in_one_pass(colours: Path) -> None:
+    """Each gets what it alone would get; their agreement is that of their labels."""
+    videos = read_videos(colours)
+    seen: list[int] = []
+
+    def always_blue(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        seen.append(len(frames))
+        return np.tile(np.array([1, 0], np.float32), (len(frames), 1))
+
+    alone = predict(videos, SEES, redness)
+    both = predict_each(videos, SEES, [redness, always_blue])
+    np.testing.assert_array_equal(both[0].logits, alone.logits)
+    assert [measure(each).top1 for each in both] == [1.0, 0.5]
+    assert sum(seen) == 8 * 3
+    assert agreement(both[0], both[1]) == 0.5
+    assert agreement(both[0], alone) == 1.0
 
 
 def test_a_set_that_cannot_be_decoded_is_an_error(tmp_path: Path) -> None:

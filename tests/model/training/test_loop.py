@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
 from model.checkpoints import load_checkpoint  # noqa: E402
-from model.config import ModelConfig  # noqa: E402
+from model.config import VARIANTS, ModelConfig  # noqa: E402
 from model.timesformer import TimeSformer  # noqa: E402
 from model.training import checkpoint  # noqa: E402
 from model.training.errors import (  # noqa: E402
@@ -33,7 +33,7 @@ from model.training.errors import (  # noqa: E402
 from model.training.log import read_log  # noqa: E402
 from model.training.loop import LOG, train  # noqa: E402
 from model.training.recipe import PRESETS, Recipe  # noqa: E402
-from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Job, Machine, Step  # noqa: E402
+from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Job, Machine, Run, Step  # noqa: E402
 from model.training.sources import Sample, VideoList, read_videos  # noqa: E402
 from tests.model.conftest import tiny_config  # noqa: E402
 
@@ -194,6 +194,38 @@ def test_a_finished_run_is_not_run_again(colours: Path, whole: Path) -> None:
     report = run(colours, whole, on_step=lambda step: pytest.fail("it trains"))
     assert report == json.loads((whole / REPORT).read_text())
     assert (whole / WEIGHTS).stat().st_mtime_ns == written
+
+
+# ---- how it is computed -----------------------------------------------------------------------
+
+
+def test_recomputed_activations_give_the_same_weights(
+    colours: Path, whole: Path, tmp_path: Path
+) -> None:
+    run(colours, tmp_path, machine=Machine(recompute=True))
+    same_result(tmp_path, whole)
+
+
+def test_only_clips_of_many_patches_are_recomputed_unasked(colours: Path, tmp_path: Path) -> None:
+    """`hr` and `large` do not fit otherwise; on the others it would only cost time."""
+    for variant, expected in (("base", False), ("long-32", False), ("hr", True), ("large", True)):
+        small = VARIANTS[variant].replace(embed_dim=12, depth=1, num_classes=2)
+        assert (
+            Run(TimeSformer(small), job(colours, tmp_path), Machine()).model.recompute is expected
+        )
+    forbidden = Run(TimeSformer(small), job(colours, tmp_path), Machine(recompute=False))
+    assert not forbidden.model.recompute
+
+
+def test_a_compiled_network_learns_the_same_and_its_weights_keep_their_names(
+    colours: Path, whole: Path, tmp_path: Path
+) -> None:
+    """`eager` goes the way of every backend but for the kernels, which take a minute to build."""
+    run(colours, tmp_path, machine=Machine(compile="eager"))
+    found = checkpoint.load_newest(tmp_path / CHECKPOINTS)
+    assert found is not None
+    assert found[1]["model"].keys() == TimeSformer(config()).state_dict().keys()
+    same_result(tmp_path, whole)
 
 
 # ---- refusals ---------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_a_recipe_is_changed_by_field_wherever_the_field_lies() -> None:
 
 @pytest.mark.parametrize(
     "wrong", [{"epochs": 0}, {"learning_rate": -1.0}, {"ema": 1.0}, {"accumulate": 0},
-              {"clip_norm": -1.0}, {"batch_size": 0}],
+              {"clip_norm": -1.0}, {"batch_size": 0}, {"patience": -1}, {"watch": "top5"}],
 )  # fmt: skip
 def test_impossible_recipes_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(wrong))):

@@ -70,6 +70,43 @@ def test_a_table_with_named_columns(tmp_path: Path) -> None:
     assert [sample.group for sample in videos.samples] == ["ann", "y.mp4"]
 
 
+def parquet(file: Path, **columns: list[object]) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(columns), file)
+    return file
+
+
+def test_a_parquet_table(tmp_path: Path) -> None:
+    source = parquet(
+        tmp_path / "t.parquet",
+        path=["x.mp4", "deep/y.mp4"],
+        label=["sit", "jump, high"],
+        group=["ann", None],
+        more=[1, 2],
+    )
+    videos = read_videos(source)
+    assert videos.labels == ("jump, high", "sit")
+    assert videos.samples == (
+        Sample(str(tmp_path / "x.mp4"), 1, "ann"),
+        Sample(str(tmp_path / "deep/y.mp4"), 0, "deep/y.mp4"),
+    )
+    source = parquet(tmp_path / "n.parquet", clip=["x.mp4", "y.mp4"], action=[2, 0], who=[7, 8])
+    videos = read_videos(source, columns=Columns("clip", "action", "who"))
+    assert [(sample.label, sample.group) for sample in videos.samples] == [(2, "7"), (0, "8")]
+    with pytest.raises(DataError, match=r"no column 'label'; it has clip, action, who\."):
+        read_videos(source, columns=Columns(path="clip"))
+
+
+def test_what_is_wrong_in_a_parquet_table_is_said(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "t.parquet", path=["x.mp4", "y.mp4"], label=["a", None])
+    with pytest.raises(DataError, match=r"t\.parquet: row 2 has no path or no label"):
+        read_videos(source)
+    source.write_bytes(b"PAR1 no table")
+    with pytest.raises(DataError, match="it is no Parquet table"):
+        read_videos(source)
+
+
 def test_something_something(tmp_path: Path) -> None:
     (tmp_path / "7.mp4").touch()
     entries = [

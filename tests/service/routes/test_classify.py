@@ -19,6 +19,8 @@ from export.runtime import load_runtime
 from model.demo import STORE
 from model.video import load_clips
 from service.classification import softmax
+from tests.export.conftest import colour_config, publish_colours, write_video
+from tests.service.conftest import Serve
 
 URL = "/v1/classify"
 
@@ -62,6 +64,27 @@ def test_the_scores_are_the_mean_softmax_of_the_network_on_the_views(
         assert prediction["score"] == pytest.approx(scores[prediction["class_index"]], abs=1e-5)
     ordered = [prediction["score"] for prediction in answer["predictions"]]
     assert ordered == sorted(ordered, reverse=True)
+
+
+def test_a_calibrated_bundle_s_scores_are_calibrated_and_its_logits_are_as_they_are(
+    serve: Serve, tmp_path: Path
+) -> None:
+    store = BundleStore(tmp_path)
+    store.activate("colours", publish_colours(store, temperature=4.0).version)
+    red = write_video(tmp_path / "red.mp4", "red")
+    frames = load_clips(red, colour_config().preprocessing).frames
+    tensor = {"name": "frames", "datatype": "UINT8", "shape": frames.shape}
+    body = {"inputs": [{**tensor, "data": frames.ravel().tolist()}]}
+    with serve(store=store.root, watch_interval_s=0) as client:
+        (model,) = client.get("/v1/models").json()["models"]
+        predictions = client.post(URL, content=red.read_bytes()).json()["predictions"]
+        outputs = client.post("/v2/models/colours/infer", json=body).json()["outputs"]
+    assert model["temperature"] == 4.0
+    logits = np.array(outputs[0]["data"], np.float32)[None]
+    np.testing.assert_allclose(logits[0], frames.mean((0, 1, 2, 3)) / 64, atol=1e-3)
+    scores = softmax(logits / 4)[0]
+    assert predictions[0]["label"] == "red"
+    assert predictions[0]["score"] == pytest.approx(scores[0], abs=1e-5)
 
 
 def test_the_answer_says_what_was_looked_at_and_by_whom(client: httpx.Client, video: Path) -> None:

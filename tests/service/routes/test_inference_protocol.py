@@ -381,8 +381,8 @@ def test_a_bomb_is_refused_before_it_unfolds(
         ("br", b"x", 415),
         ("gzip, gzip", b"x", 415),
         ("gzip", b"no gzip", 400),
-        ("gzip", gzip.compress(b"{}")[:-4], 400),
-        ("gzip", gzip.compress(b"{}") + b"more", 400),
+        ("gzip", gzip.compress(b"{}", mtime=0)[:-4], 400),
+        ("gzip", gzip.compress(b"{}", mtime=0) + b"more", 400),
         ("deflate", b"", 400),
     ],
 )

@@ -1,0 +1,156 @@
+"""`timesformer bundles`: the versions of a store, and which of them serves."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from service.commands.options import (
+    EXIT_PARTLY_FAILED,
+    Command,
+    json_option,
+    print_rows,
+    store_option,
+)
+
+if TYPE_CHECKING:
+    from export.bundle import BundleStore
+
+
+@click.group(invoke_without_command=True)
+@store_option
+@json_option
+@click.pass_context
+def bundles(context: click.Context, store: Path | None, as_json: bool) -> None:
+    """List the bundles of a store; activate, roll back or verify one."""
+    from export.bundle import BundleStore
+    from model.demo import STORE
+
+    context.obj = BundleStore(store or STORE), as_json
+    if context.invoked_subcommand is None and _list_bundles(*context.obj):
+        sys.exit(EXIT_PARTLY_FAILED)
+
+
+def _bundles_options(command: Command) -> Command:
+    """`--store` and `--json` also after the subcommand, where people write them."""
+
+    @functools.wraps(command)
+    def with_store(*, store: Path | None, as_json: bool, **arguments: Any) -> None:
+        from export.bundle import BundleStore
+
+        outer_store, outer_json = click.get_current_context().obj
+        command(BundleStore(store) if store else outer_store, as_json or outer_json, **arguments)
+
+    option = click.option("--store", type=click.Path(path_type=Path), help="Folder of bundles.")
+    return option(json_option(with_store))
+
+
+def _list_bundles(store: BundleStore, as_json: bool) -> int:
+    """Prints what there is; returns how many versions cannot be read, each named on stderr."""
+    from export.bundle import BundleError
+
+    rows, unreadable = [], 0
+    for name in store.names():
+        for version in store.versions(name):
+            try:
+                rows.append(_bundle_row(store, name, version))
+            except BundleError as error:
+                unreadable += 1
+                click.secho(f"{name} {version}: {error}", fg="red", err=True)
+    columns = ["name", "version", "active", "created", "attention type", "classes", "verified"]
+    if as_json:
+        click.echo(json.dumps(rows))
+    elif rows:
+        cells = [[_cell(row[column.replace(" ", "_")]) for column in columns] for row in rows]
+        print_rows(str(store.root), columns, cells)
+    elif not unreadable:
+        click.echo(f"no bundles in {store.root}; `timesformer export` makes one")
+    return unreadable
+
+
+def _bundle_row(store: BundleStore, name: str, version: str) -> dict[str, Any]:
+    bundle = store.open(name, version)
+    return {
+        "name": name,
+        "version": version,
+        "active": store.active(name) == version,
+        "created": bundle.manifest.created.isoformat(timespec="seconds"),
+        "attention_type": bundle.config.attention_type,
+        "classes": bundle.config.num_classes,
+        "verified": all(result.passed for result in bundle.manifest.verification.values()),
+        "path": str(bundle.path),
+    }
+
+
+@bundles.command()
+@click.argument("name")
+@click.argument("version")
+@_bundles_options
+def activate(store: BundleStore, as_json: bool, name: str, version: str) -> None:
+    """Make VERSION of NAME the one that serves, after checking it."""
+    store.activate(name, version)
+    _say_active(name, version, as_json)
+
+
+@bundles.command()
+@click.argument("name")
+@_bundles_options
+def rollback(store: BundleStore, as_json: bool, name: str) -> None:
+    """Go back to the version of NAME that was active before."""
+    _say_active(name, store.rollback(name).version, as_json)
+
+
+def _say_active(name: str, version: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"name": name, "version": version, "active": True}))
+    else:
+        click.echo(f"{name} version {version} is active")
+
+
+@bundles.command()
+@click.argument("name", required=False)
+@click.argument("version", required=False)
+@_bundles_options
+def verify(store: BundleStore, as_json: bool, name: str | None, version: str | None) -> None:
+    """Check files against their hashes: one VERSION, all of NAME, or the whole store.
+
+    With --json, one object a bundle. Exit code 3 if any is not as it was published.
+    """
+    from export.bundle import BundleError
+
+    failed = False
+    names = [name] if name else store.names()
+    if not names:
+        raise BundleError(f"there are no bundles in {store.root}")
+    for each in names:
+        versions = [version] if version else store.versions(each)
+        if not versions:
+            raise BundleError(f"{store.root} has no bundle named {each}")
+        for number in versions:
+            problem = None
+            try:
+                store.open(each, number).verify()
+            except BundleError as error:
+                failed, problem = True, str(error)
+            _say_verified(each, number, problem, as_json)
+    if failed:
+        sys.exit(EXIT_PARTLY_FAILED)
+
+
+def _say_verified(name: str, version: str, problem: str | None, as_json: bool) -> None:
+    if as_json:
+        row = {"name": name, "version": version, "ok": problem is None, "problem": problem}
+        click.echo(json.dumps(row))
+    else:
+        click.secho(f"{name} {version}: {problem or 'ok'}", fg="red" if problem else None)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

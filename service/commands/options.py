@@ -1,0 +1,134 @@
+"""What the commands share: options, how a list of videos is read, progress and tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from model.config import ConfigError
+
+if TYPE_CHECKING:
+    from model.training.sources import VideoList
+
+Command = Callable[..., Any]
+
+
+class Source(click.ParamType[str]):
+    """A list or folder of videos: a local one that exists, or a URL."""
+
+    name = "source"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from model.training.remote import is_url
+
+        if not is_url(str(value)) and not Path(value).exists():
+            self.fail(f"{value!r} does not exist.", param, ctx)
+        return str(value)
+
+
+EXIT_PARTLY_FAILED = 3
+
+SOURCE = Source()
+PATH = click.Path(path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+store_option = click.option(
+    "--store",
+    type=PATH,
+    envvar="TIMESFORMER_STORE",
+    help="Folder of bundles; by default that of the bundled demo model.",
+)
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Processes that decode videos; 0 decodes in the command's own.",
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="`auto` takes the GPU where there is one.",
+)
+
+
+def source_options(command: Command) -> Command:
+    """How a list of videos is read."""
+    for option in (
+        click.option("--labels", "labels_file", type=FILE, help="Label file; orders the classes."),
+        click.option("--root", help="Folder or URL that relative paths in lists are relative to."),
+        click.option(
+            "--columns",
+            default="path,label,group",
+            show_default=True,
+            help="Names of a table's columns for path, label and group.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def read_list(
+    source: str | Path,
+    labels: tuple[str, ...] | None,
+    root: str | None,
+    columns: str,
+) -> VideoList:
+    from model.training.sources import Columns, read_videos
+
+    names = [name.strip() for name in columns.split(",")]
+    if len(names) not in (2, 3) or not all(names):
+        raise click.UsageError("--columns takes PATH,LABEL or PATH,LABEL,GROUP")
+    return read_videos(source, labels=labels, root=root, columns=Columns(*names))
+
+
+def class_names(labels_file: Path | None) -> tuple[str, ...] | None:
+    from model.training.sources import read_class_names
+
+    return read_class_names(labels_file) if labels_file else None
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Gives a function that is told how many are done: a bar on stderr, on terminals only."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.update(task, completed=count)
+
+
+def print_rows(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from service.progress import print_table
+
+    table = Table()
+    for column in columns:
+        table.add_column(column)
+    for row in rows:  # as text: "Pushing [something]" is no markup
+        table.add_row(*map(Text, row))
+    print_table(title, table)
+
+
+def read_object(path: Path | None) -> dict[str, Any]:
+    """The JSON object in a file, lists as tuples; empty without a file."""
+    if path is None:
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
