@@ -8,7 +8,7 @@ WORKDIR /build
 RUN python3 -m venv /opt/timesformer
 # Dependencies first, by their hashes: a change of our code does not install them again.
 COPY requirements.lock .
-RUN /opt/timesformer/bin/pip install --no-cache-dir --require-hashes --requirement requirements.lock
+RUN /opt/timesformer/bin/pip install --no-cache-dir --no-deps --require-hashes --requirement requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY model model
 COPY export export
