@@ -573,7 +573,12 @@ def test_an_error_that_is_not_known_is_not_hidden(monkeypatch: pytest.MonkeyPatc
 def test_interrupted_it_stops_without_a_traceback(store: BundleStore, red: Path) -> None:
     command = [TIMESFORMER, "classify", "--json", "--store", store.root, *[red] * 5000]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline()  # each answer is seen as soon as it is there
