@@ -13,10 +13,10 @@ from fastapi import Depends, FastAPI
 from model.video import Limits
 from service import errors
 from service.auth import Keyring, allow
-from service.decoding import DecoderPool, WorkerLimits
+from service.decoding import LOSSES, DecoderPool, WorkerLimits
 from service.metrics import Metrics
 from service.middleware import RequestContext
-from service.models import ModelHost
+from service.models import ModelHost, store_of
 from service.routes import admin, classify, embed, health, inference_protocol, page
 from service.routes import models as model_list
 from service.settings import Settings
@@ -65,6 +65,7 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
     try:
         models = ModelHost(settings, metrics)
         await asyncio.gather(models.start(), decoders.start())
+        _watch(metrics, settings, models, decoders)
         app.state.service = State(settings, metrics, models, decoders)
         metrics.ready.set(1)
         try:
@@ -77,7 +78,20 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
         decoders.close()
 
 
+def _watch(metrics: Metrics, settings: Settings, models: ModelHost, decoders: DecoderPool) -> None:
+    """From here on `/metrics` asks these parts how they are."""
+    metrics.queue_limit_clips.set(settings.max_queue_clips)
+    metrics.queue_age_seconds.set_function(lambda: models.current.batcher.queue_age_s())
+    metrics.decoders.set(settings.decode_workers)
+    metrics.decoders_busy.set_function(lambda: decoders.busy)
+    metrics.decode_waiting.set_function(lambda: decoders.waiting)
+    metrics.watch_disk("spool", settings.spool_dir)
+    metrics.watch_disk("store", store_of(settings).root)
+
+
 def _decoders(settings: Settings, metrics: Metrics) -> DecoderPool:
+    for reason in LOSSES:
+        metrics.decoder_restarts.labels(reason)  # at 0, so that the first one is seen as a rise
     limits = WorkerLimits(
         memory_bytes=settings.decode_memory_bytes,
         timeout_s=settings.decode_timeout_s,

@@ -88,6 +88,7 @@ class Batcher:
         max_queue: most clips that wait.
         settle_s: see the module's text.
         on_batch: told the size of each batch as it starts.
+        on_seconds: told how long each batch took.
         on_queue: told the number of waiting clips whenever it changes.
     """
 
@@ -99,6 +100,7 @@ class Batcher:
         max_queue: int,
         settle_s: float = 0.002,
         on_batch: Callable[[int], None] = lambda clips: None,
+        on_seconds: Callable[[float], None] = lambda seconds: None,
         on_queue: Callable[[int], None] = lambda clips: None,
     ) -> None:
         self._run = run
@@ -106,6 +108,7 @@ class Batcher:
         self._max_queue = max_queue
         self._settle_s = settle_s
         self._on_batch = on_batch
+        self._on_seconds = on_seconds
         self._on_queue = on_queue
         self._requests: deque[_Request] = deque()
         self._unanswered: set[asyncio.Future[Answer]] = set()
@@ -151,6 +154,12 @@ class Batcher:
         self._arrived.set()
         return await answer
 
+    def queue_age_s(self) -> float:
+        """How long the oldest request with waiting clips has been here; 0 if none waits."""
+        now = time.perf_counter()
+        ages = (now - item.arrived for item in self._requests if not item.answer.done())
+        return max(ages, default=0.0)
+
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         previous = 0
@@ -167,7 +176,9 @@ class Batcher:
             self._on_batch(len(slots))
             started = time.perf_counter()
             await self._answer(loop, slots)
-            self._note_rate((time.perf_counter() - started) / len(slots))
+            seconds = time.perf_counter() - started
+            self._on_seconds(seconds)
+            self._note_rate(seconds / len(slots))
 
     async def _wait_for(self, clips: int) -> None:
         while self._waiting < clips:

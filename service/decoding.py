@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 # A worker is replaced after so many videos, so that a leak in a codec never adds up.
 _RECYCLE_AFTER = 500
 _START_TIMEOUT_S = 30.0
+LOSSES = ("decoding_timeout", "decoder_crashed")
+"""Why a worker is replaced."""
 
 
 class Job(NamedTuple):
@@ -68,10 +70,17 @@ class DecoderPool:
         self._limits = limits
         self._on_restart = on_restart
         self._closing = False
+        self.waiting = 0
+        """Videos that wait for a worker."""
         self._workers = [_Worker(limits) for _ in range(workers)]
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         # One thread per worker: it sleeps in a read while the worker works.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decoder")
+
+    @property
+    def busy(self) -> int:
+        """Workers at a video."""
+        return len(self._workers) - self._idle.qsize()
 
     async def start(self) -> None:
         """Starts the workers, side by side, and waits until each has answered."""
@@ -89,7 +98,11 @@ class DecoderPool:
         Raises:
             VideoRejectedError: the video cannot be used, or broke its worker.
         """
-        worker = await self._idle.get()
+        self.waiting += 1
+        try:
+            worker = await self._idle.get()
+        finally:
+            self.waiting -= 1
         loop = asyncio.get_running_loop()
         exchange = self._threads.submit(self._exchange, worker, job)
         exchange.add_done_callback(

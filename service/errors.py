@@ -156,6 +156,16 @@ class InternalError(ServiceError):
     status, code = 500, "internal_error"
 
 
+def codes() -> dict[str, int]:
+    """Every stable code that a problem may have, but for those of HTTP itself, with its status."""
+    errors = {
+        error.code: error.status
+        for error in ServiceError.__subclasses__()
+        if error is not VideoRejectedError
+    }
+    return {**VIDEO_STATUS, **errors, "invalid_parameters": 422}
+
+
 def problem(error: ServiceError, **extra: Any) -> Response:
     """The RFC 9457 response of an error."""
     body = {
@@ -188,6 +198,8 @@ def answer_to(path: str, error: ServiceError, **extra: Any) -> Response:
 
 def install(app: FastAPI, metrics: Metrics) -> None:
     """Answers every error of the app, and counts it by its code."""
+    for code in codes():
+        metrics.rejected.labels(code)  # at 0, so that the first one is seen as a rise
 
     def refuse(request: Request, error: ServiceError, **extra: Any) -> Response:
         metrics.rejected.labels(error.code).inc()

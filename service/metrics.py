@@ -1,12 +1,22 @@
-"""Prometheus metrics. Each is defined here once; `docs/reference.md` is made from these."""
+"""Prometheus metrics. Each is defined here once; `docs/reference.md` is made from these.
+
+Gauges of what a part of the service knows are functions, asked when `/metrics` is.
+Values of labels come from lists in the code, never from what a client sends.
+"""
 
 from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_MIB = 1024 * 1024
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -45,8 +55,33 @@ class Metrics:
             buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128),
             registry=self.registry,
         )
+        self.batch_seconds = Histogram(
+            "timesformer_batch_seconds",
+            "Time that the engine took for a batch; the rate of its sum is how busy the engine is.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self.queue_clips = Gauge(
             "timesformer_queue_clips", "Clips that wait for the engine.", registry=self.registry
+        )
+        self.queue_limit_clips = Gauge(
+            "timesformer_queue_limit_clips",
+            "Clips that may wait for the engine; past that requests are refused.",
+            registry=self.registry,
+        )
+        self.queue_age_seconds = Gauge(
+            "timesformer_queue_age_seconds",
+            "How long the oldest request has waited for the engine; grows when the engine hangs.",
+            registry=self.registry,
+        )
+        self.decoders = Gauge("timesformer_decoders", "Decoder workers.", registry=self.registry)
+        self.decoders_busy = Gauge(
+            "timesformer_decoders_busy", "Decoder workers at a video.", registry=self.registry
+        )
+        self.decode_waiting = Gauge(
+            "timesformer_decode_waiting",
+            "Videos that wait for a decoder worker.",
+            registry=self.registry,
         )
         self.decoder_restarts = Counter(
             "timesformer_decoder_restarts",
@@ -66,11 +101,78 @@ class Metrics:
             ["result"],
             registry=self.registry,
         )
+        self.active_bundle_refused = Gauge(
+            "timesformer_active_bundle_refused",
+            "1 while the store's active version cannot be used and an earlier one serves.",
+            registry=self.registry,
+        )
+        self.upload_bytes = Histogram(
+            "timesformer_upload_bytes",
+            "Size of an answered request's video.",
+            buckets=[
+                _MIB * size for size in (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 1000)
+            ],
+            registry=self.registry,
+        )
+        self.video_seconds = Histogram(
+            "timesformer_video_seconds",
+            "Length of an answered request's video.",
+            buckets=(1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200),
+            registry=self.registry,
+        )
+        self.video_short_side_pixels = Histogram(
+            "timesformer_video_short_side_pixels",
+            "Short side of an answered request's video.",
+            buckets=(144, 240, 360, 480, 720, 1080, 1440, 2160, 4320),
+            registry=self.registry,
+        )
+        self.videos = Counter(
+            "timesformer_videos",
+            "Videos of answered requests, by codec.",
+            ["codec"],
+            registry=self.registry,
+        )
+        self.request_clips = Histogram(
+            "timesformer_request_clips",
+            "Clips of an answered request (views x crops).",
+            buckets=(1, 2, 3, 5, 10, 15, 30, 60, 100),
+            registry=self.registry,
+        )
+        self.disk_free_bytes = Gauge(
+            "timesformer_disk_free_bytes",
+            "Room left where uploads (spool) and bundles (store) lie.",
+            ["volume"],
+            registry=self.registry,
+        )
+        self.disk_size_bytes = Gauge(
+            "timesformer_disk_size_bytes",
+            "Size of the file systems of spool and store.",
+            ["volume"],
+            registry=self.registry,
+        )
         self.ready = Gauge(
             "timesformer_ready", "1 while the service accepts work.", registry=self.registry
         )
+        # An alert sees a counter rise only if it was there before, at 0.
+        for result in ("done", "refused"):
+            self.swaps.labels(result)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
+
+    def watch_disk(self, volume: str, folder: Path) -> None:
+        """Reports the file system of `folder` as `volume`."""
+
+        def usage(field: str) -> Callable[[], float]:
+            def ask() -> float:
+                try:
+                    return float(getattr(shutil.disk_usage(folder), field))
+                except OSError:  # the folder is gone; the other metrics must not go with it
+                    return math.nan
+
+            return ask
+
+        self.disk_free_bytes.labels(volume).set_function(usage("free"))
+        self.disk_size_bytes.labels(volume).set_function(usage("total"))
 
     def render(self) -> bytes:
         """The Prometheus text format."""

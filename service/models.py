@@ -119,6 +119,7 @@ class ServedModel:
             max_queue=settings.max_queue_clips,
             settle_s=settings.batch_settle_ms / 1e3,
             on_batch=metrics.batch_clips.observe,
+            on_seconds=metrics.batch_seconds.observe,
             on_queue=metrics.queue_clips.set,
         )
         self.batcher.start()
@@ -186,6 +187,7 @@ class ModelHost:
                 bundle = await asyncio.to_thread(find_bundle, self._settings)
                 version = bundle.version
                 refused = self._refusal is not None and self._refusal[0] == version
+                self._metrics.active_bundle_refused.set(refused)
                 if refused or version == self.current.bundle.version:
                     return False
                 loaded = await asyncio.to_thread(load_model, bundle, self._settings)
@@ -240,6 +242,7 @@ class ModelHost:
         if self._refusal == (version, reason):
             return  # said already; the watch would repeat it for ever
         self._refusal = (version, reason)
+        self._metrics.active_bundle_refused.set(1)
         serving = self.current.bundle.version
         logger.error("swap refused", extra={"to": version, "serving": serving, "reason": reason})
         self._metrics.swaps.labels("refused").inc()

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from service import cli
 from service.app import create_app
-from service.errors import VIDEO_STATUS, ServiceError, VideoRejectedError
+from service.errors import codes
 from service.metrics import Metrics
 from service.settings import ENV_PREFIX, Settings
 
@@ -132,13 +132,7 @@ def _errors() -> Iterator[str]:
         '`detail` is a sentence for people. Under `/v2` they are `{"error": "..."}`, as the Open '
         "Inference Protocol has it, and the code is in the metrics only."
     )
-    codes = dict(VIDEO_STATUS) | {
-        error.code: error.status
-        for error in ServiceError.__subclasses__()
-        if error is not VideoRejectedError
-    }
-    codes["invalid_parameters"] = 422
-    rows = [[f"`{code}`", str(status)] for code, status in codes.items()]
+    rows = [[f"`{code}`", str(status)] for code, status in codes().items()]
     yield _table(["code", "status"], sorted(rows, key=lambda row: (row[1], row[0])))
 
 

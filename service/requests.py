@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from export.bundle import Bundle
 from model.video import Clips
+from model.video.opening import CODECS
 from service.batcher import Answer
 from service.decoding import Job
 from service.errors import PROBLEM_TYPE, ClientDisconnectedError, RequestTimeoutError
@@ -111,15 +112,27 @@ async def answer_video(request: Request, state: State, query: P) -> VideoAnswer[
         "inference": answer.inference_s,
         "total": time.perf_counter() - started,
     }
-    observe(state.metrics, seconds)
+    observe(state.metrics, seconds, len(clips.frames))
+    _observe_video(state.metrics, upload, clips)
     timings = Timings(**{stage: round(value * 1e3, 2) for stage, value in seconds.items()})
     return VideoAnswer(model.bundle, parameters, clips, answer, timings)
 
 
-def observe(metrics: Metrics, seconds: dict[str, float]) -> None:
-    """Records how long the stages of an answered request took."""
+def observe(metrics: Metrics, seconds: dict[str, float], clips: int) -> None:
+    """Records how long the stages of an answered request took, and how many clips it had."""
+    metrics.request_clips.observe(clips)
     for stage, value in seconds.items():
         metrics.stage_seconds.labels(stage).observe(value)
+
+
+def _observe_video(metrics: Metrics, upload: Upload, clips: Clips) -> None:
+    """Records what was sent."""
+    facts = clips.facts
+    metrics.upload_bytes.observe(upload.size)
+    metrics.video_seconds.observe(facts.duration_s)
+    metrics.video_short_side_pixels.observe(min(facts.width, facts.height))
+    # A decoder that a file has taken over could name anything.
+    metrics.videos.labels(facts.codec if facts.codec in CODECS else "other").inc()
 
 
 def merge_parameters(query: P, fields: dict[str, str], max_clips: int) -> P:

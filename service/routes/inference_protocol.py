@@ -216,7 +216,7 @@ async def infer(request: Request, state: Running) -> Response:
         "inference": answer.inference_s,
         "total": time.perf_counter() - started,
     }
-    observe(state.metrics, seconds)
+    observe(state.metrics, seconds, len(inference.frames))
     if length is None:
         return Response(body, media_type="application/json")
     headers = {HEADER_LENGTH: str(length)}

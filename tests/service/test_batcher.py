@@ -286,6 +286,25 @@ def test_logits_that_are_not_numbers_are_an_error_not_an_answer() -> None:
     run_with(engine, body)
 
 
+def test_the_age_of_the_queue_grows_while_the_engine_hangs_and_leavers_do_not_count() -> None:
+    engine = Engine()
+
+    async def body(batcher: Batcher) -> None:
+        assert batcher.queue_age_s() == 0
+        running = await hold(batcher, engine)
+        assert batcher.queue_age_s() == 0, "a batch that runs does not wait"
+        waiting = asyncio.create_task(batcher.submit(clips(1)))
+        await asyncio.sleep(0.1)
+        assert batcher.queue_age_s() >= 0.1
+        waiting.cancel()
+        await asyncio.sleep(0)
+        assert batcher.queue_age_s() == 0
+        engine.gate.set()
+        await running
+
+    run_with(engine, body)
+
+
 def test_closing_ends_those_who_wait() -> None:
     engine = Engine()
 

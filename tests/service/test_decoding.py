@@ -130,6 +130,19 @@ def test_two_jobs_run_side_by_side_and_a_third_waits(video: Path) -> None:
     with_pool(body, workers=2)
 
 
+def test_it_says_how_many_workers_are_busy_and_how_many_videos_wait(video: Path) -> None:
+    async def body(pool: DecoderPool) -> None:
+        assert (pool.busy, pool.waiting) == (0, 0)
+        tasks = [asyncio.create_task(pool.decode(Job(video, SEEN, 1, 1))) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert (pool.busy, pool.waiting) == (1, 2)
+        tasks[2].cancel()
+        await asyncio.gather(*tasks[:2])
+        assert pool.waiting == 0
+
+    with_pool(body)
+
+
 def test_a_caller_that_leaves_gives_its_worker_back(video: Path) -> None:
     async def body(pool: DecoderPool) -> None:
         for _ in range(3):

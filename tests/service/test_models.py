@@ -120,10 +120,12 @@ def test_a_version_that_cannot_run_is_refused_once_and_the_old_one_stays(
         assert metric(client, refused) == 1, "it should be tried once, not for ever"
         assert caplog.text.count("swap refused") == 1
         assert serving(client) == "1"
+        assert metric(client, "timesformer_active_bundle_refused") == 1
         answer = client.post("/v1/classify", content=video.read_bytes()).json()
         assert answer["predictions"][0]["label"].startswith("1: ")
         store.activate("demo", "2")
         wait_until(lambda: serving(client) == "2")
+        assert metric(client, "timesformer_active_bundle_refused") == 0
 
 
 @pytest.mark.parametrize(
@@ -172,4 +174,4 @@ def test_metrics_of_two_apps_are_apart() -> None:
     one, other = Metrics(), Metrics()
     one.swaps.labels("done").inc()
     assert b'timesformer_swaps_total{result="done"} 1.0' in one.render()
-    assert b'timesformer_swaps_total{result="done"}' not in other.render()
+    assert b'timesformer_swaps_total{result="done"} 0.0' in other.render()
