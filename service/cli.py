@@ -19,6 +19,7 @@ import click
 from model.config import ATTENTION_TYPES, VARIANTS
 from service.commands.bundles import bundles
 from service.commands.data import data
+from service.commands.engines import engines
 from service.commands.evaluate import evaluate
 from service.commands.export import export
 from service.commands.keys import keys
@@ -40,6 +41,7 @@ _KNOWN_ERRORS = {
     "export.bundle": "BundleError",
     "export.onnx": "ExportError",
     "export.runtime": "RuntimeUnavailableError",
+    "export.runtime.plans": "PlanError",
     "model.checkpoints": "CheckpointError",
     "model.config": "ConfigError",
     "model.labels": "LabelError",
@@ -98,7 +100,7 @@ def cli() -> None:
     """TimeSformer: export it, serve it, classify videos with it."""
 
 
-for _command in (bundles, data, evaluate, export, keys, refresh, train):
+for _command in (bundles, data, engines, evaluate, export, keys, refresh, train):
     cli.add_command(_command)
 
 

@@ -1,0 +1,204 @@
+"""TensorRT plans on disk: what one is keyed by, and which of them fits the GPU at hand.
+
+A plan is `FOLDER/STEM.plan` with `STEM.json` beside it. The JSON is written last: a plan without
+one is half a plan and is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from export.bundle import ONNX_FLOAT32, Bundle, FileEntry, sha256_of
+
+FOLDER = "engines"
+# Batches that profiles are tuned for, unless told otherwise.
+BATCHES = (1, 8, 32)
+# The graphs that TensorRT can take, the fastest first.
+GRAPHS = {"fp16": "model.fp16.onnx", "float32": ONNX_FLOAT32}
+
+
+class PlanError(RuntimeError):
+    """A plan cannot be built, written or used; the message says why."""
+
+
+class Gpu(NamedTuple):
+    """What a plan depends on of the device."""
+
+    name: str
+    compute_capability: str
+    """Such as `9.0`."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlanKey(_Model):
+    """A plan runs where all of this is the same."""
+
+    gpu: str
+    compute_capability: str
+    tensorrt: str
+    precision: str
+    batches: tuple[int, ...] = Field(
+        min_length=1, description="what the profiles are tuned for, and their largest batches"
+    )
+
+    @property
+    def stem(self) -> str:
+        """The file name without its ending."""
+        gpu = re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-")
+        architecture = self.compute_capability.replace(".", "")
+        batches = "-".join(map(str, self.batches))
+        return f"{gpu}_sm{architecture}_trt{self.tensorrt}_{self.precision}_b{batches}"
+
+
+class PlanFacts(_Model):
+    """`STEM.json`."""
+
+    schema_version: Literal[1] = 1
+    key: PlanKey
+    graph_sha256: str = Field(description="of the ONNX file that it was built from")
+    plan: FileEntry
+    created: datetime
+    seconds: float = Field(description="that the build took")
+    refitted: bool = Field(False, description="made from another plan by changing its weights")
+    refittable: bool
+    level: int = Field(description="the builder's optimisation level")
+    structure: str = Field(description="hash of the network without its weights")
+    network: dict[str, dict[str, int]] = Field(
+        description="layers that compute, by kind and by the type of what they give"
+    )
+    engine: dict[str, int] | None = Field(
+        None, description="the engine's layers by kind, as its inspector names them"
+    )
+    warnings: tuple[str, ...] = ()
+
+
+class Plan(NamedTuple):
+    path: Path
+    facts: PlanFacts
+
+
+def profiles(batches: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Least, best and largest batch of each profile; together they leave no size out.
+
+    Raises:
+        PlanError: the batches are not positive and rising.
+    """
+    if not batches or batches[0] < 1 or any(a >= b for a, b in itertools.pairwise(batches)):
+        raise PlanError(f"batches must be positive and rising, not {list(batches)}")
+    return [(low + 1, high, high) for low, high in itertools.pairwise((0, *batches))]
+
+
+def batches_up_to(largest: int) -> tuple[int, ...]:
+    """The default batches, and `largest` if it is beyond them."""
+    return BATCHES if largest <= BATCHES[-1] else (*BATCHES, largest)
+
+
+def engines_folder(bundle: Bundle, engines: Path | None = None) -> Path:
+    """Where a bundle's plans lie: inside it, or in a folder for plans."""
+    return engines / bundle.name / bundle.version if engines else bundle.path / FOLDER
+
+
+def graph_of(bundle: Bundle, precision: str) -> tuple[str, Path, str]:
+    """Precision, path and hash of the graph that a plan is to be built from.
+
+    Args:
+        precision: one of `GRAPHS`; `auto` takes the first that the bundle has.
+
+    Raises:
+        PlanError: the bundle has no such graph, or it cannot go to TensorRT.
+    """
+    for name, file in GRAPHS.items():
+        if precision in ("auto", name) and file in bundle.manifest.files:
+            return name, bundle.file(file), bundle.manifest.files[file].sha256
+    raise PlanError(
+        f"bundle {bundle.name} version {bundle.version} has no graph of precision {precision} "
+        "that TensorRT takes"
+    )
+
+
+def plans_in(folder: Path) -> Iterator[Plan]:
+    """The plans of a folder, those that are whole; nothing about whether they fit."""
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(ValidationError, OSError):  # no facts, no plan
+            plan = Plan(path.with_suffix(".plan"), PlanFacts.model_validate_json(path.read_bytes()))
+            if plan.path.stat().st_size == plan.facts.plan.size:
+                yield plan
+
+
+def find_plan(folder: Path, key: PlanKey, graph_sha256: str) -> Plan | None:
+    """The plan of that key and graph; its batches may also reach further."""
+    fitting = [
+        plan
+        for plan in plans_in(folder)
+        if plan.facts.graph_sha256 == graph_sha256
+        and plan.facts.key.model_copy(update={"batches": key.batches}) == key
+        and plan.facts.key.batches[-1] >= key.batches[-1]
+    ]
+    return max(
+        fitting,
+        key=lambda plan: (plan.facts.key.batches == key.batches, plan.facts.created),
+        default=None,
+    )
+
+
+def read_plan(plan: Plan) -> bytes:
+    """The plan's bytes, checked against the hash beside it.
+
+    Raises:
+        PlanError: they are not what was built, or cannot be read.
+    """
+    try:
+        if sha256_of(plan.path) != plan.facts.plan.sha256:
+            raise PlanError(f"{plan.path} is not the plan that was built: remove it")
+        return plan.path.read_bytes()
+    except OSError as error:
+        raise PlanError(f"cannot read {plan.path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time for the file `path`; the kernel frees the lock if it dies.
+
+    The lock is a file beside it, which is never removed: whoever waits holds the same one.
+    """
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file beside and renames it: others see all of it or nothing.
+
+    The caller holds the lock of `path`, so that what a killed process left is overwritten.
+
+    Raises:
+        PlanError: not all of it could be written.
+    """
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        with beside.open("wb") as file:
+            written = file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if written != len(content):
+            raise PlanError(f"only {written} of {len(content)} bytes of {path} were written")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise PlanError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,244 @@
+"""`timesformer engines`: TensorRT plans of the bundles, built ahead of serving."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from service.commands.options import PATH, json_option, print_rows, store_option
+
+if TYPE_CHECKING:
+    from export.bundle import Bundle
+    from export.runtime.plans import Plan
+
+_COUNT = click.IntRange(min=1)
+_MIB = 1024 * 1024
+
+engines_option = click.option(
+    "--engines",
+    type=PATH,
+    envvar="TIMESFORMER_ENGINES",
+    help="Folder of plans; by default each bundle's own `engines`.",
+)
+
+
+class _Batches(click.ParamType[tuple[int, ...]]):
+    """Rising batch sizes, such as `1,8,32`."""
+
+    name = "sizes"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        from export.runtime.plans import PlanError, profiles
+
+        if isinstance(value, tuple):
+            return value
+        try:
+            batches = tuple(int(part) for part in str(value).split(","))
+            profiles(batches)
+        except (ValueError, PlanError):
+            self.fail(f"{value!r} is not a list of rising sizes such as 1,8,32.", param, ctx)
+        return batches
+
+
+@click.group()
+def engines() -> None:
+    """Build and list TensorRT plans."""
+
+
+@engines.command()
+@click.argument("bundle", required=False)
+@store_option
+@engines_option
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Which graph of the bundle; `auto` takes fp16 where there is one.",
+)
+@click.option(
+    "--batches",
+    type=_Batches(),
+    default="1,8,32",
+    show_default=True,
+    help="Batch sizes to be fastest at. The plan takes every batch up to the last of them.",
+)
+@click.option(
+    "--level",
+    type=click.IntRange(0, 5),
+    default=3,
+    show_default=True,
+    help="How hard the builder tries; 5 may take an hour.",
+)
+@click.option("--workspace", type=_COUNT, help="Most scratch memory of a layer, in MiB.")
+@click.option(
+    "--timing-cache",
+    type=PATH,
+    help="File that remembers measurements between builds, for one kind of GPU.",
+)
+@click.option(
+    "--refittable",
+    is_flag=True,
+    help="Plans whose weights can be replaced: the next version of the same network then takes "
+    "seconds. May be slower; measure it.",
+)
+@click.option("--gpu", default=0, show_default=True, help="Which GPU.")
+@json_option
+def build(
+    bundle: str | None,
+    store: Path | None,
+    engines: Path | None,
+    precision: str,
+    batches: tuple[int, ...],
+    level: int,
+    workspace: int | None,
+    timing_cache: Path | None,
+    refittable: bool,
+    gpu: int,
+    as_json: bool,
+) -> None:
+    """Build the plan of BUNDLE for this machine's GPU; it may be there already.
+
+    BUNDLE is a bundle's folder, or a name in the store, of which the active version is taken;
+    without it, every name's.
+    """
+    from export.runtime.plans import PlanKey, engines_folder, find_plan, graph_of
+    from export.runtime.tensorrt import this_machine
+    from export.tensorrt import BuildJob, build_plan, refit_source
+
+    device, version = this_machine(gpu)
+    for each in _bundles(bundle, store):
+        found_precision, graph, sha256 = graph_of(each, precision)
+        folder = engines_folder(each, engines)
+        key = PlanKey(
+            gpu=device.name,
+            compute_capability=device.compute_capability,
+            tensorrt=version,
+            precision=found_precision,
+            batches=batches,
+        )
+        title = f"{each.name} version {each.version}"
+        plan = find_plan(folder, key, sha256)
+        there = plan is not None
+        if plan is None:
+            job = BuildJob(
+                graph=graph,
+                graph_sha256=sha256,
+                folder=folder,
+                key=key,
+                gpu_index=gpu,
+                level=level,
+                workspace_bytes=workspace * _MIB if workspace else None,
+                timing_cache=timing_cache,
+                refittable=refittable,
+                refit_from=refit_source(folder, key) if refittable else None,
+            )
+            with _progress(title, as_json) as progress:
+                plan = build_plan(job, progress)
+        _say(plan, title, there, as_json)
+
+
+@engines.command(name="list")
+@click.argument("bundle", required=False)
+@store_option
+@engines_option
+@json_option
+def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_json: bool) -> None:
+    """List the plans of BUNDLE, or of every version of the store."""
+    from export.runtime.plans import engines_folder, plans_in
+
+    rows = []
+    for each in _bundles(bundle, store, all_versions=True):
+        for plan in plans_in(engines_folder(each, engines)):
+            current = plan.facts.graph_sha256 in {
+                entry.sha256 for entry in each.manifest.files.values()
+            }
+            rows.append(
+                {
+                    "name": each.name,
+                    "version": each.version,
+                    **plan.facts.key.model_dump(),
+                    "bytes": plan.facts.plan.size,
+                    "refittable": plan.facts.refittable,
+                    "of_this_graph": current,
+                    "path": str(plan.path),
+                }
+            )
+    if as_json:
+        click.echo(json.dumps(rows))
+    elif rows:
+        columns = ["name", "version", "gpu", "tensorrt", "precision", "batches", "MiB"]
+        cells = [
+            [str(row[column]) for column in columns[:5]]
+            + [",".join(map(str, row["batches"])), f"{row['bytes'] / _MIB:.0f}"]
+            for row in rows
+        ]
+        print_rows("TensorRT plans", columns, cells)
+    else:
+        click.echo("no plans; `timesformer engines build` makes one")
+
+
+def _bundles(
+    bundle: str | None, store: Path | None, all_versions: bool = False
+) -> Iterator[Bundle]:
+    """The bundle of a folder, or the active version of a name, or of each; or all versions."""
+    from export.bundle import MANIFEST, Bundle, BundleError, BundleStore
+    from model.demo import STORE
+
+    if bundle is not None and (Path(bundle) / MANIFEST).is_file():
+        yield Bundle(Path(bundle))
+        return
+    bundles = BundleStore(store or STORE)
+    names = [bundle] if bundle else bundles.names()
+    if not names:
+        raise BundleError(f"there are no bundles in {bundles.root}")
+    for name in names:
+        for version in bundles.versions(name) if all_versions else [None]:
+            yield bundles.open(name, version)
+
+
+@contextlib.contextmanager
+def _progress(title: str, quiet: bool) -> Iterator[Callable[[float, str], None]]:
+    """A bar on a terminal, a line for every tenth in a log; on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal:
+        told = -1
+
+        def line(share: float, step: str) -> None:
+            nonlocal told
+            if int(share * 10) > told:
+                told = int(share * 10)
+                console.print(f"{title}: {share:.0%}, {step}", highlight=False, markup=False)
+
+        yield line
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda share, step: bar.update(task, completed=share, description=step)
+
+
+def _say(plan: Plan, title: str, there: bool, as_json: bool) -> None:
+    if as_json:
+        facts = plan.facts.model_dump(mode="json")
+        click.echo(json.dumps({**facts, "path": str(plan.path), "built": not there}))
+        return
+    if there:
+        click.echo(f"{title}: already there, {plan.path}")
+        return
+    did = "refitted" if plan.facts.refitted else "built"
+    click.echo(
+        f"{title}: {did} in {plan.facts.seconds:.0f} s, "
+        f"{plan.facts.plan.size / _MIB:.0f} MiB, {plan.path}"
+    )
+    for warning in plan.facts.warnings:
+        click.secho(f"  {warning}", err=True)

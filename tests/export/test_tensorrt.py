@@ -1,0 +1,444 @@
+"""The engine builder. TensorRT-RTX builds for real here, without a GPU; nothing is run on one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export import tensorrt
+from export.onnx import export_onnx
+from export.rewrite import rewrite
+from export.runtime.plans import PlanError, PlanKey, find_plan, plans_in, profiles, read_plan
+from export.runtime.tensorrt import log_of
+from export.tensorrt import BuildJob, build_plan, layer_types, parse, structure
+from model.config import ATTENTION_TYPES
+from tests.export.conftest import write_colour_graph
+from tests.model.conftest import random_model, tiny_config
+
+RTX = "tensorrt_rtx_bindings"
+trt = pytest.importorskip(RTX, reason="TensorRT-RTX is not installed, of the extra `dev`")
+
+
+def key(**changes: Any) -> PlanKey:
+    fields = {
+        "gpu": "NVIDIA H200",
+        "compute_capability": "9.0",
+        "tensorrt": "11.4.0.106",
+        "precision": "float32",
+        "batches": (1, 4),
+    }
+    return PlanKey(**{**fields, **changes})
+
+
+def job(graph: Path, folder: Path, **changes: Any) -> BuildJob:
+    sha256 = hashlib.sha256(graph.read_bytes()).hexdigest()
+    fields = {"graph": graph, "graph_sha256": sha256, "folder": folder, "key": key()}
+    return BuildJob(**{**fields, "module": RTX, **changes})
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """The smallest graph with our input and outputs."""
+    path = tmp_path / "model.onnx"
+    write_colour_graph(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "engines"
+
+
+class TestBuild:
+    @pytest.mark.parametrize("scheme", ATTENTION_TYPES)
+    def test_a_network_of_each_scheme_becomes_a_plan(
+        self, scheme: str, tmp_path: Path, folder: Path
+    ) -> None:
+        graph = tmp_path / "model.onnx"
+        export_onnx(rewrite(random_model(tiny_config(scheme))), graph)
+        shares: list[float] = []
+        plan = build_plan(job(graph, folder), lambda share, step: shares.append(share))
+
+        assert plan.path.stat().st_size == plan.facts.plan.size > graph.stat().st_size
+        assert hashlib.sha256(read_plan(plan)).hexdigest() == plan.facts.plan.sha256
+        assert plan.facts.warnings == ()
+        for kind in ("MATRIX_MULTIPLY", "NORMALIZATION", "SOFTMAX"):
+            assert set(plan.facts.network[kind]) == {"FLOAT"}, "the graph is float32"
+        blocks = tiny_config(scheme).depth
+        assert plan.facts.network["SOFTMAX"]["FLOAT"] >= blocks
+        assert shares == sorted(shares)
+        assert 0.5 < shares[-1] <= 1
+
+    def test_what_is_there_is_not_built_again(
+        self, colours: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = build_plan(job(colours, folder))
+        monkeypatch.setattr(subprocess, "Popen", None)
+        assert build_plan(job(colours, folder)) == first
+
+    def test_another_graph_is_another_plan(self, colours: Path, folder: Path) -> None:
+        first = build_plan(job(colours, folder))
+        model = onnx.load(colours)
+        (divisor,) = (t for t in model.graph.initializer if t.name == "divisor")
+        divisor.CopyFrom(numpy_helper.from_array(np.array(0.5, np.float32), "divisor"))
+        onnx.save(model, colours)
+        second = build_plan(job(colours, folder))
+        assert second.facts.graph_sha256 != first.facts.graph_sha256
+        assert second.facts.structure == first.facts.structure, "only its weights are others"
+        assert [plan.facts for plan in plans_in(folder)] == [second.facts]
+
+    def test_two_builders_of_one_plan_build_it_once(self, colours: Path, folder: Path) -> None:
+        with ThreadPoolExecutor(2) as threads:
+            plans = list(threads.map(build_plan, [job(colours, folder)] * 2))
+        assert plans[0] == plans[1]
+
+    @pytest.mark.parametrize("batches", [(), (0, 4), (8, 1), (4, 4)])
+    def test_batches_that_make_no_profiles_are_refused(self, batches: tuple[int, ...]) -> None:
+        with pytest.raises(PlanError, match="positive and rising"):
+            profiles(batches)
+
+    def test_profiles_leave_no_batch_out(self) -> None:
+        assert profiles((1, 8, 32)) == [(1, 1, 1), (2, 8, 8), (9, 32, 32)]
+
+    def test_a_profile_that_the_graph_cannot_take_is_an_error_that_says_why(
+        self, colours: Path, folder: Path
+    ) -> None:
+        model = onnx.load(colours)
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+        onnx.save(model, colours)
+        with pytest.raises(PlanError, match=r"dim|shape|profile|batch") as caught:
+            build_plan(job(colours, folder))
+        assert "no reason" not in str(caught.value)
+        assert list(plans_in(folder)) == []
+
+
+class TestRefusals:
+    def test_nodes_that_the_parser_does_not_take_are_named(
+        self, colours: Path, folder: Path
+    ) -> None:
+        model = onnx.load(colours)
+        node = helper.make_node("DynamicQuantizeLinear", ["means"], ["q", "s", "z"], name="round")
+        model.graph.node.append(node)
+        model.graph.output.append(helper.make_tensor_value_info("q", TensorProto.UINT8, None))
+        onnx.save(model, colours)
+        with pytest.raises(PlanError, match=r"cannot parse model\.onnx: round \(DynamicQuant"):
+            build_plan(job(colours, folder))
+
+    def test_a_graph_that_is_not_ours_is_refused(self, colours: Path, folder: Path) -> None:
+        model = onnx.load(colours)
+        del model.graph.output[1:]
+        onnx.save(model, colours)
+        with pytest.raises(PlanError, match="no graph of ours"):
+            build_plan(job(colours, folder))
+
+    def test_no_graph_at_all(self, colours: Path, folder: Path) -> None:
+        colours.write_bytes(b"no graph")
+        with pytest.raises(PlanError, match="cannot parse"):
+            build_plan(job(colours, folder))
+
+    @pytest.mark.parametrize("decomposed", [False, True])
+    def test_a_layer_norm_in_fp16_is_refused(
+        self, colours: Path, folder: Path, decomposed: bool
+    ) -> None:
+        """As one operator TensorRT takes it in silence; decomposed, it warns while it builds."""
+        write_half_norm(colours, decomposed)
+        with pytest.raises(PlanError, match="LayerNorm in FP16"):
+            build_plan(job(colours, folder))
+        assert list(plans_in(folder)) == []
+
+
+def write_half_norm(path: Path, decomposed: bool) -> None:
+    """The colour graph with a LayerNorm over its logits, in FP16."""
+    write_colour_graph(path)
+    model = onnx.load(path)
+    half = TensorProto.FLOAT16
+    nodes = [helper.make_node("Cast", ["means"], ["x"], to=half)]
+    if decomposed:
+        nodes += [
+            helper.make_node("ReduceMean", ["x", "last"], ["m"]),
+            helper.make_node("Sub", ["x", "m"], ["d"]),
+            helper.make_node("Pow", ["d", "two"], ["sq"]),
+            helper.make_node("ReduceMean", ["sq", "last"], ["v"]),
+            helper.make_node("Add", ["v", "eps"], ["ve"]),
+            helper.make_node("Sqrt", ["ve"], ["sd"]),
+            helper.make_node("Div", ["d", "sd"], ["n"]),
+            helper.make_node("Mul", ["n", "scale"], ["ns"]),
+            helper.make_node("Add", ["ns", "bias"], ["normal"]),
+        ]
+    else:
+        nodes += [helper.make_node("LayerNormalization", ["x", "scale", "bias"], ["normal"])]
+    nodes += [helper.make_node("Cast", ["normal"], ["logits"], to=TensorProto.FLOAT)]
+    kept = [node for node in model.graph.node if node.output[0] != "logits"]
+    constants = {
+        "last": np.array([-1], np.int64),
+        "two": np.float16(2),
+        "eps": np.float16(1e-3),
+        "scale": np.ones(3, np.float16),
+        "bias": np.ones(3, np.float16),
+    }
+    del model.graph.node[:]
+    model.graph.node.extend([*kept[:2], *nodes, *kept[2:]])
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()
+    )
+    onnx.save(model, path)
+
+
+class TestChild:
+    def test_a_crash_of_the_builder_is_an_error_message(
+        self, colours: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "crashing.py").write_text(
+            "import os, signal, sys\n"
+            "print('myelin gave up', file=sys.stderr, flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGSEGV)\n"
+        )
+        paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        monkeypatch.setenv("PYTHONPATH", paths)
+        with pytest.raises(PlanError, match=r"ended by SIGSEGV.*myelin gave up"):
+            build_plan(job(colours, folder, module="crashing"))
+
+    def test_a_machine_without_tensorrt_is_an_error_message(
+        self, colours: Path, folder: Path
+    ) -> None:
+        with pytest.raises(PlanError, match="TensorRT cannot be imported"):
+            build_plan(job(colours, folder, module="no_such_tensorrt"))
+
+    def test_a_killed_build_leaves_no_plan_and_the_next_one_builds(
+        self, colours: Path, folder: Path
+    ) -> None:
+        with pytest.raises(PlanError, match="ended by SIGKILL"):
+            build_plan(job(colours, folder), on_start=lambda child: child.kill())
+        assert find_plan(folder, key(), job(colours, folder).graph_sha256) is None
+        assert build_plan(job(colours, folder)).path.is_file()
+
+    def test_a_full_disk_is_an_error_and_leaves_nothing(
+        self,
+        colours: Path,
+        folder: Path,
+        full_disk: Callable[[int], AbstractContextManager[None]],
+    ) -> None:
+        with full_disk(20_000), pytest.raises(PlanError, match=r"cannot write .*\.plan"):
+            build_plan(job(colours, folder))
+        assert [path.name for path in folder.iterdir() if not path.name.endswith(".lock")] == []
+
+
+class TestPlansOnDisk:
+    def test_half_a_plan_is_not_seen(self, colours: Path, folder: Path) -> None:
+        plan = build_plan(job(colours, folder))
+        facts = plan.path.with_suffix(".json")
+        content = plan.path.read_bytes()
+        plan.path.write_bytes(content[:-1])
+        assert list(plans_in(folder)) == []
+        plan.path.write_bytes(content)
+        assert len(list(plans_in(folder))) == 1
+        facts.write_text(facts.read_text()[:-10])
+        assert list(plans_in(folder)) == []
+
+    def test_a_damaged_plan_is_an_error(self, colours: Path, folder: Path) -> None:
+        plan = build_plan(job(colours, folder))
+        content = bytearray(plan.path.read_bytes())
+        content[100] ^= 1
+        plan.path.write_bytes(content)
+        with pytest.raises(PlanError, match="not the plan that was built"):
+            read_plan(plan)
+
+    def test_a_plan_fits_the_same_gpu_version_precision_and_graph(
+        self, colours: Path, folder: Path
+    ) -> None:
+        plan = build_plan(job(colours, folder))
+        sha256 = plan.facts.graph_sha256
+        assert find_plan(folder, key(), sha256) == plan
+        assert find_plan(folder, key(batches=(1, 2)), sha256) == plan, "it reaches that far"
+        for other in (
+            {"gpu": "NVIDIA L4"},
+            {"compute_capability": "8.9"},
+            {"tensorrt": "11.5"},
+            {"precision": "fp16"},
+            {"batches": (1, 8)},
+        ):
+            assert find_plan(folder, key(**other), sha256) is None
+        assert find_plan(folder, key(), "0" * 64) is None
+
+
+def network_of(graph: Path) -> tuple[Any, ...]:
+    """The network, and what must live as long as it does."""
+    log = log_of(trt)
+    log.forget()
+    builder = trt.Builder(log)
+    return parse(trt, builder, graph, log), builder, log
+
+
+def test_networks_are_counted_and_told_apart_by_structure(colours: Path, tmp_path: Path) -> None:
+    network, *_alive = network_of(colours)
+    again, *_alive_as_well = network_of(colours)
+    assert structure(trt, again) == structure(trt, network)
+    assert layer_types(network)["REDUCE"] == {"FLOAT": 1}
+    assert "CONSTANT" not in layer_types(network)
+    write_half = tmp_path / "other.onnx"
+    write_colour_graph(write_half)
+    model = onnx.load(write_half)
+    model.graph.node[2].op_type = "Mul"
+    onnx.save(model, write_half)
+    other, *_alive_too = network_of(write_half)
+    assert structure(trt, other) != structure(trt, network)
+
+
+def test_the_progress_rises_through_nested_phases_and_a_lost_listener_stops_the_build() -> None:
+    told: list[tuple[float, str]] = []
+    log = SimpleNamespace(half_norms=False)
+    monitor = tensorrt._monitor(trt, lambda share, step: told.append((share, step)), log)
+    monitor.phase_start("build", None, 2)
+    monitor.phase_start("inner", "build", 4)
+    assert monitor.step_complete("inner", 1)
+    assert told[-1] == (0.25, "inner")
+    monitor.phase_finish("inner")
+    assert monitor.step_complete("build", 0)
+    assert told[-1] == (0.5, "build")
+    log.half_norms = True
+    assert not monitor.step_complete("build", 1), "a plan that will be refused is not finished"
+
+    def gone(share: float, step: str) -> None:
+        raise BrokenPipeError
+
+    log.half_norms = False
+    monitor = tensorrt._monitor(trt, gone, log)
+    monitor.phase_start("build", None, 2)
+    assert not monitor.step_complete("build", 0)
+
+
+class FakeCache:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def combine(self, other: FakeCache, ignore_mismatch: bool) -> bool:
+        self.content += b"+" + other.content
+        return True
+
+    def serialize(self) -> bytes:
+        return self.content
+
+
+class FakeConfig:
+    """Of another GPU is what says so."""
+
+    cache: FakeCache
+
+    def create_timing_cache(self, content: bytes) -> FakeCache | None:
+        return None if content == b"damaged" else FakeCache(content)
+
+    def set_timing_cache(self, cache: FakeCache, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if cache.content == b"other gpu":
+            return False
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self) -> FakeCache:
+        return FakeCache(b"measured")
+
+
+@pytest.mark.parametrize(
+    ("before", "used"),
+    [(None, b""), (b"known", b"known"), (b"damaged", b""), (b"other gpu", b"")],
+)
+def test_a_timing_cache_is_used_kept_and_begun_anew_where_it_does_not_fit(
+    tmp_path: Path, before: bytes | None, used: bytes
+) -> None:
+    path = tmp_path / "caches" / "timing"
+    path.parent.mkdir()
+    if before is not None:
+        path.write_bytes(before)
+    config, log = FakeConfig(), SimpleNamespace(warnings=[])
+    tensorrt._use_timing_cache(config, path, log)
+    assert config.cache.content == used
+    assert bool(log.warnings) == (before in (b"damaged", b"other gpu"))
+    path.write_bytes(b"another build's")
+    tensorrt._keep_timing_cache(config, path)
+    assert path.read_bytes() == b"measured+another build's"
+
+
+class TestRefit:
+    """On RTX refitting needs a GPU: here the calls and their order, on a stand-in."""
+
+    def module(self, missing: list[str], fits: bool = True) -> Any:
+        calls: list[str] = []
+        config = SimpleNamespace(
+            clear_flag=lambda flag: calls.append(f"clear {flag}"),
+            set_flag=lambda flag: calls.append(f"set {flag}"),
+        )
+        engine = SimpleNamespace(
+            create_serialization_config=lambda: config,
+            serialize_with_config=lambda config: b"new plan",
+        )
+        refitter = SimpleNamespace(
+            get_missing_weights=lambda: missing,
+            refit_cuda_engine=lambda: calls.append("refit") or True,
+        )
+        return calls, SimpleNamespace(
+            Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine),
+            Refitter=lambda engine, log: refitter,
+            OnnxParserRefitter=lambda refitter, log: SimpleNamespace(
+                refit_from_file=lambda path: fits
+            ),
+            SerializationFlag=SimpleNamespace(EXCLUDE_WEIGHTS="weights", INCLUDE_REFIT="refit"),
+        )
+
+    def refit(self, module: Any, colours: Path, folder: Path) -> bytes:
+        plan = build_plan(job(colours, folder))
+        log = SimpleNamespace(why=lambda: "shapes differ")
+        return tensorrt.refit(module, plan, colours, log)
+
+    def test_the_new_plan_has_its_weights_and_can_be_refitted_again(
+        self, colours: Path, folder: Path
+    ) -> None:
+        calls, module = self.module([])
+        assert self.refit(module, colours, folder) == b"new plan"
+        assert calls == ["refit", "clear weights", "set refit"]
+
+    def test_weights_that_are_missing_or_do_not_fit_are_an_error(
+        self, colours: Path, folder: Path
+    ) -> None:
+        with pytest.raises(PlanError, match=r"no weights for head\.bias"):
+            self.refit(self.module(["head.bias"])[1], colours, folder)
+        with pytest.raises(PlanError, match="shapes differ"):
+            self.refit(self.module([], fits=False)[1], colours, folder)
+
+    def test_only_a_refittable_plan_of_the_same_network_is_refitted(
+        self, colours: Path, tmp_path: Path
+    ) -> None:
+        old = build_plan(job(colours, tmp_path / "1" / "engines"))
+        facts = old.facts.model_copy(update={"refittable": True})
+        old.path.with_suffix(".json").write_text(facts.model_dump_json())
+        folder = tmp_path / "2" / "engines"
+        source = tensorrt.refit_source(folder, key())
+        assert source == old.path.with_suffix(".json")
+        wanted = job(colours, folder, refit_from=source)
+        assert tensorrt._refit_source(wanted, facts.structure) is not None
+        assert tensorrt._refit_source(wanted, "another") is None
+        assert tensorrt.refit_source(folder, key(precision="fp16")) is None
+
+
+def test_a_build_that_is_stopped_stops_the_child(colours: Path, folder: Path) -> None:
+    children = []
+
+    def stop(child: subprocess.Popen[str]) -> None:
+        children.append(child)
+        threading.Timer(0.2, child.terminate).start()
+
+    with pytest.raises(PlanError, match="SIGTERM"):
+        build_plan(job(colours, folder), on_start=stop)
+    assert children[0].poll() is not None
