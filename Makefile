@@ -7,7 +7,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 # A lock is whole. Resolved again, pip takes an extra (`coverage[toml]`) of a newer release for missing.
 LOCKED = --no-deps --require-hashes --requirement
 
-.PHONY: serve test lint format types unit docs lock bench test-faults demo clean
+.PHONY: serve test lint format types unit docs lock bench test-faults demo deploy-tools clean
 
 serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
 	.venv/bin/timesformer serve --port $(PORT) --log-format text
@@ -49,7 +49,19 @@ demo: .venv/.dev ## render, train and export the bundled demo model again (hours
 	.venv/bin/timesformer export build/demo/run/weights.safetensors --name demo \
 		--training build/demo/run/training.json --store build/demo/bundles
 
+TOOLS = build/tools
+deploy-tools: $(TOOLS)/.done ## what tests/deploy checks manifests, rules and images with
+$(TOOLS)/.done: tests/deploy/requirements.lock
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) $<
+	# promtool comes in Debian's package of Prometheus, which need not be installed for it.
+	if command -v apt-get >/dev/null && ! command -v promtool >/dev/null; then \
+		rm -rf $(TOOLS)/deb && mkdir $(TOOLS)/deb && cd $(TOOLS)/deb && apt-get download prometheus \
+		&& dpkg-deb --extract prometheus_*.deb . && mv usr/bin/promtool ../bin/ && rm -rf ../deb; fi
+	touch $@
+
 lock: .venv/.dev
+	.venv/bin/uv pip compile tests/deploy/requirements.in $(LOCK) --output-file tests/deploy/requirements.lock
 	.venv/bin/uv pip compile pyproject.toml --extra cpu $(LOCK) --output-file requirements.lock
 	echo "torch ; python_version < '3'" | .venv/bin/uv pip compile pyproject.toml --extra cpu \
 		--extra dev --override - $(LOCK) --output-file tests/requirements.lock
