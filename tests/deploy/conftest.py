@@ -1,4 +1,4 @@
-"""Tools that check what is deployed. `make deploy-tools` brings them; without one its tests skip."""
+"""Tools that check what is deployed; `make deploy-tools` brings them, else their tests skip."""
 
 from __future__ import annotations
 
