@@ -56,6 +56,7 @@ _EXTRAS = {
     "onnxruntime": "cpu` or `gpu",
     "onnxscript": "export",
     "safetensors": "export",
+    "tensorboard": "train",
     "torch": "export",
 }
 

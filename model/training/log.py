@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from model.training.errors import TrainingError
+from model.training.remote import without_secrets
 
 
 class RunLog:
@@ -34,9 +35,10 @@ class RunLog:
             raise _cannot_write(path, error) from error
 
     def write(self, event: str, step: int, **fields: Any) -> None:
-        """One line: {"event": ..., "step": ..., ...}."""
+        """One line: {"event": ..., "step": ..., ...}; of URLs what `without_secrets` leaves."""
+        line = json.dumps({"event": event, "step": step, **fields})
         try:
-            self._file.write(json.dumps({"event": event, "step": step, **fields}) + "\n")
+            self._file.write(without_secrets(line) + "\n")
             self._file.flush()
         except OSError as error:
             raise _cannot_write(self._path, error) from error
@@ -54,8 +56,9 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All events of a log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """All events of a log, but a line that a kill cut off."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def _is_of(line: bytes, last: int) -> bool:

@@ -3,6 +3,7 @@
     OUT/log.jsonl            every step and evaluation, one JSON object a line
     OUT/checkpoints/         the newest states of the run, see `checkpoint.py`
     OUT/weights.safetensors  the result, with its configuration and labels
+    OUT/tensorboard/         the same for TensorBoard, where it is asked for
     OUT/training.json        metrics, recipe, software; for `timesformer export --training`
 
 A run that was killed goes on from its last checkpoint and ends with the same weights as one that
@@ -12,6 +13,7 @@ was not; on a CPU bit for bit. tests/model/training/test_loop.py holds it.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import fcntl
 import signal
 import threading
@@ -22,12 +24,13 @@ from types import FrameType
 from typing import Any
 
 from model.timesformer import TimeSformer
+from model.training.board import Board
 from model.training.errors import StoppedError, TrainingError
 from model.training.evaluation import Metrics
 from model.training.log import RunLog
 from model.training.run import CHECKPOINTS, Job, Machine, Run, Step
 
-LOG = "log.jsonl"
+LOG, BOARD = "log.jsonl", "tensorboard"
 
 
 def train(
@@ -58,16 +61,23 @@ def train(
             return finished
         run.resume()
         run.open_cache(on_cached)
-        with RunLog(job.out / LOG, run.step) as log, _stop_signal() as stop:
+        with (
+            RunLog(job.out / LOG, run.step) as log,
+            Board(job.out / BOARD if machine.tensorboard else None, run.step) as board,
+            _stop_signal() as stop,
+        ):
+            log.write("start", run.step, time=_now(), **run.about())
             for step in run.steps():
                 log.write("step", **_rounded(step))
                 for each in run.replaced_now:
                     log.write("replaced", run.step, **each._asdict())
+                board.step(step)
                 on_step(step)
                 if run.is_evaluated():
                     metrics = run.evaluate_epoch()
                     if metrics is not None:
                         log.write("evaluation", run.step, **metrics.to_dict())
+                        board.evaluation(run.step, metrics)
                         on_evaluation(run.step, metrics)
                 if run.step % machine.checkpoint_every == 0 or stop or run.complete:
                     run.save()
@@ -77,6 +87,10 @@ def train(
                         f"{job.out / CHECKPOINTS}; the same command goes on from there"
                     )
         return run.finish()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _rounded(step: Step) -> dict[str, Any]:

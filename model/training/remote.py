@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from model.training.errors import DataError, MissingVideo, UnreachableVideo
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_USER = re.compile(r"(?<=://)[^/\s\"?@]*@")
+_QUERY = re.compile(r'(://[^?"]*)\?(?:[^\s"\\]|\\.)*')
 _PAUSES_S = (0.5, 2.0, 5.0)  # before each further attempt
 _MAX_VIDEO_BYTES = 4 << 30
 _TRY_AGAIN = (408, 425, 429)  # of the HTTP codes from 400 to 499, which else stay as they are
@@ -27,6 +29,11 @@ Answer = TypeVar("Answer")
 
 def is_url(path: str) -> bool:
     return _URL.match(path) is not None
+
+
+def without_secrets(text: str) -> str:
+    """A text, or JSON, with the URLs in it cut where a signature or a password would stand."""
+    return _QUERY.sub(r"\1", _USER.sub("", text))
 
 
 def joined(base: str, name: str) -> str:

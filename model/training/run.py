@@ -69,6 +69,7 @@ class Machine:
 
     `recompute` is that of `TimeSformer`; None does it for long or large clips, which would not fit.
     `compile` is a backend of `torch.compile`, such as `inductor`; None computes step by step.
+    `tensorboard` also writes the curves for TensorBoard, see `board.py`.
     `cache` is a folder that the views of `View.cached` are kept in, decoded, for any run.
     """
 
@@ -78,6 +79,7 @@ class Machine:
     recompute: bool | None = None
     compile: str | None = None
     cache: Path | None = None
+    tensorboard: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,16 @@ class Run:
         sees = self.model.config.preprocessing
         draws = Draws(self.job.videos, sees, recipe.view, recipe.seed)
         self.cache = open_cache(machine.cache, draws, processes=machine.workers, done=done)
+
+    def about(self) -> dict[str, Any]:
+        """What is trained on what, and where."""
+        return {
+            "videos": len(self.job.videos.samples),
+            "validation_videos": len(self.job.validation.samples) if self.job.validation else 0,
+            "device": str(self.device),
+            "identity": self.identity,
+            "software": software(),
+        }
 
     # ---- steps --------------------------------------------------------------------------------
 
@@ -352,7 +364,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Evaluates by the paper's protocol, calibrates, and writes weights and report."""
-        out, videos = self.job.out, self.job.videos
+        out = self.job.out
         model = self.result()
         predictions = self._predict(model, Protocol())
         calibration = calibrate(predictions) if predictions else None
@@ -361,20 +373,16 @@ class Run:
             "temperature": calibration.temperature if calibration else 1.0,
             "calibration": calibration.to_dict() if calibration else None,
             "protocol": Protocol()._asdict(),
-            "videos": len(videos.samples),
-            "validation_videos": len(self.job.validation.samples) if self.job.validation else 0,
             # How many, not which: this is published with the model. Which, says the log.
             "replaced_clips": self.replaced.total(),
             "replaced_videos": len(self.replaced),
             "steps": self.step,
             "weights_of_step": self.best.step or self.step,
             "seconds": round(self.seconds, 1),
-            "device": str(self.device),
-            "identity": self.identity,
-            "software": software(),
+            **self.about(),
         }
         try:
-            save_safetensors(model, out / WEIGHTS, model.config, labels=videos.labels)
+            save_safetensors(model, out / WEIGHTS, model.config, labels=self.job.videos.labels)
             temporary = out / f".{REPORT}.tmp"
             temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             temporary.replace(out / REPORT)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from model.training.run import Step
 
 _LINE_EVERY_S = 10.0  # of progress, where it goes into a log
+_SPEED_OVER_S = 600.0  # for the time left: of several steps, however slow
 
 
 def recipe_options(command: Command) -> Command:
@@ -113,6 +114,7 @@ def preset_option(default: str) -> Callable[[Command], Command]:
     type=PATH,
     help="Folder that decoded clips are kept in, with --cached-views; for sets that fit a disk.",
 )
+@click.option("--tensorboard", is_flag=True, help="Also write curves into OUT/tensorboard.")
 @preset_option("modern")
 @recipe_options
 @click.option(
@@ -137,6 +139,7 @@ def train(
     recompute: bool | None,
     compiled: bool,
     cache: Path | None,
+    tensorboard: bool,
     labels_file: Path | None,
     root: str | None,
     columns: str,
@@ -191,6 +194,7 @@ def train(
         recompute,
         "inductor" if compiled else None,
         cache,
+        tensorboard,
     )
     with training_progress() as told:
         report = run(model, job, machine, **told)
@@ -264,6 +268,8 @@ def training_progress() -> Iterator[dict[str, Callable[..., None]]]:
         text = f"after step {step}: top-1 {metrics.top1:.4f}, log loss {metrics.log_loss:.4f}"
         console.print(text, highlight=False, soft_wrap=True)
 
-    with Progress(*columns, console=console, disable=not live) as progress:
+    with Progress(
+        *columns, console=console, disable=not live, speed_estimate_period=_SPEED_OVER_S
+    ) as progress:
         task = progress.add_task("step", total=1, state="")
         yield {"on_step": on_step, "on_evaluation": on_evaluation, "on_cached": on_cached}

@@ -25,7 +25,7 @@ from model.training import remote
 from model.training.check import check
 from model.training.errors import DataError, MissingVideo, UnreachableVideo
 from model.training.evaluation import Protocol, predict
-from model.training.remote import joined, local_video
+from model.training.remote import joined, local_video, without_secrets
 from model.training.sources import Sample, VideoList, read_videos, write_list
 from service.cli import cli
 
@@ -224,3 +224,20 @@ def test_serving_and_local_lists_import_no_fsspec(colours: Path) -> None:
         f"read_videos({str(colours)!r}); raise SystemExit('fsspec' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_written_of_a_url_has_no_signature_and_no_password() -> None:
+    for text, expected in (
+        ("https://x.org/a b.mp4?X-Sig=abc&t=1", "https://x.org/a b.mp4"),
+        ("s3://key:secret@bucket/a.mp4", "s3://bucket/a.mp4"),
+        ("403 for https://x.org/a?k=1, gone; see https://x.org/b?k=2", None),
+        ("what is this? a file.mp4", "what is this? a file.mp4"),
+        ("/videos/why?.mp4", "/videos/why?.mp4"),
+    ):
+        cut = without_secrets(text)
+        assert "k=" not in cut
+        assert expected is None or cut == expected
+    fields = {"path": 'https://x.org/a?"k=1', "detail": "It is gone? Yes.", "code": "a://b?c"}
+    assert json.loads(without_secrets(json.dumps(fields))) == {
+        "path": "https://x.org/a", "detail": "It is gone? Yes.", "code": "a://b"
+    }  # fmt: skip
