@@ -383,7 +383,7 @@ def test_killed_in_training_and_before_activation_it_makes_one_version(
     assert (store.versions("colours"), store.active("colours")) == (["1", "2"], "2")
     (folder,) = (store.root / "colours" / ".refresh").glob("?" * 16)
     assert {path.name for path in folder.iterdir()} == {".lock", "log.jsonl", "training.json"}
-    steps = [line for line in (folder / "log.jsonl").read_text().splitlines() if "loss" in line]
+    steps = [line for line in (folder / "log.jsonl").read_text().splitlines() if '"loss"' in line]
     assert len(steps) == 30
 
     again = refresh(killed_task(store, videos))  # now its parent is version 2
