@@ -42,10 +42,8 @@ from export.runtime.plans import (
     profiles,
     write_whole,
 )
-from export.runtime.tensorrt import load_tensorrt, log_of
+from export.runtime.tensorrt import INPUT, OUTPUTS, load_tensorrt, log_of
 
-INPUT = "frames"
-OUTPUTS = ("logits", "embedding")
 # Layers that only move, reshape or count; what is left of a network says in what it computes.
 _PLUMBING = {
     "CAST",

@@ -1,0 +1,250 @@
+"""The TensorRT runtime's order of copies, launches and frees, on a device that forgives nothing;
+and on a real GPU, where there is one."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.bundle import FileEntry
+from export.runtime.cuda import Cuda
+from export.runtime.interface import RuntimeUnavailableError
+from export.runtime.plans import Plan, PlanFacts, PlanKey
+from export.runtime.tensorrt import TensorRtRuntime, load_tensorrt, this_machine
+from export.tensorrt import BuildJob, build_plan
+from tests.export.conftest import write_colour_graph
+from tests.export.runtime.fake_cuda import FakeCuda, MisuseError, fake_tensorrt
+
+BATCHES = (1, 4, 6)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    content = b"a plan"
+    path = tmp_path / "some.plan"
+    path.write_bytes(content)
+    facts = PlanFacts(
+        key=PlanKey(
+            gpu="Fake GPU",
+            compute_capability="9.0",
+            tensorrt="11.4.0.106",
+            precision="fp16",
+            batches=BATCHES,
+        ),
+        graph_sha256="0" * 64,
+        plan=FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content)),
+        created=datetime.now(UTC),
+        seconds=1,
+        refittable=False,
+        level=3,
+        structure="",
+        network={},
+    )
+    return Plan(path, facts)
+
+
+def runtime_on(cuda: FakeCuda, plan: Plan, largest: int = 6, loads: bool = True) -> TensorRtRuntime:
+    trt: Any = fake_tensorrt(cuda, BATCHES, loads)
+    return TensorRtRuntime(plan, cuda, largest, trt)
+
+
+def clips(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 4, 16, 16, 3), dtype=np.uint8)
+
+
+def check(runtime: TensorRtRuntime, frames: np.ndarray) -> None:
+    outputs = runtime.run(frames)
+    expected = frames.mean(axis=(1, 2, 3)) / 64
+    np.testing.assert_allclose(outputs.logits, expected, rtol=1e-5)
+    np.testing.assert_allclose(outputs.embedding[:, 0], expected.sum(axis=1), rtol=1e-5)
+
+
+def test_every_batch_is_one_launch_and_the_right_answer(plan: Plan) -> None:
+    cuda = FakeCuda()
+    runtime = runtime_on(cuda, plan)
+    assert (runtime.engine, runtime.device, runtime.precision) == ("tensorrt", "cuda", "fp16")
+    assert runtime.provider == "TensorRT 11.4.0.106"
+    assert cuda.launches == 0
+    for batch in (*range(1, 7), 1, 6, 2):
+        check(runtime, clips(batch, seed=batch))
+    assert cuda.launches == 9
+    runtime.close()
+
+
+def test_batches_beyond_the_largest_run_in_parts(plan: Plan) -> None:
+    cuda = FakeCuda()
+    check(runtime_on(cuda, plan), clips(15))
+    assert cuda.launches == 3
+    cuda = FakeCuda()
+    check(runtime_on(cuda, plan, largest=4), clips(5))
+    assert cuda.launches == 2
+
+
+def test_answers_are_copies_that_the_next_batch_does_not_change(plan: Plan) -> None:
+    runtime = runtime_on(FakeCuda(), plan)
+    first = runtime.run(clips(3, seed=1))
+    kept = first.logits.copy(), first.embedding.copy()
+    for seed in range(2, 6):
+        runtime.run(clips(3, seed=seed))
+    runtime.close()
+    np.testing.assert_array_equal(first.logits, kept[0])
+    np.testing.assert_array_equal(first.embedding, kept[1])
+
+
+def test_two_batches_are_on_their_way_at_once_and_do_not_mix(plan: Plan) -> None:
+    cuda = FakeCuda()
+    runtime = runtime_on(cuda, plan)
+    both = threading.Barrier(2)
+    cuda.before_synchronize = lambda: both.wait(10) and None
+    with ThreadPoolExecutor(2) as threads:
+        for turn in range(20):
+            batches = [clips(1 + turn % 6, seed=turn), clips(1 + turn % 4, seed=100 + turn)]
+            list(threads.map(lambda frames: check(runtime, frames), batches))
+    assert cuda.most_streams_at_once == 2
+    cuda.before_synchronize = lambda: None
+    runtime.close()
+    assert cuda.leaks() == []
+
+
+def test_many_threads_may_run_it(plan: Plan) -> None:
+    cuda = FakeCuda()
+    runtime = runtime_on(cuda, plan)
+    with ThreadPoolExecutor(8) as threads:
+        batches = [clips(1 + seed % 6, seed=seed) for seed in range(64)]
+        list(threads.map(lambda frames: check(runtime, frames), batches))
+
+
+def test_closing_frees_all_that_it_took(plan: Plan) -> None:
+    cuda = FakeCuda()
+    runtime = runtime_on(cuda, plan)
+    runtime.run(clips(2))
+    assert len(cuda.leaks()) > 10
+    runtime.close()
+    assert cuda.leaks() == []
+
+
+@pytest.mark.parametrize("call", ["allocate", "pinned", "stream", "event", "begin_capture"])
+def test_a_device_that_fails_while_loading_is_an_error_and_leaves_nothing(
+    plan: Plan, call: str
+) -> None:
+    cuda = FakeCuda(fail=call)
+    with pytest.raises(RuntimeUnavailableError, match=r"some\.plan cannot run: .*out of luck"):
+        runtime_on(cuda, plan)
+    assert cuda.leaks() == []
+
+
+@pytest.mark.parametrize("call", ["to_device", "launch", "to_host"])
+def test_a_batch_that_fails_costs_itself_only(plan: Plan, call: str) -> None:
+    cuda = FakeCuda()
+    runtime = runtime_on(cuda, plan)
+    cuda.fail = call
+    for _ in range(3):  # more often than there are slots
+        with pytest.raises(RuntimeError, match="out of luck"):
+            runtime.run(clips(2))
+    cuda.fail = ""
+    check(runtime, clips(2))
+    runtime.close()
+    assert cuda.leaks() == []
+
+
+def test_a_plan_that_tensorrt_does_not_load_is_an_error_that_says_why(plan: Plan) -> None:
+    cuda = FakeCuda()
+    with pytest.raises(RuntimeUnavailableError, match="the plan is of another version"):
+        runtime_on(cuda, plan, loads=False)
+    assert cuda.leaks() == []
+
+
+def test_a_damaged_plan_is_not_given_to_tensorrt(plan: Plan) -> None:
+    plan.path.write_bytes(b"a pIan")
+    with pytest.raises(RuntimeUnavailableError, match="not the plan that was built"):
+        runtime_on(FakeCuda(), plan)
+
+
+def test_a_plan_of_other_profiles_than_it_says_is_refused(plan: Plan) -> None:
+    facts = plan.facts.model_copy(
+        update={"key": plan.facts.key.model_copy(update={"batches": (1, 8)})}
+    )
+    with pytest.raises(RuntimeUnavailableError, match="it has 3 profiles"):
+        runtime_on(FakeCuda(), Plan(plan.path, facts))
+
+
+class TestTheFakeItself:
+    """It would notice."""
+
+    def test_reading_before_waiting_gives_poison(self) -> None:
+        cuda = FakeCuda()
+        cuda.use()
+        stream, array = cuda.stream(), cuda.pinned((4,), np.uint8)
+        address = cuda.allocate(4)
+        array[:] = 7
+        cuda.to_device(address, array, stream)
+        assert set(cuda.memory(address)) == {0xAB}
+        cuda.synchronize(stream)
+        assert set(cuda.memory(address)) == {7}
+
+    def test_use_after_free_double_free_and_a_thread_without_a_device(self) -> None:
+        cuda = FakeCuda()
+        with pytest.raises(MisuseError, match="no device"):
+            cuda.stream()
+        cuda.use()
+        stream, array = cuda.stream(), cuda.pinned((4,), np.uint8)
+        address = cuda.allocate(4)
+        cuda.to_device(address, array, stream)
+        cuda.free(address)
+        with pytest.raises(MisuseError, match="was freed"):
+            cuda.synchronize(stream)
+        with pytest.raises(MisuseError, match="freed twice"):
+            cuda.free(address)
+        with pytest.raises(MisuseError, match="not pinned"):
+            cuda.to_device(address, np.zeros(4, np.uint8), stream)
+
+    def test_work_without_an_order_is_interleaved(self) -> None:
+        cuda = FakeCuda()
+        cuda.use()
+        one, other, seen = cuda.stream(), cuda.stream(), []
+        for name, stream in (("a", one), ("b", other)):
+            for _ in range(2):
+                cuda.give(stream, lambda name=name: seen.append(name))
+        cuda.synchronize(one)
+        assert seen[:3] == ["a", "b", "a"]
+
+
+def test_a_machine_without_a_gpu_is_an_error_that_says_what_is_missing() -> None:
+    try:
+        Cuda()
+    except RuntimeUnavailableError:
+        with pytest.raises(RuntimeUnavailableError, match=r"driver|GPU|cuda-bindings"):
+            this_machine()
+    else:
+        pytest.skip("a GPU is here")
+
+
+def test_on_a_gpu_a_plan_gives_the_graphs_answers(tmp_path: Path) -> None:
+    """Needs an NVIDIA GPU, TensorRT and cuda-bindings."""
+    try:
+        gpu, version = this_machine()
+        trt, cuda = load_tensorrt(), Cuda()
+    except RuntimeUnavailableError as error:
+        pytest.skip(f"no GPU: {error}")
+    graph = tmp_path / "model.onnx"
+    write_colour_graph(graph)
+    key = PlanKey(
+        gpu=gpu.name,
+        compute_capability=gpu.compute_capability,
+        tensorrt=version,
+        precision="float32",
+        batches=(1, 4),
+    )
+    sha256 = hashlib.sha256(graph.read_bytes()).hexdigest()
+    built = build_plan(BuildJob(graph=graph, graph_sha256=sha256, folder=tmp_path, key=key))
+    runtime = TensorRtRuntime(built, cuda, 4, trt)
+    for batch in (1, 2, 4, 7):
+        check(runtime, clips(batch))
+    runtime.close()
