@@ -3,7 +3,7 @@
 What a stream is given runs only when somebody waits for it, and as far as order allows the streams
 take turns, operation by operation. So a copy that is read too early, a buffer that is changed too
 soon and work that shares memory without waiting give wrong answers here, and not on a lucky day
-right ones. MisuseError (freed memory, a stream in capture that is waited for, a thread without a device)
+right ones. Misuse (freed memory, a stream in capture that is waited for, a thread without a device)
 is an error, and what is left at the end can be asked for.
 
 The network is that of `write_colour_graph`: logits are the means of red, green and blue over 64.
