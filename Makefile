@@ -29,8 +29,9 @@ format: .venv/.dev
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-docs: .venv/.dev ## docs/reference.md, from the definitions in the code
+docs: .venv/.dev ## pages and manifests that are made from definitions elsewhere
 	.venv/bin/python -m service.reference > docs/reference.md
+	.venv/bin/python deploy/kubernetes/monitoring/generate.py > deploy/kubernetes/monitoring/prometheusrule.yaml
 
 bench: .venv/.dev ## figures for this machine; never part of pass or fail
 	.venv/bin/python -m tests.benchmarks.serving
@@ -63,6 +64,9 @@ $(TOOLS)/.done: tests/deploy/requirements.lock
 lock: .venv/.dev
 	.venv/bin/uv pip compile tests/deploy/requirements.in $(LOCK) --output-file tests/deploy/requirements.lock
 	.venv/bin/uv pip compile pyproject.toml --extra cpu $(LOCK) --output-file requirements.lock
+	.venv/bin/uv pip compile pyproject.toml --extra gpu $(LOCK) --output-file requirements-gpu.lock
+	echo "torch ; python_version < '3'" | .venv/bin/uv pip compile pyproject.toml --extra cpu \
+		--extra train --extra export --override - $(LOCK) --output-file requirements-train.lock
 	echo "torch ; python_version < '3'" | .venv/bin/uv pip compile pyproject.toml --extra cpu \
 		--extra dev --override - $(LOCK) --output-file tests/requirements.lock
 LOCK = --upgrade --quiet --universal --python-version 3.11 --fork-strategy fewest \
