@@ -43,7 +43,7 @@ def save_safetensors(
     if labels is not None:
         metadata["labels"] = json.dumps(_one_a_class(labels, config), ensure_ascii=False)
     with _beside(Path(path)) as temporary:
-        save_file(_plain(state), temporary, metadata)
+        _save_tensors(_plain(state), temporary, metadata)
 
 
 def save_official(model: TimeSformer, path: str | Path) -> None:
@@ -76,9 +76,16 @@ def save_huggingface(
     preprocessing = _huggingface_preprocessing(model.config)
     with _beside(target) as temporary:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
+        _save_tensors(tensors, temporary / "model.safetensors", {"format": "pt"})
         _write_json(temporary / "config.json", config)
         _write_json(temporary / "preprocessor_config.json", preprocessing)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    path.touch()  # for the mode: safetensors lets nobody but the writer read
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 @contextmanager

@@ -144,6 +144,12 @@ def test_our_file_describes_itself(tmp_path: Path, scheme: str) -> None:
     assert not checkpoint.build().training
 
 
+def test_whoever_may_read_a_new_file_may_read_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    save_safetensors(random_model(tiny_config()), tmp_path / "m.safetensors", tiny_config())
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 @pytest.mark.parametrize("scheme", PUBLISHED_SCHEMES)
 def test_official_and_huggingface_round_trips_are_exact(tmp_path: Path, scheme: str) -> None:
     config = tiny_config(scheme, sampling="uniform", frame_stride=4, mean=[0.1, 0.2, 0.3])
