@@ -42,7 +42,7 @@ from export.runtime.plans import (
     profiles,
     write_whole,
 )
-from export.runtime.tensorrt import INPUT, OUTPUTS, load_tensorrt, log_of
+from export.runtime.tensorrt import INPUT, OUTPUTS, Wanted, load_tensorrt, log_of
 
 # Layers that only move, reshape or count; what is left of a network says in what it computes.
 _PLUMBING = {
@@ -91,6 +91,11 @@ class BuildJob(BaseModel):
         None, description="facts of a refittable plan of the same network with other weights"
     )
     module: str = "tensorrt"
+
+    @classmethod
+    def of(cls, wanted: Wanted, **options: Any) -> BuildJob:
+        """The job of building what is wanted; `options` are the fields that are not in it."""
+        return cls(**wanted._asdict(), **options)
 
     @property
     def plan(self) -> Path:

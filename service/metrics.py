@@ -95,6 +95,12 @@ class Metrics:
             ["name", "version", "engine", "provider", "device", "precision"],
             registry=self.registry,
         )
+        self.tensorrt = Gauge(
+            "timesformer_tensorrt",
+            "1 for what TensorRT is at: serving, building, failed, unavailable or off.",
+            ["state"],
+            registry=self.registry,
+        )
         self.swaps = Counter(
             "timesformer_swaps",
             "Newly activated bundles that took over (done) or could not be used (refused).",

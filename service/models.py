@@ -3,6 +3,9 @@
 A newly activated bundle is checked, loaded and warmed up beside the one that serves, takes over
 from one request to the next, and the old one is closed when its last request has been answered.
 One that cannot be used is refused, and the old one stays.
+
+On a GPU with TensorRT a bundle without a plan is served by ONNX Runtime while its plan is built in
+the background; then the plan takes over in the same way.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ import numpy as np
 
 from export.bundle import Bundle, BundleError, BundleStore
 from export.runtime import Runtime, RuntimeUnavailableError, load_runtime
+from export.runtime.plans import PlanError
 from model.demo import STORE as DEMO_STORE
 from service.batcher import Batcher
+from service.engines import BUILDING, OFF, SERVING, Engines, TensorRtState, find_tensorrt
 from service.errors import BundleRefusedError
 from service.metrics import Metrics
 from service.settings import Settings
@@ -36,6 +41,8 @@ class LoadedModel(NamedTuple):
 
     bundle: Bundle
     runtime: Runtime
+    tensorrt: TensorRtState = OFF
+    """`building`: a plan is to be built."""
 
 
 def find_bundle(settings: Settings) -> Bundle:
@@ -53,8 +60,11 @@ def store_of(settings: Settings) -> BundleStore:
     return BundleStore(settings.store or DEMO_STORE)
 
 
-def load_model(bundle: Bundle, settings: Settings) -> LoadedModel:
+def load_model(bundle: Bundle, settings: Settings, engines: Engines | None = None) -> LoadedModel:
     """Checks, loads and warms a bundle up; takes seconds, so not for the event loop.
+
+    Args:
+        engines: plans to look among; without it ONNX Runtime runs the bundle.
 
     Raises:
         BundleError: the bundle cannot be used.
@@ -62,7 +72,9 @@ def load_model(bundle: Bundle, settings: Settings) -> LoadedModel:
     """
     started = time.perf_counter()
     bundle.verify()
-    runtime = load_runtime(bundle, settings.device, settings.engine_threads, settings.precision)
+    runtime, tensorrt = _load_plan(bundle, engines) if engines else (None, OFF)
+    if runtime is None:
+        runtime = load_runtime(bundle, settings.device, settings.engine_threads, settings.precision)
     try:
         _warm_up(bundle, runtime, max_batch(settings, runtime))
     except Exception as error:  # engines' exceptions share no base but Exception
@@ -82,7 +94,18 @@ def load_model(bundle: Bundle, settings: Settings) -> LoadedModel:
             "seconds": round(time.perf_counter() - started, 2),
         },
     )
-    return LoadedModel(bundle, runtime)
+    return LoadedModel(bundle, runtime, tensorrt)
+
+
+def _load_plan(bundle: Bundle, engines: Engines) -> tuple[Runtime | None, TensorRtState]:
+    """The bundle's plan, loaded and proven; or None, and what to tell of it."""
+    try:
+        plan = engines.find(bundle)
+        if plan is None:
+            return None, BUILDING
+        return engines.load(plan, bundle), SERVING
+    except (PlanError, RuntimeUnavailableError) as error:
+        return None, TensorRtState("failed", str(error))
 
 
 def max_batch(settings: Settings, runtime: Runtime) -> int:
@@ -112,7 +135,7 @@ class ServedModel:
     """A loaded model with the queue before it, and how many requests use it."""
 
     def __init__(self, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
-        self.bundle, self.runtime = loaded
+        self.bundle, self.runtime, _ = loaded
         self.batcher = Batcher(
             loaded.runtime.run,
             max_batch=max_batch(settings, self.runtime),
@@ -157,12 +180,20 @@ class ModelHost:
         self._watcher: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._swapping = asyncio.Lock()
+        self._engines: Engines | None = None
+        self._tensorrt = OFF
+        self._building: asyncio.Task[None] | None = None
 
     @property
     def current(self) -> ServedModel:
         if self._current is None:
             raise RuntimeError("no model is loaded yet")
         return self._current
+
+    @property
+    def tensorrt(self) -> str:
+        """What TensorRT is at, and why if it does not serve."""
+        return str(self._tensorrt)
 
     async def start(self) -> None:
         """Loads the active bundle.
@@ -171,7 +202,11 @@ class ModelHost:
             BundleError, RuntimeUnavailableError: it cannot be served.
         """
         bundle = await asyncio.to_thread(find_bundle, self._settings)
-        self._take_over(await asyncio.to_thread(load_model, bundle, self._settings))
+        here, self._tensorrt = await asyncio.to_thread(find_tensorrt, self._settings)
+        if here is not None:
+            largest = self._settings.max_batch_clips or _MAX_BATCH["cuda"]
+            self._engines = Engines(here, largest, self._settings.precision)
+        self._take_over(await self._load(bundle))
         if self._settings.watch_interval_s:
             self._watcher = asyncio.create_task(self._watch(), name="watch on the store")
 
@@ -190,7 +225,7 @@ class ModelHost:
                 self._metrics.active_bundle_refused.set(refused)
                 if refused or version == self.current.bundle.version:
                     return False
-                loaded = await asyncio.to_thread(load_model, bundle, self._settings)
+                loaded = await self._load(bundle)
             except (BundleError, RuntimeUnavailableError) as error:
                 self._refuse(version, str(error))
                 return False
@@ -230,13 +265,16 @@ class ModelHost:
                 if version == serving.version:
                     await asyncio.to_thread(point)
                     return
-                loaded = await asyncio.to_thread(load_model, bundle, self._settings)
+                loaded = await self._load(bundle)
                 await asyncio.to_thread(point)
             except (BundleError, RuntimeUnavailableError) as error:
                 self._metrics.swaps.labels("refused").inc()
                 raise BundleRefusedError(str(error)) from error
             self._refusal = None
             self._take_over(loaded)
+
+    async def _load(self, bundle: Bundle) -> LoadedModel:
+        return await asyncio.to_thread(load_model, bundle, self._settings, self._engines)
 
     def _refuse(self, version: str | None, reason: str) -> None:
         if self._refusal == (version, reason):
@@ -252,6 +290,9 @@ class ModelHost:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
+        if self._building is not None and self._engines is not None:
+            self._engines.stop()
+            await self._building
         await asyncio.gather(*self._closing)
         if self._current is not None:
             await self._current.close()
@@ -259,7 +300,7 @@ class ModelHost:
     def _take_over(self, loaded: LoadedModel) -> None:
         """From here on requests go to the new model; between two lines of the event loop."""
         old, self._current = self._current, ServedModel(loaded, self._settings, self._metrics)
-        bundle, runtime = loaded
+        bundle, runtime, tensorrt = loaded
         self._metrics.model_info.clear()
         self._metrics.model_info.labels(
             bundle.name,
@@ -269,12 +310,42 @@ class ModelHost:
             runtime.device,
             runtime.precision,
         ).set(1)
+        self._tell(tensorrt if self._engines else self._tensorrt)
+        if tensorrt == BUILDING and self._building is None:
+            self._building = asyncio.create_task(self._build(), name="build of plans")
         if old is not None:
-            self._metrics.swaps.labels("done").inc()
-            logger.info("swapped", extra={"from": old.bundle.version, "to": bundle.version})
+            if old.bundle.version == bundle.version:
+                logger.info("engine swapped", extra={"to": runtime.engine})
+            else:
+                self._metrics.swaps.labels("done").inc()
+                logger.info("swapped", extra={"from": old.bundle.version, "to": bundle.version})
             closing = asyncio.create_task(old.close())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
+
+    def _tell(self, tensorrt: TensorRtState) -> None:
+        self._tensorrt = tensorrt
+        self._metrics.tensorrt.clear()
+        self._metrics.tensorrt.labels(tensorrt.state).set(1)
+        level = logging.ERROR if tensorrt.state == "failed" else logging.INFO
+        logger.log(level, "TensorRT", extra={"state": tensorrt.state, "reason": tensorrt.reason})
+
+    async def _build(self) -> None:
+        """Builds the plan of what serves, until what serves has one or cannot have one."""
+        while self._tensorrt == BUILDING and (engines := self._engines):
+            bundle = self.current.bundle
+            try:
+                plan = await asyncio.to_thread(engines.build, bundle)
+                async with self._swapping:
+                    if self.current.bundle.version == bundle.version:
+                        runtime = await asyncio.to_thread(engines.load, plan, bundle)
+                        self._take_over(LoadedModel(bundle, runtime, SERVING))
+            except Exception as error:  # whatever it is, the service goes on without
+                if engines.stopped:
+                    break
+                if self.current.bundle.version == bundle.version:
+                    self._tell(TensorRtState("failed", str(error)))
+        self._building = None
 
     async def _watch(self) -> None:
         while True:

@@ -6,6 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
+_TENSORRT = (
+    "`serving`; `building` while another engine serves; `failed`, `unavailable` or `off`, with why."
+)
+
 
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -193,6 +197,7 @@ class ModelFacts(_Schema):
     provider: str
     device: str = Field(description="`cpu` or `cuda`.")
     precision: str = Field(description="`float32` or `int8`.")
+    tensorrt: str = Field(description=_TENSORRT)
     temperature: float = Field(description="What logits are divided by before the softmax.")
     training: dict[str, object] | None
 
@@ -328,6 +333,7 @@ class ReadyResponse(_Schema):
     provider: str
     device: str
     precision: str = Field(description="`float32` or `int8`.")
+    tensorrt: str = Field(description=_TENSORRT)
 
 
 class FieldProblem(_Schema):

@@ -77,6 +77,18 @@ class Settings(BaseSettings):
         "on CPUs and no longer the network's answers to the last digit; not for GPUs. `auto` does "
         "so where there is one and no GPU is used.",
     )
+    tensorrt: Literal["auto", "off"] = Field(
+        "auto",
+        description="`auto` serves with TensorRT where there is a GPU and TensorRT is installed; a "
+        "plan that is missing or does not fit is built in the background, for minutes, while ONNX "
+        "Runtime serves. `timesformer engines build` builds it before. `off` never does.",
+    )
+    gpu: int = Field(0, ge=0, description="Which of the visible GPUs TensorRT takes.")
+    engines: Path | None = Field(
+        None,
+        description="Folder of TensorRT plans; by default each bundle's own `engines`, which must "
+        "then be writable.",
+    )
     engine_threads: int = Field(
         0, ge=0, description="CPU threads of the engine; 0 is one per core. CPU inference only."
     )

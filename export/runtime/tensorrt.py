@@ -13,15 +13,26 @@ import importlib
 import logging
 import queue
 import threading
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from export.bundle import Bundle
 from export.runtime.cuda import Cuda, CudaError
 from export.runtime.interface import Outputs, RuntimeUnavailableError
-from export.runtime.plans import Gpu, Plan, PlanError, profiles, read_plan
+from export.runtime.plans import (
+    BATCHES,
+    Plan,
+    PlanError,
+    PlanKey,
+    engines_folder,
+    graph_of,
+    profiles,
+    read_plan,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +56,57 @@ def load_tensorrt(name: str = "tensorrt") -> ModuleType:
         ) from error
 
 
-def this_machine(index: int = 0) -> tuple[Gpu, str]:
-    """The GPU and the version of TensorRT, which plans depend on.
+class Wanted(NamedTuple):
+    """The plan that a bundle needs here."""
+
+    key: PlanKey
+    graph: Path
+    graph_sha256: str
+    folder: Path
+
+
+class TensorRt:
+    """TensorRT on one GPU of this machine: says which plan a bundle needs, and loads it.
+
+    Args:
+        index: which of the visible GPUs.
+        engines: folder of plans; by default each bundle's own.
 
     Raises:
         RuntimeUnavailableError: there is no usable GPU, or no TensorRT.
     """
-    return Cuda(index).gpu, str(load_tensorrt().__version__)
+
+    def __init__(self, index: int = 0, engines: Path | None = None) -> None:
+        self.cuda = Cuda(index)
+        self.module = load_tensorrt()
+        self.engines = engines
+
+    def wanted(
+        self, bundle: Bundle, precision: str = "auto", batches: tuple[int, ...] = BATCHES
+    ) -> Wanted:
+        """Key and place of the plan of a bundle.
+
+        Raises:
+            PlanError: the bundle has no graph of that precision for TensorRT.
+        """
+        precision, graph, sha256 = graph_of(bundle, precision)
+        gpu = self.cuda.gpu
+        key = PlanKey(
+            gpu=gpu.name,
+            compute_capability=gpu.compute_capability,
+            tensorrt=str(self.module.__version__),
+            precision=precision,
+            batches=batches,
+        )
+        return Wanted(key, graph, sha256, engines_folder(bundle, self.engines))
+
+    def load(self, plan: Plan, largest: int) -> TensorRtRuntime:
+        """Loads a plan for batches of up to `largest`.
+
+        Raises:
+            RuntimeUnavailableError: it cannot be loaded or run here.
+        """
+        return TensorRtRuntime(plan, self.cuda, largest, self.module)
 
 
 @functools.cache  # TensorRT keeps to the first one that a process gives it

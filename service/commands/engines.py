@@ -109,36 +109,25 @@ def build(
     BUNDLE is a bundle's folder, or a name in the store, of which the active version is taken;
     without it, every name's.
     """
-    from export.runtime.plans import PlanKey, engines_folder, find_plan, graph_of
-    from export.runtime.tensorrt import this_machine
+    from export.runtime.plans import find_plan
+    from export.runtime.tensorrt import TensorRt
     from export.tensorrt import BuildJob, build_plan, refit_source
 
-    device, version = this_machine(gpu)
+    here = TensorRt(gpu, engines)
     for each in _bundles(bundle, store):
-        found_precision, graph, sha256 = graph_of(each, precision)
-        folder = engines_folder(each, engines)
-        key = PlanKey(
-            gpu=device.name,
-            compute_capability=device.compute_capability,
-            tensorrt=version,
-            precision=found_precision,
-            batches=batches,
-        )
+        wanted = here.wanted(each, precision, batches)
         title = f"{each.name} version {each.version}"
-        plan = find_plan(folder, key, sha256)
+        plan = find_plan(wanted.folder, wanted.key, wanted.graph_sha256)
         there = plan is not None
         if plan is None:
-            job = BuildJob(
-                graph=graph,
-                graph_sha256=sha256,
-                folder=folder,
-                key=key,
+            job = BuildJob.of(
+                wanted,
                 gpu_index=gpu,
                 level=level,
                 workspace_bytes=workspace * _MIB if workspace else None,
                 timing_cache=timing_cache,
                 refittable=refittable,
-                refit_from=refit_source(folder, key) if refittable else None,
+                refit_from=refit_source(wanted.folder, wanted.key) if refittable else None,
             )
             with _progress(title, as_json) as progress:
                 plan = build_plan(job, progress)

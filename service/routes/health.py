@@ -30,6 +30,7 @@ async def ready(state: Running) -> ReadyResponse:
         provider=runtime.provider,
         device=runtime.device,
         precision=runtime.precision,
+        tensorrt=state.models.tensorrt,
     )
 
 

@@ -30,6 +30,7 @@ async def models(state: Running) -> ModelsResponse:
                 provider=runtime.provider,
                 device=runtime.device,
                 precision=runtime.precision,
+                tensorrt=state.models.tensorrt,
                 temperature=manifest.temperature,
                 training=manifest.training,
             ),

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.bundle import FileEntry
+from export.bundle import BundleStore, FileEntry
 from export.runtime.cuda import Cuda
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.plans import Plan, PlanFacts, PlanKey
-from export.runtime.tensorrt import TensorRtRuntime, load_tensorrt, this_machine
+from export.runtime.tensorrt import TensorRt, TensorRtRuntime
 from export.tensorrt import BuildJob, build_plan
-from tests.export.conftest import write_colour_graph
+from tests.export.conftest import publish_colours
 from tests.export.runtime.fake_cuda import FakeCuda, MisuseError, fake_tensorrt
 
 BATCHES = (1, 4, 6)
@@ -221,7 +221,7 @@ def test_a_machine_without_a_gpu_is_an_error_that_says_what_is_missing() -> None
         Cuda()
     except RuntimeUnavailableError:
         with pytest.raises(RuntimeUnavailableError, match=r"driver|GPU|cuda-bindings"):
-            this_machine()
+            TensorRt()
     else:
         pytest.skip("a GPU is here")
 
@@ -229,22 +229,12 @@ def test_a_machine_without_a_gpu_is_an_error_that_says_what_is_missing() -> None
 def test_on_a_gpu_a_plan_gives_the_graphs_answers(tmp_path: Path) -> None:
     """Needs an NVIDIA GPU, TensorRT and cuda-bindings."""
     try:
-        gpu, version = this_machine()
-        trt, cuda = load_tensorrt(), Cuda()
+        here = TensorRt(engines=tmp_path / "engines")
     except RuntimeUnavailableError as error:
         pytest.skip(f"no GPU: {error}")
-    graph = tmp_path / "model.onnx"
-    write_colour_graph(graph)
-    key = PlanKey(
-        gpu=gpu.name,
-        compute_capability=gpu.compute_capability,
-        tensorrt=version,
-        precision="float32",
-        batches=(1, 4),
-    )
-    sha256 = hashlib.sha256(graph.read_bytes()).hexdigest()
-    built = build_plan(BuildJob(graph=graph, graph_sha256=sha256, folder=tmp_path, key=key))
-    runtime = TensorRtRuntime(built, cuda, 4, trt)
+    bundle = publish_colours(BundleStore(tmp_path / "store"))
+    built = build_plan(BuildJob.of(here.wanted(bundle, batches=(1, 4))))
+    runtime = here.load(built, 4)
     for batch in (1, 2, 4, 7):
         check(runtime, clips(batch))
     runtime.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
@@ -38,9 +39,14 @@ def store(tmp_path: Path) -> BundleStore:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(RTX, reason="TensorRT-RTX is not installed, of the extra `dev`")
-    machine = Gpu("NVIDIA H200", "9.0"), "1.7"
-    monkeypatch.setattr("export.runtime.tensorrt.this_machine", lambda index: machine)
-    monkeypatch.setattr("export.tensorrt.BuildJob", functools.partial(BuildJob, module=RTX))
+    monkeypatch.setattr(
+        "export.runtime.tensorrt.Cuda",
+        lambda index: SimpleNamespace(gpu=Gpu("NVIDIA H200", "9.0")),
+    )
+    monkeypatch.setattr(
+        "export.runtime.tensorrt.load_tensorrt", lambda: SimpleNamespace(__version__="1.7")
+    )
+    monkeypatch.setattr(BuildJob, "of", functools.partial(BuildJob.of, module=RTX))
 
 
 @pytest.mark.usefixtures("gpu")

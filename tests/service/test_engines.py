@@ -1,0 +1,285 @@
+"""TensorRT at serving: ONNX Runtime answers while a plan is built, then the plan does.
+
+The GPU is made up: its engine is ONNX Runtime under another name. All around it is real.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from export.bundle import ONNX_FLOAT32, Bundle, BundleStore, FileEntry
+from export.runtime.interface import Outputs, RuntimeUnavailableError
+from export.runtime.onnxruntime import OnnxRuntime
+from export.runtime.plans import (
+    Plan,
+    PlanError,
+    PlanFacts,
+    PlanKey,
+    engines_folder,
+    find_plan,
+    graph_of,
+)
+from export.runtime.tensorrt import Wanted
+from export.tensorrt import BuildJob, build_plan
+from service.engines import BUILDING, find_tensorrt
+from service.settings import load_settings
+from tests.service.test_models import metric, publish, serving, wait_until
+
+
+class FakeGpu:
+    """Stands for `TensorRt`; what it loads is the bundle's own graph, times `factor`."""
+
+    def __init__(self, graph: Path, factor: float = 1.0) -> None:
+        self.cuda = SimpleNamespace(index=0)
+        self.graph, self.factor = graph, factor
+        self.loaded: list[Path] = []
+        self.closed = 0
+
+    def wanted(self, bundle: Bundle, precision: str, batches: tuple[int, ...]) -> Wanted:
+        found, graph, sha256 = graph_of(bundle, precision)
+        key = PlanKey(
+            gpu="Fake",
+            compute_capability="9.0",
+            tensorrt="11",
+            precision=found,
+            batches=batches,
+        )
+        return Wanted(key, graph, sha256, engines_folder(bundle))
+
+    def load(self, plan: Plan, largest: int) -> Any:
+        self.loaded.append(plan.path)
+        session = OnnxRuntime(self.graph, cuda=False, threads=1)
+
+        def run(frames: np.ndarray) -> Outputs:
+            logits, embedding = session.run(frames)
+            return Outputs(logits * np.float32(self.factor), embedding)
+
+        def close() -> None:
+            self.closed += 1
+            session.close()
+
+        facts = {"engine": "tensorrt", "provider": "TensorRT 11", "device": "cuda"}
+        return SimpleNamespace(**facts, precision="float32", run=run, close=close)
+
+
+def write_plan(job: BuildJob) -> Plan:
+    job.folder.mkdir(exist_ok=True)
+    job.plan.write_bytes(b"a plan")
+    facts = PlanFacts(
+        key=job.key,
+        graph_sha256=job.graph_sha256,
+        plan=FileEntry(sha256=hashlib.sha256(b"a plan").hexdigest(), size=6),
+        created=datetime.now(UTC),
+        seconds=1,
+        refittable=False,
+        level=3,
+        structure="",
+        network={},
+    )
+    job.plan.with_suffix(".json").write_text(facts.model_dump_json())
+    found = find_plan(job.folder, job.key, job.graph_sha256)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BundleStore:
+    """Two good versions of the demo model, the first of them active."""
+    store = BundleStore(tmp_path / "store")
+    publish(store), publish(store)
+    store.activate("demo", "1")
+    return store
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, store: BundleStore) -> FakeGpu:
+    gpu = FakeGpu(store.open("demo").file(ONNX_FLOAT32))
+    monkeypatch.setattr("service.models.find_tensorrt", lambda settings: (gpu, BUILDING))
+    return gpu
+
+
+Builder = Callable[[Callable[[BuildJob], Plan]], None]
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
+    """Puts a function in the place of the builder's child process."""
+
+    def install(build: Callable[[BuildJob], Plan]) -> None:
+        monkeypatch.setattr(
+            "service.engines.build_plan", lambda job, progress, on_start: build(job)
+        )
+
+    return install
+
+
+def state(client: httpx.Client) -> tuple[str, str]:
+    ready = client.get("/health/ready").json()
+    return ready["engine"], ready["tensorrt"]
+
+
+def label(client: httpx.Client, video: Path) -> str:
+    answer = client.post("/v1/classify", content=video.read_bytes())
+    assert answer.status_code == 200
+    return str(answer.json()["predictions"][0]["label"])
+
+
+def test_onnx_runtime_serves_until_the_plan_is_built_and_then_the_plan_does(
+    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, video: Path, tmp_path: Path
+) -> None:
+    go_on = threading.Event()
+    builder(lambda job: go_on.wait(30) and write_plan(job))
+    with serve(store=store.root, spool_dir=tmp_path) as client:
+        assert state(client) == ("onnxruntime", "building")
+        assert metric(client, 'timesformer_tensorrt{state="building"}') == 1
+        before = label(client, video)
+        go_on.set()
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
+        assert label(client, video) == before
+        (model,) = client.get("/v1/models").json()["models"]
+        assert (model["provider"], model["tensorrt"]) == ("TensorRT 11", "serving")
+        assert metric(client, 'timesformer_tensorrt{state="serving"}') == 1
+        assert metric(client, 'timesformer_tensorrt{state="building"}') == 0
+        assert metric(client, 'timesformer_swaps_total{result="done"}') == 0, "no other bundle"
+    assert gpu.closed == len(gpu.loaded) == 1
+
+
+def test_a_plan_that_is_there_serves_from_the_start(
+    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, tmp_path: Path
+) -> None:
+    write_plan(BuildJob.of(gpu.wanted(store.open("demo"), "float32", (1, 8, 32))))
+    builder(lambda job: pytest.fail("it was built again"))
+    with serve(store=store.root, spool_dir=tmp_path) as client:
+        assert state(client) == ("tensorrt", "serving")
+
+
+def test_a_build_that_fails_is_told_and_onnx_runtime_goes_on(
+    serve: Any,
+    store: BundleStore,
+    gpu: FakeGpu,
+    builder: Builder,
+    video: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(job: BuildJob) -> Plan:
+        raise PlanError("out of workspace")
+
+    builder(fail)
+    with serve(store=store.root, spool_dir=tmp_path) as client:
+        wait_until(lambda: state(client) == ("onnxruntime", "failed: out of workspace"))
+        label(client, video)
+        assert metric(client, 'timesformer_tensorrt{state="failed"}') == 1
+    told = [record for record in caplog.records if record.message == "TensorRT"]
+    assert told[-1].levelname == "ERROR"
+    assert vars(told[-1])["reason"] == "out of workspace"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_plan_with_other_answers_serves_nobody(
+    serve: Any,
+    store: BundleStore,
+    gpu: FakeGpu,
+    builder: Builder,
+    video: Path,
+    tmp_path: Path,
+    there: bool,
+) -> None:
+    gpu.factor = 1.01
+    if there:
+        write_plan(BuildJob.of(gpu.wanted(store.open("demo"), "float32", (1, 8, 32))))
+    builder(write_plan)
+    with serve(store=store.root, spool_dir=tmp_path) as client:
+        wait_until(lambda: state(client)[1].startswith("failed"))
+        assert "answers are not the network's" in state(client)[1]
+        assert state(client)[0] == "onnxruntime"
+        label(client, video)
+    assert gpu.closed == len(gpu.loaded) == 1
+
+
+def test_a_version_that_is_activated_meanwhile_is_built_next(
+    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, tmp_path: Path
+) -> None:
+    go_on, built = threading.Event(), []
+
+    def build(job: BuildJob) -> Plan:
+        built.append(job.graph.parent.name)
+        assert go_on.wait(30)
+        return write_plan(job)
+
+    builder(build)
+    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+        wait_until(lambda: built == ["1"])
+        store.activate("demo", "2")
+        wait_until(lambda: serving(client) == "2")
+        assert state(client) == ("onnxruntime", "building")
+        go_on.set()
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
+        assert built == ["1", "2"]
+        assert gpu.loaded[-1].parent.parent.name == "2"
+
+
+def test_the_service_stops_while_a_plan_is_built(
+    serve: Any,
+    store: BundleStore,
+    gpu: FakeGpu,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "sleeping.py").write_text("import time\ntime.sleep(600)\n")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", paths)
+    children: list[Any] = []
+
+    def build(job: BuildJob, progress: Any, on_start: Any) -> Plan:
+        def started(child: Any) -> None:
+            children.append(child)
+            on_start(child)
+
+        sleeping = job.model_copy(update={"module": "sleeping"})
+        return build_plan(sleeping, progress, started)
+
+    monkeypatch.setattr("service.engines.build_plan", build)
+    with serve(store=store.root, spool_dir=tmp_path) as client:
+        wait_until(lambda: children)
+        assert state(client)[1] == "building"
+    assert children[0].poll() is not None, "the child is gone"
+    assert "ERROR" not in [record.levelname for record in caplog.records]
+
+
+def test_what_turns_tensorrt_off() -> None:
+    for settings in (
+        load_settings(tensorrt="off"),
+        load_settings(device="cpu"),
+        load_settings(precision="int8"),
+    ):
+        found, why = find_tensorrt(settings)
+        assert (found, why.state) == (None, "off")
+        assert why.reason
+
+
+def test_a_machine_without_a_gpu_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(index: int, engines: Path | None) -> None:
+        raise RuntimeUnavailableError("there is no NVIDIA driver")
+
+    monkeypatch.setattr("service.engines.TensorRt", missing)
+    found, why = find_tensorrt(load_settings())
+    assert found is None
+    assert str(why) == "unavailable: there is no NVIDIA driver"
+
+
+def test_on_the_cpu_the_service_says_that_tensorrt_is_off(client: httpx.Client) -> None:
+    assert state(client) == ("onnxruntime", "off: the CPU is to be used")
+    assert metric(client, 'timesformer_tensorrt{state="off"}') == 1
