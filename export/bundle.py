@@ -29,6 +29,9 @@ LABELS = "labels.txt"
 WEIGHTS = "weights.safetensors"
 ONNX_FLOAT32 = "model.onnx"
 ONNX_INT8 = "model.int8.onnx"
+ONNX_FP16 = "model.fp16.onnx"
+GRAPHS = {"float32": ONNX_FLOAT32, "fp16": ONNX_FP16, "int8": ONNX_INT8}
+"""The file of each precision."""
 ACTIVE = "active.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -101,6 +104,18 @@ class Cost(_Model):
     multiply_adds: int = Field(ge=0, description="of one view, as the papers of the field count")
 
 
+class ProductReport(_Model):
+    """A matrix product of a graph of lower precision."""
+
+    name: str = Field(description="the module of the network and the operator")
+    precision: Literal["float32", "fp16"]
+    inputs: tuple[float, float] = Field(
+        description="largest magnitude of each factor on the calibration clips"
+    )
+    output: float = Field(description="the same of the result, before a bias is added")
+    reason: str | None = Field(None, description="why it stays in float32")
+
+
 class Manifest(_Model):
     """`manifest.json`. Every fact about a bundle that a reader may want without its weights."""
 
@@ -120,6 +135,9 @@ class Manifest(_Model):
     network_cost: Cost | None = Field(None, description="of the network as it was trained")
     graph_cost: Cost | None = Field(None, description="of the graph, after its exact rewrites")
     verification: dict[str, Parity]
+    products: dict[str, tuple[ProductReport, ...]] = Field(
+        default_factory=dict, description="of each graph whose precision was chosen by calibration"
+    )
     temperature: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="what logits are divided by to become scores"
     )

@@ -6,10 +6,12 @@ that a runtime need not guess.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ INPUT_NAME = "frames"
 OUTPUT_NAMES = ("logits", "embedding")
 # 20 has Gelu as one operator; TensorRT and ONNX Runtime both know it.
 OPSET = 20
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class ExportError(RuntimeError):
@@ -59,11 +62,23 @@ def export_onnx(model: TimeSformer | InferenceTimeSformer, path: Path) -> None:
         if program is None:
             raise ExportError("the ONNX exporter returned no program")
         graph = program.model_proto
+        _name_nodes(graph.graph)
         _strip_traces(graph)
         onnx.save(graph, path)
         onnx.checker.check_model(str(path), full_check=True)
     except (torch.onnx.errors.OnnxExporterError, onnx.checker.ValidationError) as error:
         raise ExportError(f"the network could not be exported to ONNX: {error}") from error
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """`blocks.0.main.attention.query/MatMul`: the module that a node is of, and its operator."""
+    seen: Counter[str] = Counter()
+    for node in graph.node:
+        scopes = {item.key: item.value for item in node.metadata_props}.get(_SCOPES, "['']")
+        modules = [scope for scope in ast.literal_eval(scopes)[:-1] if not scope.startswith("_")]
+        name = f"{modules[-1] if modules else ''}/{node.op_type}".lstrip("/")
+        node.name = f"{name}_{seen[name]}" if seen[name] else name
+        seen[name] += 1
 
 
 def _strip_traces(proto: onnx.ModelProto) -> None:

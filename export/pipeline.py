@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from export.bundle import (
+    GRAPHS,
     LABELS,
     ONNX_FLOAT32,
+    ONNX_FP16,
     ONNX_INT8,
     WEIGHTS,
     Bundle,
@@ -28,12 +31,16 @@ from export.bundle import (
     TensorSpec,
     sha256_of,
 )
+from export.clips import calibration_clips, verification_clips
+from export.emulation import emulate
+from export.fp16 import export_fp16
 from export.onnx import INPUT_NAME, OUTPUT_NAMES, ExportError, export_onnx
 from export.precision import quantize
+from export.products import record_magnitudes
 from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import FLOAT32, INT8, compare, run_in_batches
+from export.verify import FLOAT32, FP16, INT8, compare, run_in_batches
 from model.checkpoints import Checkpoint, save_safetensors
 from model.config import ModelConfig, Preprocessing
 from model.cost import cost
@@ -43,11 +50,10 @@ from model.training.calibration import calibrate
 from model.training.errors import DataError
 from model.training.evaluation import predict
 from model.training.sources import VideoList
-from model.video import VideoError, load_clips
 
-Precision = Literal["float32", "int8"]
+Precision = Literal["float32", "fp16", "int8"]
 
-_LIMITS = {ONNX_FLOAT32: FLOAT32, ONNX_INT8: INT8}
+_LIMITS = {ONNX_FLOAT32: FLOAT32, ONNX_FP16: FP16, ONNX_INT8: INT8}
 _PREPROCESSING_FIELDS = tuple(Preprocessing.__dataclass_fields__)
 _SOFTWARE = (
     "torch",
@@ -73,6 +79,7 @@ def export_bundle(
     labels: Sequence[str] | None = None,
     videos: Sequence[Path] = (SAMPLE_CLIP,),
     precisions: Collection[Precision] = (),
+    calibration: Path | None = None,
     training: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     calibrate_on: VideoList | None = None,
@@ -84,6 +91,8 @@ def export_bundle(
         labels: one a class; by default the checkpoint's own, else `class 0`, `class 1`, ...
         videos: files whose clips the artefacts are compared on.
         precisions: what the bundle shall hold besides float32, which it always holds.
+        calibration: videos to measure on how large the network's numbers become, which decides
+            what of it is in FP16; see `calibration_clips`.
         training: metrics to be kept in the manifest.
         temperature: what logits are to be divided by before the softmax.
         calibrate_on: videos to fit the temperature on instead, with the float32 graph; not those
@@ -102,6 +111,10 @@ def export_bundle(
     names = _labels(labels or checkpoint.labels, config.num_classes)
     model = checkpoint.build()
     clips = verification_clips(config, videos)
+    ranges_on = clips
+    if "fp16" in precisions:
+        report("preparing the clips to calibrate on")
+        ranges_on = np.concatenate([clips, calibration_clips(config, calibration)])
     with store.staging(name) as staging:
         report("writing the weights")
         _write_weights(model, staging / WEIGHTS, names)
@@ -109,11 +122,18 @@ def export_bundle(
         report("exporting to ONNX")
         network = rewrite(model)
         export_onnx(network, staging / ONNX_FLOAT32)
-        graphs = [staging / ONNX_FLOAT32]
+        products = {}
+        if "fp16" in precisions:
+            report(f"measuring ranges on {len(ranges_on)} clips")
+            magnitudes = record_magnitudes(staging / ONNX_FLOAT32, ranges_on)
+            report("rounding to FP16")
+            products[ONNX_FP16] = export_fp16(
+                staging / ONNX_FLOAT32, staging / ONNX_FP16, magnitudes
+            )
         if "int8" in precisions:
             report("rounding to INT8")
-            graphs.append(staging / ONNX_INT8)
-            quantize(*graphs)
+            quantize(staging / ONNX_FLOAT32, staging / ONNX_INT8)
+        graphs = [staging / file for file in GRAPHS.values() if (staging / file).is_file()]
         report(f"verifying on {len(clips)} clips")
         verification = _verify(model, graphs, clips)
         if calibrate_on is not None:
@@ -143,32 +163,12 @@ def export_bundle(
             network_cost=_network_cost(config),
             graph_cost=_graph_cost(network),
             verification=verification,
+            products=products,
             temperature=temperature,
             training=dict(training) if training else None,
             parent=parent,
         )
         return store.publish(staging, manifest)
-
-
-def verification_clips(config: ModelConfig, videos: Sequence[Path]) -> NDArray[np.uint8]:
-    """Clips to compare engines on: the videos' crops, and one of noise, the hardest to round.
-
-    Returns:
-        uint8 (clips, time, height, width, 3); at least two clips.
-
-    Raises:
-        VideoError: names the video that cannot be read.
-    """
-    noise = np.random.default_rng(0).integers(0, 256, (1, *_clip_shape(config)[1:]), dtype=np.uint8)
-    seen = [_three_crops(video, config.preprocessing) for video in videos]
-    return np.concatenate([*seen, noise])
-
-
-def _three_crops(video: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    try:
-        return load_clips(video, preprocessing, crops=3).frames
-    except VideoError as error:
-        raise type(error)(f"cannot verify on {video}: {error}") from error
 
 
 def _write_weights(model: TimeSformer, path: Path, labels: Sequence[str]) -> None:
@@ -187,7 +187,8 @@ def _verify(
 
 
 def _verify_graph(graph: Path, reference: Outputs, clips: NDArray[np.uint8]) -> Parity:
-    runtime = OnnxRuntime(graph, cuda=False)
+    emulated = graph.name == ONNX_FP16  # for GPUs, which round where the graph says
+    runtime = OnnxRuntime(emulate(onnx.load(graph)) if emulated else graph, cuda=False)
     try:
         parity = compare(reference, run_in_batches(runtime, clips), _LIMITS[graph.name])
     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception

@@ -20,9 +20,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from export.bundle import ONNX_INT8, WEIGHTS, Bundle, BundleError, BundleStore
+from export.bundle import GRAPHS, WEIGHTS, Bundle, BundleError, BundleStore
 from export.comparison import Comparison, Decision, Rule, compare, decide
 from export.pipeline import Precision, export_bundle
 from export.runtime import Device, load_runtime
@@ -191,9 +191,9 @@ def _plan(task: Task) -> _Plan:
     else:
         hold_out = task.hold_out or _parents_hold_out(task.parent)
         training, held_out = data.split(*hold_out)
-    precisions = task.precisions
-    if ONNX_INT8 in task.parent.manifest.files:  # a service may be told to want it
-        precisions |= {"int8"}
+    # A service may be told to want what the parent has.
+    had = {each for each in get_args(Precision) if GRAPHS[each] in task.parent.manifest.files}
+    precisions = task.precisions | had - {"float32"}
     return _Plan(task, labels, training, held_out, hold_out, precisions)
 
 

@@ -23,7 +23,7 @@ class OnnxRuntime:
     """An ONNX Runtime session. `run` may be called from several threads.
 
     Args:
-        path: the ONNX file.
+        model: the ONNX file, or what is in one.
         cuda: run on the GPU.
         precision: what the graph computes in, to be told to whoever asks.
         threads: CPU threads inside one operator; 0 for one per usable core.
@@ -35,7 +35,7 @@ class OnnxRuntime:
     engine = "onnxruntime"
 
     def __init__(
-        self, path: Path, *, cuda: bool, threads: int = 0, precision: str = "float32"
+        self, model: Path | bytes, *, cuda: bool, threads: int = 0, precision: str = "float32"
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
@@ -46,9 +46,10 @@ class OnnxRuntime:
                 f"this ONNX Runtime has no {wanted}: install the `gpu` extra on a GPU node"
             )
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+            self._session = onnxruntime.InferenceSession(model, options, providers=[wanted])
         except Exception as error:  # its exceptions share no base but Exception
-            raise RuntimeUnavailableError(f"ONNX Runtime cannot load {path}: {error}") from error
+            name = model if isinstance(model, Path) else "the graph"
+            raise RuntimeUnavailableError(f"ONNX Runtime cannot load {name}: {error}") from error
         self.provider: str = self._session.get_providers()[0]
         if self.provider != wanted:
             raise RuntimeUnavailableError(

@@ -54,10 +54,16 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--precision",
     "precisions",
-    type=click.Choice(["float32", "int8"]),
+    type=click.Choice(["float32", "fp16", "int8"]),
     multiple=True,
-    help="What the bundle shall hold besides float32, which it always holds; repeatable. int8 is "
-    "for CPUs and is served with TIMESFORMER_PRECISION.",
+    help="What the bundle shall hold besides float32, which it always holds; repeatable. fp16 is "
+    "for GPUs; int8 is for CPUs and is served with TIMESFORMER_PRECISION.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, path_type=Path),
+    help="Videos to measure on which products fit into fp16: a folder, labelled or not, or a list; "
+    "by default clips that are rendered.",
 )
 @click.option(
     "--training",
@@ -89,6 +95,7 @@ def export(
     labels_file: Path | None,
     videos: tuple[Path, ...],
     precisions: tuple[Precision, ...],
+    calibration: Path | None,
     training_file: Path | None,
     calibrate_on: Path | None,
     temperature: float | None,
@@ -137,6 +144,7 @@ def export(
             labels=labels,
             videos=(SAMPLE_CLIP, *videos),
             precisions=precisions,
+            calibration=calibration,
             training=training,
             temperature=temperature,
             calibrate_on=videos_to_fit,
@@ -155,10 +163,19 @@ def export(
         parity = {
             file: result.model_dump() for file, result in bundle.manifest.verification.items()
         }
-        click.echo(json.dumps({**summary, "active": active, "verification": parity}))
+        products = {
+            file: [product.model_dump() for product in found]
+            for file, found in bundle.manifest.products.items()
+        }
+        click.echo(
+            json.dumps({**summary, "active": active, "verification": parity, "products": products})
+        )
         return
     for file, result in bundle.manifest.verification.items():
         click.echo(f"{file}: {_agreement(result)}")
+        for product in bundle.manifest.products.get(file, ()):
+            if product.reason:
+                click.echo(f"  {product.name} stays in {product.precision}: {product.reason}")
     click.echo(f"temperature of the scores: {bundle.manifest.temperature:g}")
     where = shlex.quote(str(store))
     click.echo(f"published {name} version {bundle.version} in {bundle.path}")

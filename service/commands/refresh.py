@@ -97,7 +97,7 @@ EXIT_NOT_ACTIVATED = 4
 @click.option(
     "--precision",
     "precisions",
-    type=click.Choice(["float32", "int8"]),
+    type=click.Choice(["float32", "fp16", "int8"]),
     multiple=True,
     help="What the bundle shall hold besides float32 and what the parent holds; repeatable.",
 )

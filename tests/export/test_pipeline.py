@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -22,14 +23,16 @@ from export.bundle import (
     LABELS,
     MANIFEST,
     ONNX_FLOAT32,
+    ONNX_FP16,
     ONNX_INT8,
     WEIGHTS,
     Bundle,
     BundleError,
     BundleStore,
 )
-from export.onnx import ExportError
-from export.pipeline import VerificationError, export_bundle, run_reference, verification_clips
+from export.clips import verification_clips
+from export.onnx import ExportError, export_onnx
+from export.pipeline import VerificationError, export_bundle, run_reference
 from export.precision import round_weight
 from export.runtime.onnxruntime import OnnxRuntime
 from model.checkpoints import Checkpoint, load_checkpoint
@@ -226,6 +229,52 @@ class TestExporting:
         assert rounded.centred_cosine is not None
         assert 0.995 <= rounded.centred_cosine < 0.999999
         assert rounded.max_difference > 10 * exact.max_difference
+
+    def test_fp16_is_verified_and_published_with_what_its_products_reach(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path, tmp_path: Path
+    ) -> None:
+        steps: list[str] = []
+        (tmp_path / "videos").mkdir()
+        write_video(tmp_path / "videos" / "green.mp4", "green")
+        bundle = export_bundle(
+            checkpoint,
+            "tiny",
+            store,
+            videos=[video],
+            precisions=["fp16"],
+            calibration=tmp_path / "videos",
+            report=steps.append,
+        )
+        bundle.verify()
+        assert steps[0] == "preparing the clips to calibrate on"
+        assert steps[3:5] == ["measuring ranges on 5 clips", "rounding to FP16"]
+        assert bundle.manifest.verification.keys() == {ONNX_FLOAT32, ONNX_FP16}
+        parity = bundle.manifest.verification[ONNX_FP16]
+        assert parity.centred_cosine is not None
+        assert parity.centred_cosine >= 0.9995
+        assert parity.max_difference > bundle.manifest.verification[ONNX_FLOAT32].max_difference
+        products = bundle.manifest.products[ONNX_FP16]
+        assert products[0].name == "patch_embed/MatMul"
+        assert products[0].inputs[0] == 255
+        assert all(product.precision == "fp16" and product.output > 0 for product in products)
+
+    def test_fp16_that_overflows_is_not_published(
+        self,
+        checkpoint: Checkpoint,
+        store: BundleStore,
+        video: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        state = dict(checkpoint.state)
+        weight = state["blocks.0.mlp.fc2.weight"].clone()
+        weight[4] = 3e4
+        state["blocks.0.mlp.fc2.weight"] = weight
+        too_large = dataclasses.replace(checkpoint, state=state)
+        monkeypatch.setattr("export.fp16.LARGEST", math.inf)  # as if nothing could
+        monkeypatch.setattr("export.pipeline.export_onnx", export_onnx)
+        with pytest.raises(VerificationError, match=r"model\.fp16\.onnx differs .* by nan"):
+            export_bundle(too_large, "tiny", store, videos=[video], precisions=["fp16"])
+        assert store.versions("tiny") == []
 
     def test_int8_whose_answers_are_off_is_not_published(
         self,

@@ -1,0 +1,55 @@
+"""The clips to calibrate on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.clips import calibration_clips
+from model.training.errors import DataError
+from model.video import UndecodableVideo
+from tests.model.conftest import tiny_config
+
+from .conftest import write_video
+
+
+def test_are_rendered_where_none_are_given() -> None:
+    clips = calibration_clips(tiny_config(), None)
+    assert clips.shape == (12, 4, 32, 32, 3)
+    assert clips.dtype == np.uint8
+    assert all(clip.std() > 10 for clip in clips)
+    np.testing.assert_array_equal(clips, calibration_clips(tiny_config(), None))
+
+
+def test_are_one_of_each_video_of_a_folder_labelled_or_not(tmp_path: Path) -> None:
+    write_video(tmp_path / "red.mp4", "red")
+    (tmp_path / "deeper").mkdir()
+    write_video(tmp_path / "deeper" / "blue.mp4", "blue")
+    (tmp_path / "notes.txt").write_text("no video")
+    clips = calibration_clips(tiny_config(), tmp_path)
+    assert clips.mean(axis=(1, 2, 3)).argmax(axis=1).tolist() == [2, 0]
+
+
+def test_are_those_of_a_list(tmp_path: Path) -> None:
+    write_video(tmp_path / "green.mp4", "green")
+    (tmp_path / "list.csv").write_text("path,label\ngreen.mp4,growing\n")
+    clips = calibration_clips(tiny_config(), tmp_path / "list.csv")
+    assert clips.mean(axis=(1, 2, 3)).argmax(axis=1).tolist() == [1]
+
+
+def test_are_spread_over_a_large_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.clips._CALIBRATION_VIDEOS", 3)
+    for index, colour in enumerate(["red", "blue", "green", "red", "blue"]):
+        write_video(tmp_path / f"{index}.mp4", colour)
+    clips = calibration_clips(tiny_config(), tmp_path)
+    assert clips.mean(axis=(1, 2, 3)).argmax(axis=1).tolist() == [0, 1, 2]
+
+
+def test_a_folder_without_videos_and_a_broken_video_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no video to calibrate on in "):
+        calibration_clips(tiny_config(), tmp_path)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(UndecodableVideo, match=r"cannot calibrate on .*broken\.mp4"):
+        calibration_clips(tiny_config(), tmp_path)
