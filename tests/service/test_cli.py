@@ -144,6 +144,7 @@ class TestExport:
             "path": str(exported.bundle.path),
             "active": True,
             "temperature": 1.0,
+            "products": {},
         }
         assert parity["passed"]
         assert parity["clips"] == 7  # three crops of two videos, and noise
