@@ -7,7 +7,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 # A lock is whole. Resolved again, pip takes an extra (`coverage[toml]`) of a newer release for missing.
 LOCKED = --no-deps --require-hashes --requirement
 
-.PHONY: serve test lint format types unit docs lock bench test-faults demo deploy-tools clean
+.PHONY: serve test lint format types unit docs lock bench test-faults test-images demo deploy-tools clean
 
 serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
 	.venv/bin/timesformer serve --port $(PORT) --log-format text
@@ -40,6 +40,11 @@ VIDEOS ?= ../shared/videos
 test-faults: .venv/.dev ## thousands of damaged videos against a running service; minutes
 	.venv/bin/python -m tests.faults.fuzz $(VIDEOS)
 
+BUILD ?= docker build
+ENGINE ?= docker
+test-images: .venv/.dev ## build the images for CPUs and training, run them hardened; minutes
+	.venv/bin/python -m tests.images.check --build "$(BUILD)" --engine $(ENGINE)
+
 demo: .venv/.dev ## render, train and export the bundled demo model again (hours on two cores)
 	.venv/bin/timesformer data demo build/demo/set
 	.venv/bin/python -m model.demo.pretrain --out build/demo/start.safetensors
@@ -55,10 +60,10 @@ deploy-tools: $(TOOLS)/.done ## what tests/deploy checks manifests, rules and im
 $(TOOLS)/.done: tests/deploy/requirements.lock
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) $<
-	# promtool comes in Debian's package of Prometheus, which need not be installed for it.
+	# Prometheus and its promtool are unpacked from Debian's package, not installed.
 	if command -v apt-get >/dev/null && ! command -v promtool >/dev/null; then \
 		rm -rf $(TOOLS)/deb && mkdir $(TOOLS)/deb && cd $(TOOLS)/deb && apt-get download prometheus \
-		&& dpkg-deb --extract prometheus_*.deb . && mv usr/bin/promtool ../bin/ && rm -rf ../deb; fi
+		&& dpkg-deb --extract prometheus_*.deb . && mv usr/bin/prom* ../bin/ && rm -rf ../deb; fi
 	touch $@
 
 lock: .venv/.dev

@@ -18,17 +18,22 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="session")
 def run() -> Run:
     """Runs a tool in the project's root, or skips the test if it is not there."""
-    path = os.pathsep.join([str(ROOT / "build/tools/bin"), os.environ["PATH"]])
 
-    def run_tool(tool: str, *words: str | Path, stdin: str | None = None) -> object:
-        found = shutil.which(tool, path=path)
-        if found is None:
-            pytest.skip(f"{tool} is not here: `make deploy-tools`, or install it")
+    def run_tool(tool: str, *words: str | Path) -> object:
         return subprocess.run(
-            [found, *words], cwd=ROOT, input=stdin, capture_output=True, text=True, check=False
+            [find(tool), *words], cwd=ROOT, capture_output=True, text=True, check=False
         )
 
     return run_tool
+
+
+def find(tool: str) -> str:
+    """The path of a tool; skips the test if there is none."""
+    path = os.pathsep.join([str(ROOT / "build/tools/bin"), os.environ["PATH"]])
+    found = shutil.which(tool, path=path)
+    if found is None:
+        pytest.skip(f"{tool} is not here: `make deploy-tools`, or install it")
+    return found
 
 
 def passed(done: subprocess.CompletedProcess[str]) -> str:

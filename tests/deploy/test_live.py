@@ -1,0 +1,107 @@
+"""A real Prometheus with our rules beside a real service: it sees the metrics, and is alarmed."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from export.bundle import BundleStore
+from model.demo import SAMPLE_CLIP
+from tests.deploy.conftest import DEPLOY, find
+from tests.deploy.test_observability import DASHBOARDS, expressions
+from tests.e2e.conftest import run_service
+from tests.service.test_models import publish
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def wait_for(found: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.3)
+    return result
+
+
+def configuration(folder: Path, target: str) -> Path:
+    """Our rules, with one target and quicker than in production."""
+    rules = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())
+    for group in rules["groups"]:
+        group["interval"] = "1s"
+    (folder / "rules.yml").write_text(yaml.safe_dump(rules))
+    job = {"job_name": "timesformer", "static_configs": [{"targets": [target]}]}
+    times = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    file = folder / "prometheus.yml"
+    file.write_text(
+        yaml.safe_dump({"global": times, "rule_files": ["rules.yml"], "scrape_configs": [job]})
+    )
+    return file
+
+
+def test_prometheus_reads_a_running_service_and_fires_when_it_is_broken(tmp_path: Path) -> None:
+    prometheus = find("prometheus")
+    store = BundleStore(tmp_path / "store")
+    publish(store)
+    publish(store, graph=b"no graph at all")
+    store.activate("demo", "1")
+    address = f"127.0.0.1:{free_port()}"
+    with run_service("--store", str(store.root), "--watch-interval-s", "0.2") as service:
+        target = service.client.base_url.netloc.decode()
+        with subprocess.Popen(
+            [
+                prometheus,
+                f"--config.file={configuration(tmp_path, target)}",
+                f"--storage.tsdb.path={tmp_path / 'tsdb'}",
+                f"--web.listen-address={address}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            try:
+                with httpx.Client(base_url=f"http://{address}/api/v1", timeout=10) as asked:
+                    _watch(asked, service.client, store)
+            finally:
+                process.terminate()
+                process.wait(20)
+
+
+def _watch(asked: httpx.Client, client: httpx.Client, store: BundleStore) -> None:
+    def query(expression: str) -> list[Any]:
+        try:
+            answer = asked.get("/query", params={"query": expression}).json()
+        except httpx.TransportError:
+            return []  # it is starting
+        assert answer["status"] == "success", (expression, answer)
+        return list(answer["data"]["result"])
+
+    def firing() -> set[str]:
+        return {item["metric"]["alertname"] for item in query('ALERTS{alertstate="firing"}')}
+
+    wait_for(lambda: query("timesformer_ready == 1"), "Prometheus saw no service")
+    for _ in range(3):
+        client.post("/v1/classify", content=SAMPLE_CLIP.read_bytes()).raise_for_status()
+        time.sleep(1.1)
+    wait_for(lambda: query("job:timesformer_requests:rate5m > 0"), "no recording rule")
+    assert not firing()
+    for dashboard in DASHBOARDS:
+        for expression in expressions(dashboard):
+            filled = expression.replace("$job", "timesformer").replace("$instance", ".*")
+            found = query(filled)
+            # Nothing is refused and nothing fires, so that these two have nothing to show.
+            assert found or "ALERTS" in filled or "rejected" in filled, filled
+    store.activate("demo", "2")
+    wait_for(lambda: "TimeSformerSwapRefused" in firing(), "no alert")
+    assert firing() == {"TimeSformerSwapRefused"}
+    store.activate("demo", "1")
+    assert client.get("/health/ready").json()["model"]["version"] == "1"
