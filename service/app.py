@@ -14,9 +14,10 @@ from model.video import Limits
 from service import errors
 from service.auth import Keyring, allow
 from service.decoding import LOSSES, DecoderPool, WorkerLimits
+from service.loading import store_of
 from service.metrics import Metrics
 from service.middleware import RequestContext
-from service.models import ModelHost, store_of
+from service.models import ModelHost
 from service.routes import admin, classify, embed, health, inference_protocol, page
 from service.routes import models as model_list
 from service.settings import Settings

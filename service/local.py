@@ -16,7 +16,7 @@ from rich.text import Text
 
 from model.video import Limits, VideoError, load_clips
 from service.classification import classification
-from service.models import LoadedModel, find_bundle, load_model
+from service.loading import LoadedModel, find_bundle, load_model
 from service.progress import print_table
 from service.schemas import Classification, ClassifyParameters
 from service.settings import Settings

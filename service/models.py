@@ -11,162 +11,19 @@ the background; then the plan takes over in the same way.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
-import numpy as np
-
-from export.bundle import Bundle, BundleError, BundleStore
-from export.runtime import Runtime, RuntimeUnavailableError, load_runtime
-from export.runtime.plans import PlanError
-from model.demo import STORE as DEMO_STORE
-from service.batcher import Batcher
+from export.bundle import Bundle, BundleError
+from export.runtime import RuntimeUnavailableError
 from service.engines import BUILDING, OFF, SERVING, Engines, TensorRtState, find_tensorrt
 from service.errors import BundleRefusedError
+from service.loading import LoadedModel, find_bundle, largest_batch, load_model, store_of
 from service.metrics import Metrics
+from service.served import ServedModel
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-# On two CPU cores the service kept 0.96 of the engine's best rate on `tiny` with batches of 1,
-# 0.92 with 2, 0.85 with 4 (docs/measurements.md).
-_MAX_BATCH = {"cpu": 2, "cuda": 16}
-
-
-class LoadedModel(NamedTuple):
-    """A bundle and the engine that runs it."""
-
-    bundle: Bundle
-    runtime: Runtime
-    tensorrt: TensorRtState = OFF
-    """`building`: a plan is to be built."""
-
-
-def find_bundle(settings: Settings) -> Bundle:
-    """The bundle that the settings name.
-
-    Raises:
-        BundleError: it is not there or cannot be read; the message says what to do.
-    """
-    store = store_of(settings)
-    return store.open(settings.model or _only_name(store))
-
-
-def store_of(settings: Settings) -> BundleStore:
-    """The store that is served from."""
-    return BundleStore(settings.store or DEMO_STORE)
-
-
-def load_model(bundle: Bundle, settings: Settings, engines: Engines | None = None) -> LoadedModel:
-    """Checks, loads and warms a bundle up; takes seconds, so not for the event loop.
-
-    Args:
-        engines: plans to look among; without it ONNX Runtime runs the bundle.
-
-    Raises:
-        BundleError: the bundle cannot be used.
-        RuntimeUnavailableError: the device cannot run it.
-    """
-    started = time.perf_counter()
-    bundle.verify()
-    runtime, tensorrt = _load_plan(bundle, engines) if engines else (None, OFF)
-    if runtime is None:
-        runtime = load_runtime(bundle, settings.device, settings.engine_threads, settings.precision)
-    try:
-        _warm_up(bundle, runtime, max_batch(settings, runtime))
-    except Exception as error:  # engines' exceptions share no base but Exception
-        runtime.close()
-        raise RuntimeUnavailableError(
-            f"{bundle.name} version {bundle.version} failed its warm-up: {error}"
-        ) from error
-    logger.info(
-        "model loaded",
-        extra={
-            "model": bundle.name,
-            "version": bundle.version,
-            "engine": runtime.engine,
-            "provider": runtime.provider,
-            "device": runtime.device,
-            "precision": runtime.precision,
-            "seconds": round(time.perf_counter() - started, 2),
-        },
-    )
-    return LoadedModel(bundle, runtime, tensorrt)
-
-
-def _load_plan(bundle: Bundle, engines: Engines) -> tuple[Runtime | None, TensorRtState]:
-    """The bundle's plan, loaded and proven; or None, and what to tell of it."""
-    try:
-        plan = engines.find(bundle)
-        if plan is None:
-            return None, BUILDING
-        return engines.load(plan, bundle), SERVING
-    except (PlanError, RuntimeUnavailableError) as error:
-        return None, TensorRtState("failed", str(error))
-
-
-def max_batch(settings: Settings, runtime: Runtime) -> int:
-    """Most clips in a batch, on the device that was found."""
-    return settings.max_batch_clips or _MAX_BATCH[runtime.device]
-
-
-def _warm_up(bundle: Bundle, runtime: Runtime, largest: int) -> None:
-    """Runs the smallest and the largest batch: the engine's memory grows now, not under load."""
-    config = bundle.config
-    shape = (config.num_frames, config.image_size, config.image_size, 3)
-    for clips in {1, largest}:
-        outputs = runtime.run(np.zeros((clips, *shape), np.uint8))
-        if not np.isfinite(outputs.logits).all():
-            raise FloatingPointError("its logits are not finite")
-
-
-def _only_name(store: BundleStore) -> str:
-    names = store.names()
-    if len(names) != 1:
-        found = f"holds {', '.join(names)}: set TIMESFORMER_MODEL to one" if names else "is empty"
-        raise BundleError(f"the bundle store {store.root} {found}")
-    return names[0]
-
-
-class ServedModel:
-    """A loaded model with the queue before it, and how many requests use it."""
-
-    def __init__(self, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
-        self.bundle, self.runtime, _ = loaded
-        self.batcher = Batcher(
-            loaded.runtime.run,
-            max_batch=max_batch(settings, self.runtime),
-            max_queue=settings.max_queue_clips,
-            settle_s=settings.batch_settle_ms / 1e3,
-            on_batch=metrics.batch_clips.observe,
-            on_seconds=metrics.batch_seconds.observe,
-            on_queue=metrics.queue_clips.set,
-        )
-        self.batcher.start()
-        self._users = 0
-        self._unused = asyncio.Event()
-        self._unused.set()
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[ServedModel]:
-        """Keeps the model open for as long as the block runs."""
-        self._users += 1
-        self._unused.clear()
-        try:
-            yield self
-        finally:
-            self._users -= 1
-            if self._users == 0:
-                self._unused.set()
-
-    async def close(self) -> None:
-        """Frees the engine, once nobody uses it any more."""
-        await self._unused.wait()
-        await self.batcher.close()
-        await asyncio.to_thread(self.runtime.close)
 
 
 class ModelHost:
@@ -204,7 +61,7 @@ class ModelHost:
         bundle = await asyncio.to_thread(find_bundle, self._settings)
         here, self._tensorrt = await asyncio.to_thread(find_tensorrt, self._settings)
         if here is not None:
-            largest = self._settings.max_batch_clips or _MAX_BATCH["cuda"]
+            largest = largest_batch(self._settings, "cuda")
             self._engines = Engines(here, largest, self._settings.precision)
         self._take_over(await self._load(bundle))
         if self._settings.watch_interval_s:

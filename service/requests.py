@@ -18,8 +18,8 @@ from service.batcher import Answer
 from service.decoding import Job
 from service.errors import PROBLEM_TYPE, ClientDisconnectedError, RequestTimeoutError
 from service.metrics import Metrics
-from service.models import ServedModel
 from service.schemas import Problem, Timings, ViewParameters, inlined_schema
+from service.served import ServedModel
 from service.state import State
 from service.uploads import FILE_FIELD, Upload, receive
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 
 from export.bundle import BundleError
 from service.errors import BundleRefusedError
-from service.models import store_of
+from service.loading import store_of
 from service.requests import PROBLEM_RESPONSES, problem_response
 from service.schemas import ModelName, VersionsResponse
 from service.state import Running, State

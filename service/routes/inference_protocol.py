@@ -17,7 +17,6 @@ from fastapi import APIRouter, Request, Response
 
 from service.batcher import Answer
 from service.errors import ModelNotFoundError, RequestTimeoutError
-from service.models import ServedModel
 from service.requests import answer_in_time, observe
 from service.schemas import (
     InferRequest,
@@ -31,6 +30,7 @@ from service.schemas import (
     TensorMetadata,
     inlined_schema,
 )
+from service.served import ServedModel
 from service.state import Running, State
 from service.tensors import HEADER_LENGTH, Body, Inference, body_limit, decode, encode
 from service.uploads import Limit, receive_tensors

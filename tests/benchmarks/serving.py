@@ -27,7 +27,7 @@ from model.demo import SAMPLE_CLIP, STORE
 from model.video import load_clips
 from service.app import create_app
 from service.decoding import DecoderPool, Job
-from service.models import find_bundle
+from service.loading import find_bundle
 from service.settings import Settings, load_settings
 
 

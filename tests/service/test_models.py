@@ -15,8 +15,8 @@ import pytest
 
 from export.bundle import ACTIVE, ONNX_FLOAT32, Bundle, BundleStore
 from model.demo import STORE
+from service.loading import max_batch
 from service.metrics import Metrics
-from service.models import max_batch
 from service.settings import load_settings
 
 DEMO = BundleStore(STORE).open("demo")

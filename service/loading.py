@@ -1,0 +1,122 @@
+"""From a bundle in the store to an engine that is checked, loaded and warm."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from export.bundle import Bundle, BundleError, BundleStore
+from export.runtime import Runtime, RuntimeUnavailableError, load_runtime
+from export.runtime.plans import PlanError
+from model.demo import STORE as DEMO_STORE
+from service.engines import BUILDING, OFF, SERVING, Engines, TensorRtState
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# On two CPU cores the service kept 0.96 of the engine's best rate on `tiny` with batches of 1,
+# 0.92 with 2, 0.85 with 4 (docs/measurements.md).
+_MAX_BATCH = {"cpu": 2, "cuda": 16}
+
+
+class LoadedModel(NamedTuple):
+    """A bundle and the engine that runs it."""
+
+    bundle: Bundle
+    runtime: Runtime
+    tensorrt: TensorRtState = OFF
+    """`building`: a plan is to be built."""
+
+
+def find_bundle(settings: Settings) -> Bundle:
+    """The bundle that the settings name.
+
+    Raises:
+        BundleError: it is not there or cannot be read; the message says what to do.
+    """
+    store = store_of(settings)
+    return store.open(settings.model or _only_name(store))
+
+
+def store_of(settings: Settings) -> BundleStore:
+    """The store that is served from."""
+    return BundleStore(settings.store or DEMO_STORE)
+
+
+def load_model(bundle: Bundle, settings: Settings, engines: Engines | None = None) -> LoadedModel:
+    """Checks, loads and warms a bundle up; takes seconds, so not for the event loop.
+
+    Args:
+        engines: plans to look among; without it ONNX Runtime runs the bundle.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        RuntimeUnavailableError: the device cannot run it.
+    """
+    started = time.perf_counter()
+    bundle.verify()
+    runtime, tensorrt = _load_plan(bundle, engines) if engines else (None, OFF)
+    if runtime is None:
+        runtime = load_runtime(bundle, settings.device, settings.engine_threads, settings.precision)
+    try:
+        _warm_up(bundle, runtime, max_batch(settings, runtime))
+    except Exception as error:  # engines' exceptions share no base but Exception
+        runtime.close()
+        raise RuntimeUnavailableError(
+            f"{bundle.name} version {bundle.version} failed its warm-up: {error}"
+        ) from error
+    logger.info(
+        "model loaded",
+        extra={
+            "model": bundle.name,
+            "version": bundle.version,
+            "engine": runtime.engine,
+            "provider": runtime.provider,
+            "device": runtime.device,
+            "precision": runtime.precision,
+            "seconds": round(time.perf_counter() - started, 2),
+        },
+    )
+    return LoadedModel(bundle, runtime, tensorrt)
+
+
+def _load_plan(bundle: Bundle, engines: Engines) -> tuple[Runtime | None, TensorRtState]:
+    """The bundle's plan, loaded and proven; or None, and what to tell of it."""
+    try:
+        plan = engines.find(bundle)
+        if plan is None:
+            return None, BUILDING
+        return engines.load(plan, bundle), SERVING
+    except (PlanError, RuntimeUnavailableError) as error:
+        return None, TensorRtState("failed", str(error))
+
+
+def max_batch(settings: Settings, runtime: Runtime) -> int:
+    """Most clips in a batch, on the device that was found."""
+    return largest_batch(settings, runtime.device)
+
+
+def largest_batch(settings: Settings, device: str) -> int:
+    """Most clips in a batch on `cpu` or `cuda`."""
+    return settings.max_batch_clips or _MAX_BATCH[device]
+
+
+def _warm_up(bundle: Bundle, runtime: Runtime, largest: int) -> None:
+    """Runs the smallest and the largest batch: the engine's memory grows now, not under load."""
+    config = bundle.config
+    shape = (config.num_frames, config.image_size, config.image_size, 3)
+    for clips in {1, largest}:
+        outputs = runtime.run(np.zeros((clips, *shape), np.uint8))
+        if not np.isfinite(outputs.logits).all():
+            raise FloatingPointError("its logits are not finite")
+
+
+def _only_name(store: BundleStore) -> str:
+    names = store.names()
+    if len(names) != 1:
+        found = f"holds {', '.join(names)}: set TIMESFORMER_MODEL to one" if names else "is empty"
+        raise BundleError(f"the bundle store {store.root} {found}")
+    return names[0]
