@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 
@@ -21,10 +20,8 @@ from service.models import ModelHost
 from service.routes import admin, classify, embed, health, inference_protocol, page
 from service.routes import models as model_list
 from service.settings import Settings
+from service.spool import Spool
 from service.state import State
-from service.uploads import remove_leftovers
-
-logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -60,14 +57,14 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
     """
     settings: Settings = app.state.settings
     metrics: Metrics = app.state.metrics
-    if leftovers := remove_leftovers(settings.spool_dir):
-        logger.warning("removed uploads of an earlier run", extra={"files": leftovers})
+    spool = Spool(settings.spool_dir, settings.max_spool_bytes)
     decoders = _decoders(settings, metrics)
     try:
         models = ModelHost(settings, metrics)
         await asyncio.gather(models.start(), decoders.start())
         _watch(metrics, settings, models, decoders)
-        app.state.service = State(settings, metrics, models, decoders)
+        metrics.spool_bytes.set_function(lambda: spool.used_bytes)
+        app.state.service = State(settings, metrics, models, decoders, spool)
         metrics.ready.set(1)
         try:
             yield
@@ -77,6 +74,7 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
             await models.close()
     finally:
         decoders.close()
+        spool.close()
 
 
 def _watch(metrics: Metrics, settings: Settings, models: ModelHost, decoders: DecoderPool) -> None:

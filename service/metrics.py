@@ -156,6 +156,11 @@ class Metrics:
             ["volume"],
             registry=self.registry,
         )
+        self.spool_bytes = Gauge(
+            "timesformer_spool_bytes",
+            "Bytes of the uploads that are being received or decoded.",
+            registry=self.registry,
+        )
         self.ready = Gauge(
             "timesformer_ready", "1 while the service accepts work.", registry=self.registry
         )

@@ -97,7 +97,7 @@ async def answer_video(request: Request, state: State, query: P) -> VideoAnswer[
     started = time.perf_counter()
     settings = state.settings
     async with receive(
-        request, settings.spool_dir, settings.max_upload_bytes, settings.upload_timeout_s
+        request, state.spool, settings.max_upload_bytes, settings.upload_timeout_s
     ) as upload:
         parameters = merge_parameters(query, upload.fields, settings.max_clips_per_request)
         # One model from sampling to labels, also when another takes over meanwhile.

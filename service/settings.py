@@ -156,6 +156,12 @@ class Settings(BaseSettings):
         default_factory=lambda: Path(tempfile.gettempdir()),
         description="Where uploads lie while they are decoded. A fast local disk or a tmpfs.",
     )
+    max_spool_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="Most bytes of uploads in the spool at once; past that the answer is 503 with "
+        "Retry-After. By default what the disk holds.",
+    )
     api_keys_file: Path | None = Field(
         None,
         description="File of API keys, as `timesformer keys` writes it. With it, requests need a "
@@ -169,11 +175,16 @@ class Settings(BaseSettings):
     )
 
     @model_validator(mode="after")
-    def _queue_holds_a_request(self) -> Settings:
+    def _largest_request_fits(self) -> Settings:
         if self.max_queue_clips < self.max_clips_per_request:
             raise ValueError(
                 f"max_queue_clips ({self.max_queue_clips}) is below max_clips_per_request "
                 f"({self.max_clips_per_request}): the largest request could never be queued"
+            )
+        if self.max_spool_bytes is not None and self.max_spool_bytes < self.max_upload_bytes:
+            raise ValueError(
+                f"max_spool_bytes ({self.max_spool_bytes}) is below max_upload_bytes "
+                f"({self.max_upload_bytes}): the largest upload would never fit"
             )
         return self
 

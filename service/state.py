@@ -12,6 +12,7 @@ from service.errors import NotReadyError
 from service.metrics import Metrics
 from service.models import ModelHost
 from service.settings import Settings
+from service.spool import Spool
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class State:
     metrics: Metrics
     models: ModelHost
     decoders: DecoderPool
+    spool: Spool
 
 
 def _running(request: Request) -> State:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastapi import Request
 from python_multipart.exceptions import MultipartParseError
@@ -24,18 +21,16 @@ from starlette.requests import ClientDisconnect
 from service.errors import (
     BadRequestError,
     ClientDisconnectedError,
-    SpoolFullError,
     UploadTimeoutError,
     UploadTooLargeError,
 )
 from service.settings import MIB
+from service.spool import Spool, SpoolFile
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-logger = logging.getLogger(__name__)
 FILE_FIELD = "file"
-SPOOL_PREFIX = "timesformer-upload-"
 _BLOCK = MIB
 _MAX_FIELD_BYTES = 1024
 _MAX_FIELDS = 32
@@ -59,63 +54,32 @@ class Upload(NamedTuple):
     seconds: float
 
 
-class _Spool:
-    """Collects blocks in memory and writes them to the file in a thread."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._blocks: list[bytes] = []
-        self._pending = 0
-        self.size = 0
-
-    def add(self, data: bytes) -> None:
-        self._blocks.append(data)
-        self._pending += len(data)
-        self.size += len(data)
-
-    async def flush(self, at_least: int = 0) -> None:
-        if self._pending > at_least:
-            blocks, self._blocks, self._pending = self._blocks, [], 0
-            await asyncio.to_thread(self._write, blocks)
-
-    def _write(self, blocks: list[bytes]) -> None:
-        self._file.writelines(blocks)
-        self._file.flush()  # so that a full disk shows here, where it is handled
-
-
 @contextlib.asynccontextmanager
 async def receive(
-    request: Request, folder: Path, max_bytes: int, timeout_s: float
+    request: Request, spool: Spool, max_bytes: int, timeout_s: float
 ) -> AsyncIterator[Upload]:
-    """Receives the request's video into `folder`; the file is gone at the end of the block.
+    """Receives the request's video into the spool; the file is gone at the end of the block.
 
     Raises:
         UploadTooLargeError: the body is larger than `max_bytes`.
         UploadTimeoutError: it was not there within `timeout_s`.
         BadRequestError: it is no multipart body with a `file`, though it says so.
         ClientDisconnectedError: the client went away.
-        SpoolFullError: the disk is full.
+        SpoolFullError: the disk is full, or the spool's quota used up.
     """
     started = time.perf_counter()
-    _check_announced_size(request, Limit(max_bytes))
-    # A name of ours: nothing that the client sends becomes part of a path.
-    descriptor, name = tempfile.mkstemp(prefix=SPOOL_PREFIX, dir=folder)
-    path = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    size, fields = await _spool(request, file, max_bytes)
-            except TimeoutError:
-                raise _too_slow(timeout_s) from None
-            except ClientDisconnect:
-                raise ClientDisconnectedError("The client went away.") from None
-            except OSError as error:
-                logger.error("an upload cannot be spooled", extra={"reason": str(error)})
-                raise SpoolFullError("There is no room for the upload at present.") from error
-        yield Upload(path, size, fields, time.perf_counter() - started)
-    finally:
-        path.unlink(missing_ok=True)  # noqa: ASYNC240 - microseconds, and must not be cancelled
+    announced = _announced_size(request, Limit(max_bytes))
+    with spool.file() as file:
+        file.reserve(announced)
+        try:
+            async with asyncio.timeout(timeout_s):
+                fields = await _receive(request, file, max_bytes)
+        except TimeoutError:
+            raise _too_slow(timeout_s) from None
+        except ClientDisconnect:
+            raise ClientDisconnectedError("The client went away.") from None
+        file.close()
+        yield Upload(file.path, file.size, fields, time.perf_counter() - started)
 
 
 async def receive_tensors(request: Request, limit: Limit, timeout_s: float) -> bytearray:
@@ -124,7 +88,7 @@ async def receive_tensors(request: Request, limit: Limit, timeout_s: float) -> b
     Raises:
         UploadTooLargeError, UploadTimeoutError, ClientDisconnectedError: as `receive`.
     """
-    _check_announced_size(request, limit)
+    _announced_size(request, limit)
     body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):
@@ -139,27 +103,13 @@ async def receive_tensors(request: Request, limit: Limit, timeout_s: float) -> b
     return body
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Deletes spool files of servers that were killed; returns how many.
-
-    A file that some process still holds open or a live server is about to read is younger than
-    any request may take, so only files of over an hour go.
-    """
-    old = time.time() - 3600
-    leftovers = [path for path in folder.glob(f"{SPOOL_PREFIX}*") if path.stat().st_mtime < old]
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
-
-
-async def _spool(request: Request, file: BinaryIO, max_bytes: int) -> tuple[int, dict[str, str]]:
-    spool = _Spool(file)
+async def _receive(request: Request, file: SpoolFile, max_bytes: int) -> dict[str, str]:
     content_type, options = parse_options_header(request.headers.get("content-type"))
     fields: dict[str, str] = {}
-    write: Callable[[bytes], object] = spool.add
+    write: Callable[[bytes], object] = file.add
     form = None
     if content_type == b"multipart/form-data":
-        form = _Form(options.get(b"boundary", b""), spool.add)
+        form = _Form(options.get(b"boundary", b""), file.add)
         write, fields = form.write, form.fields
     received = 0
     async for chunk in request.stream():
@@ -167,17 +117,25 @@ async def _spool(request: Request, file: BinaryIO, max_bytes: int) -> tuple[int,
         if received > max_bytes:
             raise _too_large(Limit(max_bytes))
         write(chunk)
-        await spool.flush(at_least=_BLOCK)
-    await spool.flush()
+        if file.pending > _BLOCK:
+            await asyncio.to_thread(file.write)
+    await asyncio.to_thread(file.write)
     if form is not None:
         form.finish()
-    return spool.size, fields
+    return fields
 
 
-def _check_announced_size(request: Request, limit: Limit) -> None:
+def _announced_size(request: Request, limit: Limit) -> int:
+    """What the client says its body's size is; 0 if it does not say.
+
+    Raises:
+        UploadTooLargeError: it is over the limit.
+    """
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit.bytes:
+    size = int(announced) if announced.isdecimal() else 0
+    if size > limit.bytes:
         raise _too_large(limit)
+    return size
 
 
 def _too_slow(timeout_s: float) -> UploadTimeoutError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -79,13 +80,28 @@ def test_on_sigterm_it_finishes_what_runs_and_exits_with_0(start_service: Any) -
         assert left_after_a_moment(workers) == set()
 
 
-def test_after_kill_9_no_decoder_stays_behind(start_service: Any, tmp_path: Path) -> None:
+def test_after_kill_9_no_decoder_stays_behind_and_the_next_start_clears_the_spool(
+    start_service: Any, tmp_path: Path
+) -> None:
     with start_service("--spool-dir", str(tmp_path)) as service:
         workers = children_of(service.process.pid)
         assert len(workers) >= 2
-        os.kill(service.process.pid, signal.SIGKILL)
-        service.process.wait(10)
+        url = service.client.base_url
+        with socket.create_connection((url.host, url.port)) as sender:
+            sender.sendall(
+                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nabc"
+            )
+            while not any(path.is_file() for path in tmp_path.rglob("*")):
+                time.sleep(0.01)
+            os.kill(service.process.pid, signal.SIGKILL)
+            service.process.wait(10)
         assert left_after_a_moment(workers) == set()
+    (left,) = tmp_path.iterdir()
+    with start_service("--spool-dir", str(tmp_path)):
+        (folder,) = tmp_path.iterdir()
+        assert folder.name != left.name
+        assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_requests_survive_the_death_of_a_decoder(service: Any) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import os
 import re
-from pathlib import Path
 
 import httpx
 import pytest
 
 from export.bundle import BundleStore
 from model.demo import STORE
-from service import uploads
 from service.app import create_app
 from service.settings import load_settings
 
@@ -154,15 +151,3 @@ def test_the_page_runs_its_own_script_and_nothing_from_elsewhere(client: httpx.C
     assert f"script-src 'sha256-{digest}'" in policy
     assert "default-src 'none'" in policy
     assert not re.search(r"(src|href)=\"?(https?:)?//", answer.text)
-
-
-def test_old_spool_files_of_a_killed_server_go_and_young_ones_stay(tmp_path: Path) -> None:
-    old = tmp_path / f"{uploads.SPOOL_PREFIX}old"
-    young = tmp_path / f"{uploads.SPOOL_PREFIX}young"
-    foreign = tmp_path / "foreign"
-    for path in (old, young, foreign):
-        path.write_bytes(b"x")
-    for path in (old, foreign):
-        os.utime(path, (0, 0))
-    assert uploads.remove_leftovers(tmp_path) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", young.name]

@@ -41,7 +41,8 @@ def another_value(field: FieldInfo) -> Any:
     if bool in types:
         return not default
     if int in types:
-        return (default or 1) + 1
+        largest = [bound.le for bound in field.metadata if hasattr(bound, "le")]
+        return default + 1 if default is not None else min([1 << 30, *largest])
     if float in types:
         return default + 0.5
     return Path("/somewhere/else") if Path in types else "something"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import socket
 import threading
@@ -19,6 +18,7 @@ from export.runtime import load_runtime
 from model.demo import STORE
 from model.video import load_clips
 from service.classification import softmax
+from service.errors import SpoolFullError
 from tests.export.conftest import colour_config, publish_colours, write_video
 from tests.service.conftest import Serve
 
@@ -37,7 +37,7 @@ def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
 
 
 def spool_files(folder: Path) -> list[Path]:
-    return list(folder.iterdir())
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def test_form_and_raw_body_get_the_same_answer(client: httpx.Client, video: Path) -> None:
@@ -57,7 +57,7 @@ def test_the_scores_are_the_mean_softmax_of_the_network_on_the_views(
     bundle = BundleStore(STORE).open("demo")
     clips = load_clips(video, bundle.config.preprocessing, views=2, crops=3)
     logits = load_runtime(bundle, "cpu").run(clips.frames).logits
-    scores = softmax(logits).mean(axis=0)
+    scores = softmax(logits / np.float32(bundle.manifest.temperature)).mean(axis=0)
     assert len(answer["predictions"]) == len(bundle.manifest.labels)
     for prediction in answer["predictions"]:
         assert prediction["label"] == bundle.manifest.labels[prediction["class_index"]]
@@ -257,11 +257,11 @@ def test_a_full_disk_is_a_503_and_leaves_nothing(
     serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise SpoolFullError("There is no room for the upload at present.")
 
     with serve(spool_dir=tmp_path) as client:
         with monkeypatch.context() as patch:
-            patch.setattr("service.uploads._Spool._write", full)
+            patch.setattr("service.spool.SpoolFile.write", full)
             answer = client.post(URL, content=video.read_bytes())
         problem(answer, 503, "spool_full")
         assert int(answer.headers["retry-after"]) >= 1
