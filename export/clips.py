@@ -49,17 +49,27 @@ def calibration_clips(config: ModelConfig, source: Path | None) -> NDArray[np.ui
     if source is None:
         return _rendered(config)
     if source.is_dir():
-        files = (path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-        videos = sorted(path for path in files if path.is_file())
+        videos = videos_in(source)
     else:
         videos = [Path(sample.path) for sample in read_videos(source).samples]
-    if not videos:
-        raise DataError(f"there is no video to calibrate on in {source}")
     count = min(len(videos), _CALIBRATION_VIDEOS)
     chosen = np.linspace(0, len(videos) - 1, count).round().astype(int)
     return np.concatenate(
         [_load(videos[index], config.preprocessing, 1, "calibrate") for index in chosen]
     )
+
+
+def videos_in(folder: Path) -> list[Path]:
+    """The videos in a folder and the folders in it, by name.
+
+    Raises:
+        DataError: there is none.
+    """
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    videos = sorted(path for path in files if path.is_file())
+    if not videos:
+        raise DataError(f"there is no video in {folder}")
+    return videos
 
 
 def _rendered(config: ModelConfig) -> NDArray[np.uint8]:

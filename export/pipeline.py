@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
@@ -37,10 +36,11 @@ from export.fp16 import export_fp16
 from export.onnx import INPUT_NAME, OUTPUT_NAMES, ExportError, export_onnx
 from export.precision import quantize
 from export.products import record_magnitudes
+from export.reference import run_reference
 from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import FLOAT32, FP16, INT8, compare, run_in_batches
+from export.verify import LIMITS, compare, run_in_batches
 from model.checkpoints import Checkpoint, save_safetensors
 from model.config import ModelConfig, Preprocessing
 from model.cost import cost
@@ -53,7 +53,7 @@ from model.training.sources import VideoList
 
 Precision = Literal["float32", "fp16", "int8"]
 
-_LIMITS = {ONNX_FLOAT32: FLOAT32, ONNX_FP16: FP16, ONNX_INT8: INT8}
+_LIMITS = {file: LIMITS[precision] for precision, file in GRAPHS.items()}
 _PREPROCESSING_FIELDS = tuple(Preprocessing.__dataclass_fields__)
 _SOFTWARE = (
     "torch",
@@ -229,14 +229,6 @@ def _verdict(parity: Parity) -> str:
         f"where {parity.cosine_limit} is needed, "
         f"and its label on {parity.top1_agreement:.0%} of the clips"
     )
-
-
-def run_reference(model: TimeSformer, clips: NDArray[np.uint8]) -> Outputs:
-    """The network's own answers in PyTorch float32, one clip at a time to bound memory."""
-    with torch.inference_mode():
-        answers = [model(torch.from_numpy(clip[None])) for clip in clips]
-    logits, embedding = (torch.cat(parts).numpy() for parts in zip(*answers, strict=True))
-    return Outputs(logits, embedding)
 
 
 def _network_cost(config: ModelConfig) -> Cost:

@@ -39,6 +39,11 @@ FLOAT32 = Limits(difference=1e-4, cosine=None)
 FP16 = Limits(difference=None, cosine=0.9995)
 # A cosine of 0.995 is an error of a tenth of the logits' spread.
 INT8 = Limits(difference=None, cosine=0.995)
+LIMITS = {"float32": FLOAT32, "fp16": FP16, "int8": INT8}
+"""By precision: of graphs, and of the plans that are built from them."""
+
+LARGEST_BATCH = 8
+"""Clips that go through an engine together; more would only take more memory."""
 
 
 def compare(reference: Outputs, actual: Outputs, limits: Limits = FLOAT32) -> Parity:
@@ -137,13 +142,12 @@ def _top_agreement(wanted: Float64, given: Float64) -> float:
 
 
 def run_in_batches(runtime: Runtime, clips: NDArray[np.uint8]) -> Outputs:
-    """Runs clips as a batch of one and a batch of the rest: a graph whose batch is not free fails.
+    """Runs clips as a batch of one and larger batches: a graph whose batch is not free fails.
 
     Args:
         clips: uint8 (clips, time, height, width, 3), two at least.
     """
-    first, rest = runtime.run(clips[:1]), runtime.run(clips[1:])
-    return Outputs(
-        np.concatenate([first.logits, rest.logits]),
-        np.concatenate([first.embedding, rest.embedding]),
-    )
+    starts = range(1, len(clips), LARGEST_BATCH)
+    batches = [clips[:1], *(clips[start : start + LARGEST_BATCH] for start in starts)]
+    logits, embedding = zip(*(runtime.run(batch) for batch in batches), strict=True)
+    return Outputs(np.concatenate(logits), np.concatenate(embedding))

@@ -3,8 +3,8 @@ quick and serving never loads torch.
 
 Exit codes: 0 done; 1 it could not be done, and the message says why; 2 the command line or a
 setting is wrong; 3 `classify` failed on some of the files, `bundles` or `bundles verify` on some of
-the bundles, `data check` found videos that cannot be used; 4 `refresh` published a version that its
-rule keeps from serving; 130 interrupted with Ctrl-C.
+the bundles, `verify` on some of the artefacts, `data check` found videos that cannot be used; 4
+`refresh` published a version that its rule keeps from serving; 130 interrupted with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from service.commands.options import (
 )
 from service.commands.refresh import refresh
 from service.commands.train import train
+from service.commands.verify import verify
 
 EXIT_INTERRUPTED = 130
 
@@ -101,7 +102,7 @@ def cli() -> None:
     """TimeSformer: export it, serve it, classify videos with it."""
 
 
-for _command in (bundles, data, engines, evaluate, export, keys, refresh, train):
+for _command in (bundles, data, engines, evaluate, export, keys, refresh, train, verify):
     cli.add_command(_command)
 
 

@@ -17,12 +17,10 @@ from export.runtime import Runtime, RuntimeUnavailableError
 from export.runtime.plans import Plan, PlanError, batches_up_to, find_plan
 from export.runtime.tensorrt import TensorRt, Wanted
 from export.tensorrt import BuildJob, Progress, build_plan
-from export.verify import FLOAT32, Limits, compare, run_in_batches
+from export.verify import LIMITS, compare, run_in_batches
 from model.demo import SAMPLE_CLIP
 from model.video import load_clips
 from service.settings import Settings
-
-_LIMITS = {"float32": FLOAT32, "fp16": Limits(difference=None, cosine=0.9995)}
 
 
 class TensorRtState(NamedTuple):
@@ -140,7 +138,7 @@ def prove(runtime: Runtime, bundle: Bundle) -> None:
         parity = compare(
             run_in_batches(reference, clips),
             run_in_batches(runtime, clips),
-            _LIMITS[runtime.precision],
+            LIMITS[runtime.precision],
         )
     finally:
         reference.close()

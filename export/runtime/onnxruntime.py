@@ -7,6 +7,7 @@ GPU was asked for, and a warning in the log when the choice was left to us.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -17,6 +18,20 @@ from export.runtime.interface import Outputs, RuntimeUnavailableError
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
+# What the network's time goes into. The CPU may compute shapes for a GPU, but none of these.
+_WORK = frozenset(
+    {
+        *("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "LayerNormalization", "Softmax"),
+        *(
+            "SkipLayerNormalization",
+            "Gelu",
+            "BiasGelu",
+            "FastGelu",
+            "Attention",
+            "MultiHeadAttention",
+        ),
+    }
+)
 
 
 class OnnxRuntime:
@@ -40,6 +55,7 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         wanted = _CUDA if cuda else _CPU
         if wanted not in onnxruntime.get_available_providers():
             raise RuntimeUnavailableError(
@@ -56,8 +72,26 @@ class OnnxRuntime:
                 f"ONNX Runtime was asked for {wanted} and fell back to {self.provider}; "
                 "its log says what is missing"
             )
+        if cuda and (strayed := self._work_on(_CPU)):
+            raise RuntimeUnavailableError(
+                f"ONNX Runtime would compute {', '.join(sorted(strayed))} on the CPU though the "
+                "GPU was asked for"
+            )
         self.device = "cuda" if cuda else "cpu"
         self.precision = precision
+
+    def _work_on(self, provider: str) -> set[str]:
+        """Operators of `_WORK` that go to a provider; none are known before ONNX Runtime 1.24."""
+        assignments: list[Any] = getattr(
+            self._session, "get_provider_graph_assignment_info", list
+        )()
+        return {
+            node.op_type
+            for assignment in assignments
+            if assignment.ep_name == provider
+            for node in assignment.get_nodes()
+            if node.op_type in _WORK
+        }
 
     def run(self, frames: NDArray[np.uint8]) -> Outputs:
         logits, embedding = self._session.run(["logits", "embedding"], {"frames": frames})

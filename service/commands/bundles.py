@@ -119,7 +119,8 @@ def _say_active(name: str, version: str, as_json: bool) -> None:
 def verify(store: BundleStore, as_json: bool, name: str | None, version: str | None) -> None:
     """Check files against their hashes: one VERSION, all of NAME, or the whole store.
 
-    With --json, one object a bundle. Exit code 3 if any is not as it was published.
+    Nothing is run: `timesformer verify` does that. With --json, one object a bundle. Exit code 3 if
+    any is not as it was published.
     """
     from export.bundle import BundleError
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.options import PATH, json_option, print_rows, store_option
+from service.commands.options import PATH, find_bundles, json_option, print_rows, store_option
 
 if TYPE_CHECKING:
-    from export.bundle import Bundle
     from export.runtime.plans import Plan
 
 _COUNT = click.IntRange(min=1)
@@ -114,7 +113,7 @@ def build(
     from export.tensorrt import BuildJob, build_plan, refit_source
 
     here = TensorRt(gpu, engines)
-    for each in _bundles(bundle, store):
+    for each in find_bundles(bundle, store):
         wanted = here.wanted(each, precision, batches)
         title = f"{each.name} version {each.version}"
         plan = find_plan(wanted.folder, wanted.key, wanted.graph_sha256)
@@ -144,7 +143,7 @@ def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_
     from export.runtime.plans import engines_folder, plans_in
 
     rows = []
-    for each in _bundles(bundle, store, all_versions=True):
+    for each in find_bundles(bundle, store, all_versions=True):
         for plan in plans_in(engines_folder(each, engines)):
             current = plan.facts.graph_sha256 in {
                 entry.sha256 for entry in each.manifest.files.values()
@@ -172,25 +171,6 @@ def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_
         print_rows("TensorRT plans", columns, cells)
     else:
         click.echo("no plans; `timesformer engines build` makes one")
-
-
-def _bundles(
-    bundle: str | None, store: Path | None, all_versions: bool = False
-) -> Iterator[Bundle]:
-    """The bundle of a folder, or the active version of a name, or of each; or all versions."""
-    from export.bundle import MANIFEST, Bundle, BundleError, BundleStore
-    from model.demo import STORE
-
-    if bundle is not None and (Path(bundle) / MANIFEST).is_file():
-        yield Bundle(Path(bundle))
-        return
-    bundles = BundleStore(store or STORE)
-    names = [bundle] if bundle else bundles.names()
-    if not names:
-        raise BundleError(f"there are no bundles in {bundles.root}")
-    for name in names:
-        for version in bundles.versions(name) if all_versions else [None]:
-            yield bundles.open(name, version)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import click
 from model.config import ConfigError
 
 if TYPE_CHECKING:
+    from export.bundle import Bundle
     from model.training.sources import VideoList
 
 Command = Callable[..., Any]
@@ -93,6 +94,25 @@ def class_names(labels_file: Path | None) -> tuple[str, ...] | None:
     from model.training.sources import read_class_names
 
     return read_class_names(labels_file) if labels_file else None
+
+
+def find_bundles(
+    bundle: str | None, store: Path | None, all_versions: bool = False
+) -> Iterator[Bundle]:
+    """The bundle of a folder, or the active version of a name, or of each; or all versions."""
+    from export.bundle import MANIFEST, Bundle, BundleError, BundleStore
+    from model.demo import STORE
+
+    if bundle is not None and (Path(bundle) / MANIFEST).is_file():
+        yield Bundle(Path(bundle))
+        return
+    bundles = BundleStore(store or STORE)
+    names = [bundle] if bundle else bundles.names()
+    if not names:
+        raise BundleError(f"there are no bundles in {bundles.root}")
+    for name in names:
+        for version in bundles.versions(name) if all_versions else [None]:
+            yield bundles.open(name, version)
 
 
 @contextmanager

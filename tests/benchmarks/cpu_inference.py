@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from export.onnx import export_onnx
-from export.pipeline import run_reference
 from export.precision import quantize
+from export.reference import run_reference
 from export.rewrite import REWRITES, InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime

@@ -48,7 +48,7 @@ def test_are_spread_over_a_large_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_folder_without_videos_and_a_broken_video_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no video to calibrate on in "):
+    with pytest.raises(DataError, match="there is no video in "):
         calibration_clips(tiny_config(), tmp_path)
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(UndecodableVideo, match=r"cannot calibrate on .*broken\.mp4"):

@@ -20,8 +20,8 @@ from export.bundle import ProductReport
 from export.emulation import emulate
 from export.fp16 import check_types, export_fp16
 from export.onnx import INPUT_NAME, ExportError, export_onnx
-from export.pipeline import run_reference
 from export.products import record_magnitudes
+from export.reference import run_reference
 from export.rewrite import rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime

@@ -14,7 +14,7 @@ from onnx import TensorProto, shape_inference
 from torch import nn
 
 from export.onnx import INPUT_NAME, OPSET, OUTPUT_NAMES, ExportError, export_onnx
-from export.pipeline import run_reference
+from export.reference import run_reference
 from export.rewrite import InferenceTimeSformer, rewrite
 from export.runtime.onnxruntime import OnnxRuntime
 from model.config import ATTENTION_TYPES

@@ -32,8 +32,9 @@ from export.bundle import (
 )
 from export.clips import verification_clips
 from export.onnx import ExportError, export_onnx
-from export.pipeline import VerificationError, export_bundle, run_reference
+from export.pipeline import VerificationError, export_bundle
 from export.precision import round_weight
+from export.reference import run_reference
 from export.runtime.onnxruntime import OnnxRuntime
 from model.checkpoints import Checkpoint, load_checkpoint
 from model.cost import cost

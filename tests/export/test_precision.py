@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.onnx import ExportError, export_onnx
-from export.pipeline import run_reference
 from export.precision import WEIGHT_LIMIT, quantize, round_weight
+from export.reference import run_reference
 from export.rewrite import rewrite
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verify import INT8, compare

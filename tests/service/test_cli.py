@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 
 import service
 from export.bundle import ACTIVE, MANIFEST, ONNX_FLOAT32, Bundle, BundleStore
-from export.pipeline import run_reference
+from export.reference import run_reference
 from export.runtime.onnxruntime import OnnxRuntime
 from model.checkpoints import load_checkpoint, save_safetensors
 from model.config import ATTENTION_TYPES, VARIANTS

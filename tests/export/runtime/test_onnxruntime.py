@@ -101,6 +101,26 @@ def test_an_engine_that_falls_back_in_silence_is_found_out(
         load_runtime(bundle, "cuda")
 
 
+def test_work_that_strays_to_the_cpu_is_found_out_though_the_session_is_on_the_gpu(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime leaves an operator that its CUDA provider lacks to the CPU, and says nothing."""
+    real = onnxruntime.InferenceSession
+
+    class OnBoth(real):  # type: ignore[valid-type,misc]
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda path, options, providers: OnBoth(path, options, ["CPUExecutionProvider"]),
+    )
+    with pytest.raises(RuntimeUnavailableError, match="would compute MatMul on the CPU"):
+        load_runtime(bundle, "cuda")
+
+
 @pytest.mark.parametrize("content", [b"", b"no model", None])
 def test_a_file_that_is_no_model_is_an_error_that_names_it(
     tmp_path: Path, content: bytes | None
