@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 
@@ -19,9 +20,12 @@ from service.middleware import RequestContext
 from service.models import ModelHost
 from service.routes import admin, classify, embed, health, inference_protocol, page
 from service.routes import models as model_list
-from service.settings import Settings
+from service.sandbox import LAYERS
+from service.settings import Settings, SettingsError
 from service.spool import Spool
 from service.state import State
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -54,14 +58,16 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
 
     Raises:
         BundleError, RuntimeUnavailableError: the model cannot be served.
+        SettingsError: the spool cannot be written, or the required sandbox not be had.
     """
     settings: Settings = app.state.settings
     metrics: Metrics = app.state.metrics
     spool = Spool(settings.spool_dir, settings.max_spool_bytes)
-    decoders = _decoders(settings, metrics)
+    decoders = _decoders(settings, metrics, spool)
     try:
         models = ModelHost(settings, metrics)
         await asyncio.gather(models.start(), decoders.start())
+        tell_of_sandbox(settings, metrics, decoders)
         _watch(metrics, settings, models, decoders)
         metrics.spool_bytes.set_function(lambda: spool.used_bytes)
         app.state.service = State(settings, metrics, models, decoders, spool)
@@ -88,7 +94,25 @@ def _watch(metrics: Metrics, settings: Settings, models: ModelHost, decoders: De
     metrics.watch_disk("store", store_of(settings).root)
 
 
-def _decoders(settings: Settings, metrics: Metrics) -> DecoderPool:
+def tell_of_sandbox(settings: Settings, metrics: Metrics, decoders: DecoderPool) -> None:
+    """Says what holds decoders in.
+
+    Raises:
+        SettingsError: less than what is required.
+    """
+    for layer in LAYERS:
+        metrics.decode_sandbox.labels(layer).set(layer in decoders.sandbox)
+    missing = " and ".join(sorted(set(LAYERS) - set(decoders.sandbox)))
+    if settings.decode_sandbox == "required" and missing:
+        raise SettingsError(
+            f"TIMESFORMER_DECODE_SANDBOX: this kernel or container does not let {missing} be used; "
+            "set it to auto to serve without"
+        )
+    if settings.decode_sandbox != "off" and missing:
+        logger.warning("decoders run without a part of their sandbox", extra={"missing": missing})
+
+
+def _decoders(settings: Settings, metrics: Metrics, spool: Spool) -> DecoderPool:
     for reason in LOSSES:
         metrics.decoder_restarts.labels(reason)  # at 0, so that the first one is seen as a rise
     limits = WorkerLimits(
@@ -97,6 +121,8 @@ def _decoders(settings: Settings, metrics: Metrics) -> DecoderPool:
         video=Limits(
             max_pixels=settings.max_video_pixels, max_duration_s=settings.max_video_duration_s
         ),
+        sandboxed=settings.decode_sandbox != "off",
+        folders=(spool.folder,),
     )
     return DecoderPool(
         settings.decode_workers,

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import os
 import pickle
 import resource
 import signal
@@ -29,6 +30,7 @@ import orjson
 
 from model.config import Preprocessing
 from model.video import Clips, Limits, VideoError, VideoFacts, load_clips
+from service import sandbox
 from service.errors import VideoRejectedError
 
 logger = logging.getLogger(__name__)
@@ -50,11 +52,14 @@ class Job(NamedTuple):
 
 
 class WorkerLimits(NamedTuple):
-    """What one worker may use."""
+    """What one worker may use and do."""
 
     memory_bytes: int
     timeout_s: float
     video: Limits
+    sandboxed: bool = True
+    folders: tuple[Path, ...] | None = None
+    """What a sandboxed worker may read, see `sandbox.enter`."""
 
 
 class DecoderPool:
@@ -72,6 +77,8 @@ class DecoderPool:
         self._closing = False
         self.waiting = 0
         """Videos that wait for a worker."""
+        self.sandbox: tuple[str, ...] = ()
+        """The layers of the sandbox that hold all workers in."""
         self._workers = [_Worker(limits) for _ in range(workers)]
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         # One thread per worker: it sleeps in a read while the worker works.
@@ -84,10 +91,17 @@ class DecoderPool:
 
     async def start(self) -> None:
         """Starts the workers, side by side, and waits until each has answered."""
+        # For the workers: a thread of numpy's would be left out of their sandbox.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         starting = [self._threads.submit(worker.start) for worker in self._workers]
         await asyncio.gather(*map(asyncio.wrap_future, starting))
         for worker in self._workers:
             self._idle.put_nowait(worker)
+        self.sandbox = tuple(
+            layer
+            for layer in sandbox.LAYERS
+            if all(layer in worker.sandbox for worker in self._workers)
+        )
 
     async def decode(self, job: Job) -> Clips:
         """Decodes a video once a worker is free.
@@ -148,6 +162,7 @@ class _Worker:
         self._process: BaseProcess | None = None
         self._lock = threading.Lock()  # over which process is ours
         self.decoded = 0
+        self.sandbox: list[str] = []
 
     def start(self) -> None:
         # Spawned, not forked: a fork of a process with engine threads and GPU handles is a trap.
@@ -162,7 +177,7 @@ class _Worker:
         self.decoded = 0
         if not self._connection.poll(_START_TIMEOUT_S):
             raise RuntimeError("a decoder worker did not start")
-        self._connection.recv_bytes()
+        self.sandbox = orjson.loads(self._connection.recv_bytes())
 
     def restart(self) -> None:
         self.stop()
@@ -221,7 +236,8 @@ def _worker_main(connection: Connection, limits: WorkerLimits) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
-    connection.send_bytes(b"ready")
+    layers = sandbox.enter(limits.folders) if limits.sandboxed else ()
+    connection.send_bytes(orjson.dumps(layers))
     with contextlib.suppress(EOFError, OSError):  # the server is gone
         while True:
             job: Job = pickle.loads(connection.recv_bytes())  # noqa: S301 - sent by our parent

@@ -89,6 +89,12 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self.decode_sandbox = Gauge(
+            "timesformer_decode_sandbox",
+            "1 for each layer of the kernel that holds the decoder workers in.",
+            ["layer"],
+            registry=self.registry,
+        )
         self.model_info = Gauge(
             "timesformer_model_info",
             "1 for the bundle that serves, with what runs it.",

@@ -142,6 +142,12 @@ class Settings(BaseSettings):
         ge=512 * MIB,
         description="Address space of one decoder process. A video that needs more is refused.",
     )
+    decode_sandbox: Literal["auto", "required", "off"] = Field(
+        "auto",
+        description="Decoders may read the spool and their libraries and do nothing else, held in "
+        "by the kernel: Landlock for files, seccomp for system calls. `auto` takes what the "
+        "kernel has and warns of the rest, `required` refuses to start without both.",
+    )
     max_video_duration_s: float = Field(3600.0, gt=0, description="Longest video that is accepted.")
     max_video_pixels: int = Field(
         8192 * 4320, ge=1, description="Most pixels per frame; larger videos are refused unread."
