@@ -1,6 +1,8 @@
 """From new data to a served model: fine-tune, export, verify, compare, publish, activate.
 
     WORK/ID/log.jsonl, training.json   the training, see `model/training/loop.py`
+    WORK/ID/report.html                the same for people, with what the new version says of the
+                                       hold-out, beside the active one
     WORK/ID/checkpoints/, candidate/   removed when the refresh is done
     WORK/ID/activate                   there from before publishing until the version is active
 
@@ -31,8 +33,10 @@ from model.checkpoints import Checkpoint, load_checkpoint
 from model.training.calibration import calibrate
 from model.training.errors import DataError, TrainingError
 from model.training.evaluation import Predictions, Protocol, predict
+from model.training.log import LOG, read_log
 from model.training.loop import train
 from model.training.recipe import PRESETS, Recipe
+from model.training.report import PAGE, Evaluated, write_report
 from model.training.run import CHECKPOINTS, Job, Machine
 from model.training.sources import Sample, VideoList
 from model.training.start import grown
@@ -299,7 +303,11 @@ def _make(plan: _Plan, machine: Machine, device: Device, listeners: Listeners) -
     report = _train(plan, machine, listeners)
     candidate = _export(plan, listeners)
     active = _active(task)
-    comparison, temperature = _compare(plan, candidate, active, device, machine.workers, listeners)
+    found = _predictions(plan, candidate, active, device, machine.workers, listeners)
+    calibration = calibrate(found[0])
+    parents = task.parent.manifest.temperature
+    temperature = calibration.temperature if calibration is not None else parents
+    comparison = compare(*found, temperatures=(temperature, active.manifest.temperature))
     decision = decide(comparison, task.rule)
     if decision.accepted and task.activate:
         (plan.folder / _ACTIVATE).touch()
@@ -312,6 +320,8 @@ def _make(plan: _Plan, machine: Machine, device: Device, listeners: Listeners) -
         "validation_videos": len(plan.held_out.samples),
         "refresh": _record(plan, active, comparison, decision),
     }
+    seen = Evaluated(found[0], candidate.config.preprocessing, temperature, calibration)
+    _write_report(plan, training, seen, machine.workers)
     changes = {"parent": task.parent.version, "temperature": temperature, "training": training}
     return _publish(task, candidate, changes)
 
@@ -354,24 +364,20 @@ def _active(task: Task) -> Bundle:
     return task.store.open(task.parent.name, version or task.parent.version)
 
 
-def _compare(
+def _predictions(
     plan: _Plan,
     candidate: Bundle,
     active: Bundle,
     device: Device,
     processes: int,
     listeners: Listeners,
-) -> tuple[Comparison, float]:
-    """Both on the hold-out, with scores as they are served, and the new one's temperature."""
+) -> list[Predictions]:
+    """What the new and the active version say of the hold-out."""
     found = []
     for bundle, what in ((candidate, "the new version"), (active, f"version {active.version}")):
         listeners.stage(f"evaluating {what} on {len(plan.held_out.samples)} videos")
         found.append(_predict(bundle, plan, device, processes))
-    calibration = calibrate(found[0])
-    parents = plan.task.parent.manifest.temperature
-    temperature = calibration.temperature if calibration is not None else parents
-    temperatures = temperature, active.manifest.temperature
-    return compare(*found, temperatures=temperatures), temperature
+    return found
 
 
 def _predict(bundle: Bundle, plan: _Plan, device: Device, processes: int) -> Predictions:
@@ -387,6 +393,19 @@ def _predict(bundle: Bundle, plan: _Plan, device: Device, processes: int) -> Pre
     finally:
         runtime.close()
     return dataclasses.replace(found, labels=bundle.manifest.labels)
+
+
+def _write_report(
+    plan: _Plan, training: Mapping[str, Any], seen: Evaluated, processes: int
+) -> None:
+    """The page stays in the work folder: pictures and paths of videos are not published."""
+    parent = plan.task.parent
+    title = f"Refresh of {parent.name} version {parent.version}"
+    events = read_log(plan.folder / LOG)
+    try:
+        write_report(plan.folder / PAGE, title, training, events, seen, processes=processes)
+    except OSError as error:
+        raise RefreshError(f"cannot write into {plan.folder}: {error.strerror}") from error
 
 
 def _record(

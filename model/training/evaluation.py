@@ -205,15 +205,37 @@ def agreement(one: Predictions, other: Predictions) -> float:
     return float((best == others).mean())
 
 
+class Bin(NamedTuple):
+    """The videos of which a model is between `low` and `high` sure: how sure, and how often right,
+    it is on average."""
+
+    low: float
+    high: float
+    videos: int
+    confidence: float
+    accuracy: float
+
+
+def confidence_bins(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> list[Bin]:
+    """Predictions (n,) made with `confidence` from 0 to 1, in equal bins, but the empty ones."""
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    return [
+        Bin(
+            number / _BINS,
+            (number + 1) / _BINS,
+            int((bins == number).sum()),
+            float(confidence[bins == number].mean()),
+            float(right[bins == number].mean()),
+        )
+        for number in np.unique(bins).tolist()
+    ]
+
+
 def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
     """Expected calibration error of predictions (n,) made with `confidence` from 0 to 1."""
-    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-    error = 0.0
-    for number in np.unique(bins):
-        inside = bins == number
-        gap = abs(float(confidence[inside].mean()) - float(right[inside].mean()))
-        error += inside.mean() * gap
-    return float(error)
+    bins = confidence_bins(confidence, right)
+    error = sum(each.videos * abs(each.confidence - each.accuracy) for each in bins)
+    return error / len(confidence)
 
 
 def video_scores(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float64]:

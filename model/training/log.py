@@ -10,6 +10,8 @@ from typing import Any, Self
 from model.training.errors import TrainingError
 from model.training.remote import without_secrets
 
+LOG = "log.jsonl"  # in the run's folder
+
 
 class RunLog:
     """Appends events to `path`, each with its `step`, and flushes each.

@@ -5,6 +5,7 @@
     OUT/weights.safetensors  the result, with its configuration and labels
     OUT/tensorboard/         the same for TensorBoard, where it is asked for
     OUT/training.json        metrics, recipe, software; for `timesformer export --training`
+    OUT/report.html          the same for people, see `report.py`
 
 A run that was killed goes on from its last checkpoint and ends with the same weights as one that
 was not; on a CPU bit for bit. tests/model/training/test_loop.py holds it.
@@ -27,10 +28,10 @@ from model.timesformer import TimeSformer
 from model.training.board import Board
 from model.training.errors import StoppedError, TrainingError
 from model.training.evaluation import Metrics
-from model.training.log import RunLog
+from model.training.log import LOG, RunLog
 from model.training.run import CHECKPOINTS, Job, Machine, Run, Step
 
-LOG, BOARD = "log.jsonl", "tensorboard"
+BOARD = "tensorboard"
 
 
 def train(

@@ -39,8 +39,10 @@ from model.training.errors import (
     TrainingError,
 )
 from model.training.evaluation import Metrics, Predictions, Protocol, measure, predict
+from model.training.log import LOG, read_log
 from model.training.optimisation import Average, build_optimizer, freeze, rate, set_rate
 from model.training.recipe import Recipe
+from model.training.report import PAGE, Evaluated, write_report
 from model.training.sources import VideoList
 from model.training.start import fresh_model
 
@@ -368,6 +370,9 @@ class Run:
         model = self.result()
         predictions = self._predict(model, Protocol())
         calibration = calibrate(predictions) if predictions else None
+        evaluated = None
+        if predictions is not None:
+            evaluated = Evaluated(predictions, model.config.preprocessing, calibration=calibration)
         report = {
             "metrics": measure(predictions).to_dict() if predictions else None,
             "temperature": calibration.temperature if calibration else 1.0,
@@ -383,6 +388,14 @@ class Run:
         }
         try:
             save_safetensors(model, out / WEIGHTS, model.config, labels=self.job.videos.labels)
+            write_report(
+                out / PAGE,
+                f"Training of {out.absolute().name}",
+                report,
+                read_log(out / LOG),
+                evaluated,
+                processes=self.machine.workers,
+            )
             temporary = out / f".{REPORT}.tmp"
             temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             temporary.replace(out / REPORT)

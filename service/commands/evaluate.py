@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from service.commands.options import (
+    PATH,
     SOURCE,
     class_names,
     counting,
@@ -77,6 +78,9 @@ class _Loaded:
     help="Also find the temperature that calibrates the scores, on one half of these videos, and "
     "judge it on the other.",
 )
+@click.option(
+    "--report", "page", type=PATH, help="Also write a page for people here; of the first precision."
+)
 @source_options
 @device_option
 @workers_option
@@ -89,6 +93,7 @@ def evaluate(
     precisions: tuple[str, ...],
     temperature: float | None,
     fit_temperature: bool,
+    page: Path | None,
     labels_file: Path | None,
     root: str | None,
     columns: str,
@@ -103,6 +108,7 @@ def evaluate(
     """
     from model.training.calibration import calibrate
     from model.training.evaluation import Protocol, predict_each
+    from model.training.report import Evaluated, write_report
 
     names = class_names(labels_file)
     if (Path(model) / "manifest.json").exists():
@@ -125,7 +131,13 @@ def evaluate(
     scale = temperature or loaded.temperature
     metrics = _metrics(dict(zip(loaded.artefacts, found, strict=True)), scale)
     first = next(iter(metrics.values()))
-    calibration = calibrate(found[0]) if fit_temperature else None
+    calibration = calibrate(found[0]) if fit_temperature or page else None
+    if page is not None:
+        seen = Evaluated(found[0], loaded.preprocessing, scale, calibration)
+        try:
+            write_report(page, model, {}, (), seen, processes=workers)
+        except OSError as error:
+            raise click.ClickException(f"cannot write {page}: {error.strerror}") from error
     if as_json:
         report = {
             "model": model,

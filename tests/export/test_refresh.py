@@ -194,6 +194,11 @@ def test_what_is_better_is_published_and_activated(bad: Bundle, known: VideoList
     assert manifest.training["metrics"] == compared["new"]
     assert "top-1 went from 0.0000 to" in kept["reason"]
     assert kept["hold_out"]["fingerprint"] == judged.fingerprint()
+    (page,) = (bad.path.parent / module.WORK).glob("*/report.html")
+    assert kept["reason"] in page.read_text()
+    assert "Beside the active version" in page.read_text()
+    assert "Confusion" in page.read_text()
+    assert "report.html" not in manifest.files  # it shows videos, which are not published
     assert store.rollback("colours").version == "1"
 
 
@@ -382,7 +387,8 @@ def test_killed_in_training_and_before_activation_it_makes_one_version(
     assert (made.again, made.activated) == (True, True)
     assert (store.versions("colours"), store.active("colours")) == (["1", "2"], "2")
     (folder,) = (store.root / "colours" / ".refresh").glob("?" * 16)
-    assert {path.name for path in folder.iterdir()} == {".lock", "log.jsonl", "training.json"}
+    kept = {".lock", "log.jsonl", "report.html", "training.json"}
+    assert {path.name for path in folder.iterdir()} == kept
     steps = [line for line in (folder / "log.jsonl").read_text().splitlines() if '"loss"' in line]
     assert len(steps) == 30
 

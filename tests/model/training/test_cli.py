@@ -107,11 +107,16 @@ def test_what_was_trained_is_exported_and_both_are_evaluated_alike(
     assert artefacts["int8"]["agreement_with_float32"] == 1.0
 
 
-def test_the_table_of_an_evaluation(trained: Path, colours: Path) -> None:
-    result = timesformer("evaluate", trained / "weights.safetensors", colours, "--crops", 1,
-                         "--workers", 0)  # fmt: skip
+def test_an_evaluation_is_a_table_and_a_page(trained: Path, colours: Path, tmp_path: Path) -> None:
+    page = tmp_path / "evaluation.html"
+    command = ("evaluate", trained / "weights.safetensors", colours, "--crops", 1, "--workers", 0)
+    result = timesformer(*command, "--report", page)
+    nowhere = timesformer(*command, "--report", tmp_path / "none" / "page.html", code=1)
+    assert "cannot write" in nowhere.stderr
     assert "mean class accuracy" in result.stdout
     assert "red" in result.stdout
+    assert page.read_text().startswith("<!doctype html>")
+    assert "blue taken for blue: 4" in page.read_text()
     refused = timesformer("evaluate", trained / "weights.safetensors", colours, "--precision",
                           "int8", code=2)  # fmt: skip
     assert "MODEL is no bundle" in refused.stderr

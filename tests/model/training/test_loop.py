@@ -33,6 +33,7 @@ from model.training.errors import (  # noqa: E402
 from model.training.log import read_log  # noqa: E402
 from model.training.loop import LOG, train  # noqa: E402
 from model.training.recipe import PRESETS, Recipe  # noqa: E402
+from model.training.report import PAGE  # noqa: E402
 from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Job, Machine, Run, Step  # noqa: E402
 from model.training.sources import Sample, VideoList, read_videos  # noqa: E402
 from tests.model.conftest import tiny_config  # noqa: E402
@@ -306,6 +307,12 @@ def test_it_learns_and_writes_what_export_takes(colours: Path, tmp_path: Path) -
     assert len(evaluations) == 7  # the last epoch's is the report's
     losses = [event["loss"] for event in events if event["event"] == "step"]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+    page = (out / PAGE).read_text()
+    assert "Training of out" in page
+    assert "Validation: top-1" in page
+    assert "blue taken for blue: 4" in page
+    assert f"{tmp_path}/broken.mp4" in page
 
     loaded = load_checkpoint(out / WEIGHTS)
     assert loaded.kind == "timesformer"
