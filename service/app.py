@@ -10,7 +10,6 @@ from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 
-from model.video import Limits
 from service import errors
 from service.auth import Keyring, allow
 from service.decoding import LOSSES, DecoderPool, WorkerLimits
@@ -21,7 +20,7 @@ from service.models import ModelHost
 from service.routes import admin, classify, embed, health, inference_protocol, page
 from service.routes import models as model_list
 from service.sandbox import LAYERS
-from service.settings import Settings, SettingsError
+from service.settings import Settings
 from service.spool import Spool
 from service.state import State
 
@@ -102,12 +101,7 @@ def tell_of_sandbox(settings: Settings, metrics: Metrics, decoders: DecoderPool)
     """
     for layer in LAYERS:
         metrics.decode_sandbox.labels(layer).set(layer in decoders.sandbox)
-    missing = " and ".join(sorted(set(LAYERS) - set(decoders.sandbox)))
-    if settings.decode_sandbox == "required" and missing:
-        raise SettingsError(
-            f"TIMESFORMER_DECODE_SANDBOX: this kernel or container does not let {missing} be used; "
-            "set it to auto to serve without"
-        )
+    missing = decoders.missing_layers(settings)
     if settings.decode_sandbox != "off" and missing:
         logger.warning("decoders run without a part of their sandbox", extra={"missing": missing})
 
@@ -115,17 +109,8 @@ def tell_of_sandbox(settings: Settings, metrics: Metrics, decoders: DecoderPool)
 def _decoders(settings: Settings, metrics: Metrics, spool: Spool) -> DecoderPool:
     for reason in LOSSES:
         metrics.decoder_restarts.labels(reason)  # at 0, so that the first one is seen as a rise
-    limits = WorkerLimits(
-        memory_bytes=settings.decode_memory_bytes,
-        timeout_s=settings.decode_timeout_s,
-        video=Limits(
-            max_pixels=settings.max_video_pixels, max_duration_s=settings.max_video_duration_s
-        ),
-        sandboxed=settings.decode_sandbox != "off",
-        folders=(spool.folder,),
-    )
     return DecoderPool(
         settings.decode_workers,
-        limits,
+        WorkerLimits.of(settings, (spool.folder,)),
         on_restart=lambda reason: metrics.decoder_restarts.labels(reason).inc(),
     )

@@ -2,9 +2,9 @@
 quick and serving never loads torch.
 
 Exit codes: 0 done; 1 it could not be done, and the message says why; 2 the command line or a
-setting is wrong; 3 `classify` failed on some of the files, `bundles` or `bundles verify` on some of
-the bundles, `verify` on some of the artefacts, `data check` found videos that cannot be used; 4
-`refresh` published a version that its rule keeps from serving; 130 interrupted with Ctrl-C.
+setting is wrong; 3 `classify` or `label` failed on some of the files, `bundles` or `bundles verify`
+on some of the bundles, `verify` on some of the artefacts, `data check` found videos that cannot be
+used; 4 `refresh` published a version that its rule keeps from serving; 130 interrupted with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from service.commands.engines import engines
 from service.commands.evaluate import evaluate
 from service.commands.export import export
 from service.commands.keys import keys
+from service.commands.label import label
 from service.commands.options import (
     EXIT_PARTLY_FAILED,
     Command,
+    classify_parameters,
     json_option,
     print_rows,
     store_option,
@@ -49,13 +51,17 @@ _KNOWN_ERRORS = {
     "model.training.errors": "TrainingError",
     "model.video": "VideoError",
     "service.auth": "KeyFileError",
+    "service.labelling.errors": "LabellingError",
     "service.settings": "SettingsError",
 }
 _EXTRAS = {
+    "fsspec": "label",
     "huggingface_hub": "export",
     "onnx": "export",
     "onnxruntime": "cpu` or `gpu",
     "onnxscript": "export",
+    "pyarrow": "label",
+    "ray": "ray",
     "safetensors": "export",
     "tensorboard": "train",
     "torch": "export",
@@ -102,7 +108,7 @@ def cli() -> None:
     """TimeSformer: export it, serve it, classify videos with it."""
 
 
-for _command in (bundles, data, engines, evaluate, export, keys, refresh, train, verify):
+for _command in (bundles, data, engines, evaluate, export, keys, label, refresh, train, verify):
     cli.add_command(_command)
 
 
@@ -176,20 +182,10 @@ def classify(
 
     With --json, one object a line, also for the files that failed. Exit code 3 if any failed.
     """
-    from pydantic import ValidationError
-
     from service.local import classify_files
-    from service.schemas import ClassifyParameters
     from service.settings import load_settings
 
-    try:
-        parameters = ClassifyParameters.model_validate(
-            {"top_k": top_k, "views": views, "crops": crops, "threshold": threshold}
-        )
-    except ValidationError as error:
-        problem = error.errors()[0]
-        option = str(problem["loc"][0]).replace("_", "-")
-        raise click.UsageError(f"--{option}: {problem['msg']}") from None
+    parameters = classify_parameters(top_k=top_k, views=views, crops=crops, threshold=threshold)
     given = {"store": store, "model": model, "device": device}
     settings = load_settings(**{name: value for name, value in given.items() if value is not None})
     if classify_files(files, settings, parameters, as_json):

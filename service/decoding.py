@@ -23,7 +23,7 @@ from multiprocessing import BufferTooShort
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import orjson
@@ -32,6 +32,9 @@ from model.config import Preprocessing
 from model.video import Clips, Limits, VideoError, VideoFacts, load_clips
 from service import sandbox
 from service.errors import VideoRejectedError
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,17 @@ class WorkerLimits(NamedTuple):
     sandboxed: bool = True
     folders: tuple[Path, ...] | None = None
     """What a sandboxed worker may read, see `sandbox.enter`."""
+
+    @classmethod
+    def of(cls, settings: Settings, folders: tuple[Path, ...] | None = None) -> WorkerLimits:
+        """As the settings have them; workers may read `folders`, or any file."""
+        video = Limits(
+            max_pixels=settings.max_video_pixels, max_duration_s=settings.max_video_duration_s
+        )
+        sandboxed = settings.decode_sandbox != "off"
+        return cls(
+            settings.decode_memory_bytes, settings.decode_timeout_s, video, sandboxed, folders
+        )
 
 
 class DecoderPool:
@@ -102,6 +116,22 @@ class DecoderPool:
             for layer in sandbox.LAYERS
             if all(layer in worker.sandbox for worker in self._workers)
         )
+
+    def missing_layers(self, settings: Settings) -> str:
+        """In words, what the sandbox lacks here; nothing if it is whole.
+
+        Raises:
+            SettingsError: less than what is required.
+        """
+        missing = " and ".join(sorted(set(sandbox.LAYERS) - set(self.sandbox)))
+        if settings.decode_sandbox == "required" and missing:
+            from service.settings import SettingsError  # not above: workers need none of it
+
+            raise SettingsError(
+                f"TIMESFORMER_DECODE_SANDBOX: this kernel or container does not let {missing} be "
+                "used; set it to auto to serve without"
+            )
+        return missing
 
     async def decode(self, job: Job) -> Clips:
         """Decodes a video once a worker is free.

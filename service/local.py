@@ -90,10 +90,7 @@ def _print_json(line: dict[str, object]) -> None:
 def _classify(
     file: Path, model: LoadedModel, parameters: ClassifyParameters, limits: Limits
 ) -> Classification:
-    try:
-        file.open("rb").close()
-    except OSError as error:
-        raise UnreadableFile(f"{error.strerror}.") from error
+    check_readable(file)
     clips = load_clips(
         file,
         model.bundle.config.preprocessing,
@@ -104,6 +101,14 @@ def _classify(
     # One clip at a time: a batch gains nothing here and a hundred views would fill the memory.
     rows = [model.runtime.run(clips.frames[i : i + 1]).logits[0] for i in range(len(clips.frames))]
     return classification(model.bundle, clips, np.stack(rows), parameters)
+
+
+def check_readable(file: Path) -> None:
+    """Raises `UnreadableFile` in the system's words, which decoders do not have."""
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise UnreadableFile(f"{error.strerror}.") from error
 
 
 def _table(answer: Classification) -> Table:

@@ -15,6 +15,7 @@ from model.config import ConfigError
 if TYPE_CHECKING:
     from export.bundle import Bundle
     from model.training.sources import VideoList
+    from service.schemas import ClassifyParameters
 
 Command = Callable[..., Any]
 
@@ -113,6 +114,20 @@ def find_bundles(
     for name in names:
         for version in bundles.versions(name) if all_versions else [None]:
             yield bundles.open(name, version)
+
+
+def classify_parameters(**given: object) -> ClassifyParameters:
+    """How videos are to be looked at, as options say it."""
+    from pydantic import ValidationError
+
+    from service.schemas import ClassifyParameters
+
+    try:
+        return ClassifyParameters.model_validate(given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = str(problem["loc"][0]).replace("_", "-")
+        raise click.UsageError(f"--{option}: {problem['msg']}") from None
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def test_the_commands_run_in_their_order(tmp_path: Path, start_service: StartSer
             continue
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, (command, run.stdout, run.stderr)
-    assert {"export", "serve", "bundles", "classify", "info"} <= set(ran)
+    assert {"export", "serve", "bundles", "classify", "label", "info"} <= set(ran)
 
 
 def test_the_reference_is_the_one_that_the_code_makes() -> None:
@@ -120,4 +120,6 @@ def _published_weights(folder: Path) -> None:
     hub = folder / "facebook/timesformer-base-finetuned-k400"
     hub.parent.mkdir()
     save_huggingface(network, hub, labels)
-    (folder / "clip.mp4").write_bytes(SAMPLE_CLIP.read_bytes())
+    (folder / "videos").mkdir()
+    for video in ("clip.mp4", "videos/clip.mp4"):
+        (folder / video).write_bytes(SAMPLE_CLIP.read_bytes())

@@ -1,0 +1,244 @@
+"""`timesformer label` on this machine: every video in the table, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from numpy.typing import NDArray
+
+from export.bundle import BundleStore
+from export.runtime import Outputs
+from export.runtime.onnxruntime import OnnxRuntime
+from model.training import remote
+from service.cli import cli
+from service.labelling.rows import Row
+from tests.export.conftest import publish_colours
+
+TIMESFORMER = Path(sys.executable).with_name("timesformer")
+Label = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("TIMESFORMER_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "labels.parquet"
+
+
+@pytest.fixture
+def label(store: BundleStore, archive: Path, out: Path) -> Label:
+    def run(*words: object, source: object = archive) -> Result:
+        common = ["label", source, "--out", out, "--store", store.root, "--device", "cpu"]
+        return CliRunner().invoke(cli, [str(word) for word in (*common, *words)])
+
+    return run
+
+
+def rows(out: Path) -> dict[str, Row]:
+    return {Path(row["path"]).name: row for row in pq.read_table(out).to_pylist()}
+
+
+def test_every_video_gets_its_labels_and_what_is_none_gets_a_reason(
+    label: Label, out: Path
+) -> None:
+    result = label("--views", 2, "--crops", 3, "--top-k", 2, "--workers", 2)
+    assert result.exit_code == 3, result.output
+    found = rows(out)
+    assert len(found) == 15
+    for name, row in found.items():
+        if row["error_code"] is None:
+            assert row["label"] == name.split("-")[0]
+            assert row["labels"][0] == row["label"]
+            assert row["scores"] == sorted(row["scores"], reverse=True)
+            assert len(row["labels"]) == len(row["class_indices"]) == 2
+            assert (row["views"], row["crops"], len(row["times_s"])) == (2, 3, 2)
+            assert row["duration_s"] == pytest.approx(40 / 30, abs=0.01)
+            assert (row["width"], row["height"], row["codec"]) == (48, 32, "mpeg4")
+        assert (row["model_name"], row["model_version"]) == ("colours", "1")
+    errors = pq.read_table(out.with_name("labels.errors.parquet")).to_pylist()
+    assert {Path(row["path"]).name: row["error_code"] for row in errors} == {
+        "empty.mp4": "empty_file",
+        "words.mp4": "undecodable_video",
+        "folder.mp4": "unreadable_file",
+    }
+
+
+def test_the_answer_is_that_of_classify(label: Label, store: BundleStore, out: Path) -> None:
+    label("--views", 3)
+    row = rows(out)["green-1.mp4"]
+    words = ["classify", row["path"], "--store", str(store.root), "--views", "3", "--json"]
+    answer = json.loads(CliRunner().invoke(cli, [*words, "--device", "cpu"]).output)
+    assert row["labels"] == [item["label"] for item in answer["predictions"]]
+    assert row["scores"] == pytest.approx([item["score"] for item in answer["predictions"]])
+    assert row["times_s"] == answer["sampling"]["times_s"]
+
+
+def test_batches_are_filled_across_videos(label: Label, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    real = OnnxRuntime.run
+
+    def slow(self: OnnxRuntime, frames: NDArray[np.uint8]) -> Outputs:
+        sizes.append(len(frames))
+        time.sleep(0.3)  # as a network takes; meanwhile the next videos are decoded
+        return real(self, frames)
+
+    monkeypatch.setattr(OnnxRuntime, "run", slow)
+    monkeypatch.setenv("TIMESFORMER_MAX_BATCH_CLIPS", "4")
+    label("--workers", 2)
+    warm_up, work = sizes[:2], sizes[2:]
+    assert set(warm_up) == {1, 4}
+    assert sum(work) == 12
+    assert max(work) == 4
+
+
+def test_says_how_fast_it_was_and_what_it_cost(label: Label) -> None:
+    result = label("--cost-per-hour", 3.6)
+    assert "15 videos, 3 without labels" in result.stdout
+    assert "this run: 15 videos in" in result.stdout
+    assert "a thousand videos cost" in result.stdout
+    assert "15 of 15 videos" in result.stderr  # a line in a log, not a bar
+
+
+def test_programs_get_one_object(label: Label) -> None:
+    facts = json.loads(label("--json", "--cost-per-hour", 3.6).stdout)
+    assert (facts["videos"], facts["failed"], facts["labelled"], facts["clips"]) == (15, 3, 15, 12)
+    assert facts["cost_per_thousand"] == pytest.approx(facts["seconds"] / 15)
+
+
+def test_what_is_done_is_not_done_again(
+    label: Label, archive: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = tmp_path / "some.txt"
+    some.write_text("\n".join(str(archive / f"red-{number}.mp4") for number in range(4)))
+    assert label(source=some).exit_code == 0
+    asked: list[int] = []
+    real = OnnxRuntime.run
+
+    def counted(self: OnnxRuntime, frames: NDArray[np.uint8]) -> Outputs:
+        asked.append(len(frames))
+        return real(self, frames)
+
+    monkeypatch.setattr(OnnxRuntime, "run", counted)
+    result = label()
+    assert "15 videos, 4 of them done before" in result.stderr
+    assert sum(asked) == 8 + 3  # and the warm-up's two batches
+    assert len(rows(out)) == 15
+    asked.clear()
+    assert label().exit_code == 3  # the failures of the table are still there
+    assert asked == []
+
+
+def test_a_killed_run_loses_one_block_at_most(
+    store: BundleStore, archive: Path, out: Path, tmp_path: Path
+) -> None:
+    """kill -9, as soon as some blocks are there; the second run does the rest."""
+    videos = tmp_path / "many"
+    videos.mkdir()
+    for number in range(120):
+        (videos / f"{number}.mp4").write_bytes((archive / "blue-0.mp4").read_bytes())
+    command = [str(TIMESFORMER), "label", str(videos), "--out", str(out), "--workers", "1"]
+    command += ["--store", str(store.root), "--device", "cpu", "--block", "5", "--json"]
+    parts = out.with_name("labels.parquet.parts")
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("[0-9]*.parquet"))) < 3:
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    kept = sum(pq.read_metadata(part).num_rows for part in parts.glob("[0-9]*.parquet"))
+    assert 15 <= kept < 120
+    assert not out.exists()
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    facts = json.loads(done.stdout)
+    assert facts["labelled"] == 120 - kept
+    assert len(rows(out)) == facts["videos"] == 120
+    assert not parts.exists()
+
+
+def test_another_model_does_not_go_into_the_same_table(
+    label: Label, store: BundleStore, out: Path
+) -> None:
+    label()
+    store.activate("colours", publish_colours(store).version)
+    result = label()
+    assert result.exit_code == 1
+    assert "was made with version 1 (now 2)" in result.output
+    assert "take another --out" in result.output
+    assert all(row["model_version"] == "1" for row in rows(out).values())
+
+
+def test_videos_of_an_object_store_are_fetched_and_removed(
+    label: Label, archive: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_PAUSES_S", (0.0,))
+    spool = tmp_path / "fetched"
+    spool.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(spool))
+    for name in ("red-0.mp4", "green-0.mp4", "words.mp4"):
+        content = (archive / name).read_bytes()
+        fsspec.filesystem("memory").pipe_file(f"/clips/{name}", content)
+    assert label(source="memory://clips").exit_code == 3
+    assert {name: row["label"] for name, row in rows(out).items()} == {
+        "red-0.mp4": "red",
+        "green-0.mp4": "green",
+        "words.mp4": None,
+    }
+    assert list(spool.iterdir()) == []
+
+
+def test_an_engine_that_always_fails_ends_the_run(
+    label: Label, archive: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.labelling.here._ENGINE_FAILURES", 4)
+    calls = 0
+    real = OnnxRuntime.run
+
+    def broken(self: OnnxRuntime, frames: NDArray[np.uint8]) -> Outputs:
+        nonlocal calls
+        calls += 1
+        if calls > 2:  # it passes the warm-up
+            raise RuntimeError("the device is lost")
+        return real(self, frames)
+
+    monkeypatch.setattr(OnnxRuntime, "run", broken)
+    result = label()
+    assert result.exit_code == 1
+    assert "the engine failed on 4 videos, one after the other" in result.output
+    assert not out.exists()
+    monkeypatch.setattr(OnnxRuntime, "run", real)
+    assert label("--retry-errors").exit_code == 3
+    assert rows(out)["red-0.mp4"]["label"] == "red"
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "ray"])
+def test_a_missing_package_is_one_sentence(
+    label: Label, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = {"pyarrow": "service.labelling.table", "ray": "service.labelling.cluster"}[package]
+    monkeypatch.delitem(sys.modules, "service.labelling.run", raising=False)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    result = label("--engine", "ray")
+    assert result.exit_code == 1
+    extra = {"pyarrow": "label", "ray": "ray"}[package]
+    assert f"{package} is not installed: this needs the extra `{extra}`" in result.output
