@@ -8,13 +8,17 @@ import shlex
 import signal
 import socket
 from collections.abc import Iterator
+from typing import Literal
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
+from uvicorn import Config
 
 from model.demo import SAMPLE_CLIP
 from service import logging
 from service.app import create_app, running
+from service.protocol import with_head_timeout
 from service.settings import Settings
 
 
@@ -32,20 +36,22 @@ async def _serve(settings: Settings) -> None:
     app = create_app(settings)
     # Not in the app's lifespan, where an error of ours would end as a framework's traceback.
     async with running(app):
-        server = _Server(
-            uvicorn.Config(
-                app,
-                host=settings.host,
-                port=settings.port,
-                lifespan="off",
-                http="httptools",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=int(settings.shutdown_grace_s),
-            )
-        )
-        await server.serve()
+        await _Server(configuration(app, settings, lifespan="off")).serve()
+
+
+def configuration(app: FastAPI, settings: Settings, lifespan: Literal["on", "off"]) -> Config:
+    """How uvicorn is run."""
+    return Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        lifespan=lifespan,
+        http=with_head_timeout(settings.head_timeout_s),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.shutdown_grace_s),
+    )
 
 
 class _Server(uvicorn.Server):

@@ -116,6 +116,12 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(
         200 * MIB, ge=1, description="Largest request body; past that the answer is 413."
     )
+    head_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="Longest time that a client may take to send a request's line and headers; "
+        "then 408 and the connection is closed.",
+    )
     upload_timeout_s: float = Field(
         60.0, gt=0, description="Longest time that a client may take to send its body."
     )

@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 
 from service.app import create_app
+from service.server import configuration
 from service.settings import load_settings
 
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
@@ -24,12 +25,9 @@ Serve = Callable[..., AbstractContextManager[httpx.Client]]
 
 @contextlib.contextmanager
 def _serve(**overrides: object) -> Iterator[httpx.Client]:
-    settings = load_settings(
-        **{"device": "cpu", "decode_workers": 2, "max_batch_clips": 8, **overrides}
-    )
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(settings), port=0, log_config=None, timeout_graceful_shutdown=5)
-    )
+    defaults = {"device": "cpu", "decode_workers": 2, "max_batch_clips": 8, "port": 0}
+    settings = load_settings(**{**defaults, "shutdown_grace_s": 5, **overrides})
+    server = uvicorn.Server(configuration(create_app(settings), settings, lifespan="on"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
