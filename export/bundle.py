@@ -1,8 +1,8 @@
 """The bundle: the unit that is exported, verified, published, served and rolled back.
 
 A folder `STORE/NAME/VERSION/`, immutable once published, with a `manifest.json` that says what is
-in it. Versions count up from 1. The active version of a name is one small file, `active.json`,
-replaced atomically. Nothing here needs torch.
+in it. Versions count up from 1. The active version of a name is one small file, replaced
+atomically (`export/pointers.py`). Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from export.pointers import ACTIVE as ACTIVE
+from export.pointers import (
+    VERSION,
+    read_candidate,
+    read_history,
+    sync,
+    write_candidate,
+    write_history,
+    writing,
+)
+from export.pointers import BundleError as BundleError
+from export.pointers import Candidate as Candidate
 from model.config import ConfigError, ModelConfig
 
 MANIFEST = "manifest.json"
@@ -32,16 +43,8 @@ ONNX_INT8 = "model.int8.onnx"
 ONNX_FP16 = "model.fp16.onnx"
 GRAPHS = {"float32": ONNX_FLOAT32, "fp16": ONNX_FP16, "int8": ONNX_INT8}
 """The file of each precision."""
-ACTIVE = "active.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _STAGING = ".staging-"
-# Older active versions that the pointer remembers, the newest first.
-_HISTORY = 20
-
-
-class BundleError(Exception):
-    """A bundle or store that cannot be used; the message says which, why and what to do."""
 
 
 def _relative(name: str) -> str:
@@ -230,7 +233,7 @@ class BundleStore:
     def versions(self, name: str) -> list[str]:
         """Published versions of a name, oldest first; none if there is no such name."""
         found = _entries(self._folder(name))
-        versions = (entry.name for entry in found if _VERSION.fullmatch(entry.name))
+        versions = (entry.name for entry in found if VERSION.fullmatch(entry.name))
         return sorted(
             (v for v in versions if (self._folder(name) / v / MANIFEST).is_file()), key=int
         )
@@ -278,7 +281,7 @@ class BundleStore:
             BundleError: the disk is full or cannot be written to, also inside the block.
         """
         folder = self._folder(name)
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with self._lock(name):
                 for entry in folder.glob(f"{_STAGING}*"):
@@ -304,7 +307,7 @@ class BundleStore:
         """
         folder = self._folder(manifest.name)
         files = _hashes(staging)
-        with _writing(folder), self._lock(manifest.name):
+        with writing(folder), self._lock(manifest.name):
             version = self._next_version(manifest.name)
             manifest = manifest.model_copy(
                 update={"version": version, "created": datetime.now(UTC), "files": files}
@@ -314,10 +317,10 @@ class BundleStore:
             )
             Bundle(staging).verify()
             for path in (*staging.rglob("*"), staging):
-                _sync(path)
+                sync(path)
             staging.chmod(0o755)  # mkdtemp makes it private; other users serve it
             staging.rename(folder / version)
-            _sync(folder)
+            sync(folder)
         return Bundle(folder / version)
 
     def activate(self, name: str, version: str) -> Bundle:
@@ -331,7 +334,11 @@ class BundleStore:
         with self._lock(name):
             history = self.history(name)
             if history[:1] != [version]:
-                self._point(name, [version, *history])
+                write_history(self._folder(name), [version, *history])
+            with contextlib.suppress(BundleError):  # a damaged one is for its own command to tell
+                candidate = self.candidate(name)
+                if candidate is not None and candidate.version == version:
+                    write_candidate(self._folder(name), None)
         return bundle
 
     def rollback(self, name: str) -> Bundle:
@@ -346,7 +353,7 @@ class BundleStore:
                 raise BundleError(f"{name} has no earlier active version to roll back to")
             bundle = self.open(name, history[1])
             bundle.verify()
-            self._point(name, history[1:])
+            write_history(self._folder(name), history[1:])
         return bundle
 
     def _folder(self, name: str) -> Path:
@@ -361,7 +368,7 @@ class BundleStore:
         version that was deleted must not come back as another bundle."""
         taken = [entry.name for entry in _entries(self._folder(name))] + self.history(name)
         return str(
-            max((int(number) for number in taken if _VERSION.fullmatch(number)), default=0) + 1
+            max((int(number) for number in taken if VERSION.fullmatch(number)), default=0) + 1
         )
 
     def history(self, name: str) -> list[str]:
@@ -370,32 +377,28 @@ class BundleStore:
         Raises:
             BundleError: the pointer is there and unreadable.
         """
-        pointer = self._folder(name) / ACTIVE
-        try:
-            content = json.loads(pointer.read_bytes())
-            history = [content["version"], *content["previous"]]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise BundleError(f"cannot read {pointer}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise BundleError(
-                f"{pointer} is damaged ({error!r}): remove it and activate a version"
-            ) from error
-        if not all(isinstance(item, str) and _VERSION.fullmatch(item) for item in history):
-            raise BundleError(f"{pointer} names no version: remove it and activate one")
-        return history
+        return read_history(self._folder(name))
 
-    def _point(self, name: str, history: list[str]) -> None:
-        """Replaces the pointer; the caller holds the lock."""
-        pointer = self._folder(name) / ACTIVE
-        content = {"version": history[0], "previous": history[1 : _HISTORY + 1]}
-        beside = pointer.with_name(f".{ACTIVE}.new")
-        with _writing(pointer):
-            beside.write_text(json.dumps(content) + "\n")
-            _sync(beside)
-            beside.replace(pointer)
-            _sync(pointer.parent)
+    def candidate(self, name: str) -> Candidate | None:
+        """The version that is tried beside the active one, if one is.
+
+        Raises:
+            BundleError: the file that says so is there and unreadable.
+        """
+        return read_candidate(self._folder(name))
+
+    def try_candidate(self, name: str, candidate: Candidate | None) -> None:
+        """Lets running services try a version beside the active one, or none any more.
+
+        Raises:
+            BundleError: the version is not there, damaged, or the active one; nothing has changed.
+        """
+        if candidate is not None:
+            self.open(name, candidate.version).verify()
+        with self._lock(name):
+            if candidate is not None and candidate.version == self.active(name):
+                raise BundleError(f"version {candidate.version} of {name} is the active one")
+            write_candidate(self._folder(name), candidate)
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
@@ -412,17 +415,6 @@ class BundleStore:
             yield
         finally:
             os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """A full disk, a quota, a missing right: a sentence that says what could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise BundleError(
-            f"cannot write {target}: {error.strerror or error}; nothing has changed"
-        ) from error
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -470,11 +462,3 @@ def _hashes(folder: Path) -> dict[str, FileEntry]:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from service.decoding import LOSSES, DecoderPool, WorkerLimits
 from service.loading import store_of
 from service.metrics import Metrics
 from service.middleware import RequestContext
-from service.models import ModelHost
+from service.models import Models
 from service.routes import admin, classify, embed, health, inference_protocol, page
 from service.routes import models as model_list
 from service.sandbox import LAYERS
@@ -64,10 +64,10 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
     spool = Spool(settings.spool_dir, settings.max_spool_bytes)
     decoders = _decoders(settings, metrics, spool)
     try:
-        models = ModelHost(settings, metrics)
+        models = Models(settings, metrics)
         await asyncio.gather(models.start(), decoders.start())
         tell_of_sandbox(settings, metrics, decoders)
-        _watch(metrics, settings, models, decoders)
+        _watch(metrics, settings, decoders)
         metrics.spool_bytes.set_function(lambda: spool.used_bytes)
         app.state.service = State(settings, metrics, models, decoders, spool)
         metrics.ready.set(1)
@@ -82,10 +82,8 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
         spool.close()
 
 
-def _watch(metrics: Metrics, settings: Settings, models: ModelHost, decoders: DecoderPool) -> None:
+def _watch(metrics: Metrics, settings: Settings, decoders: DecoderPool) -> None:
     """From here on `/metrics` asks these parts how they are."""
-    metrics.queue_limit_clips.set(settings.max_queue_clips)
-    metrics.queue_age_seconds.set_function(lambda: models.current.batcher.queue_age_s())
     metrics.decoders.set(settings.decode_workers)
     metrics.decoders_busy.set_function(lambda: decoders.busy)
     metrics.decode_waiting.set_function(lambda: decoders.waiting)

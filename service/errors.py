@@ -16,6 +16,7 @@ ServiceError
 |- QueueFullError            503  with Retry-After
 |- SpoolFullError            503  with Retry-After
 |- NotReadyError             503
+|- ModelUnavailableError     503  it could not be loaded; other models serve
 |- RequestTimeoutError       504
 `- InternalError             500  a defect of ours; the log has the traceback
 """
@@ -146,6 +147,10 @@ class SpoolFullError(ServiceError):
 
 class NotReadyError(ServiceError):
     status, code = 503, "not_ready"
+
+
+class ModelUnavailableError(ServiceError):
+    status, code = 503, "model_unavailable"
 
 
 class RequestTimeoutError(ServiceError):

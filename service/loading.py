@@ -13,7 +13,7 @@ from export.runtime import Runtime, RuntimeUnavailableError, load_runtime
 from export.runtime.plans import PlanError
 from model.demo import STORE as DEMO_STORE
 from service.engines import BUILDING, OFF, SERVING, Engines, TensorRtState
-from service.settings import Settings
+from service.settings import ALL_MODELS, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,42 @@ class LoadedModel(NamedTuple):
 
 
 def find_bundle(settings: Settings) -> Bundle:
-    """The bundle that the settings name.
+    """The bundle that the settings name, the first if they name several.
 
     Raises:
         BundleError: it is not there or cannot be read; the message says what to do.
     """
+    return store_of(settings).open(served_names(settings)[0])
+
+
+def served_names(settings: Settings) -> tuple[str, ...]:
+    """Names of the models that are to serve, the default first.
+
+    Raises:
+        BundleError: the settings name none, and it is not clear which.
+    """
+    if settings.model_names:
+        return settings.model_names
     store = store_of(settings)
-    return store.open(settings.model or _only_name(store))
+    names = store.names()
+    if settings.model == ALL_MODELS:
+        names = [name for name in names if was_activated(store, name)]
+    if not names:
+        raise BundleError(f"the bundle store {store.root} is empty")
+    if len(names) > 1 and settings.model is None:
+        raise BundleError(
+            f"the bundle store {store.root} holds {', '.join(names)}: "
+            f"set TIMESFORMER_MODEL to one, to several with commas, or to {ALL_MODELS}"
+        )
+    return tuple(names)
+
+
+def was_activated(store: BundleStore, name: str) -> bool:
+    """Whether there is a pointer to a version, be it damaged."""
+    try:
+        return bool(store.history(name))
+    except BundleError:
+        return True
 
 
 def store_of(settings: Settings) -> BundleStore:
@@ -112,11 +141,3 @@ def _warm_up(bundle: Bundle, runtime: Runtime, largest: int) -> None:
         outputs = runtime.run(np.zeros((clips, *shape), np.uint8))
         if not np.isfinite(outputs.logits).all():
             raise FloatingPointError("its logits are not finite")
-
-
-def _only_name(store: BundleStore) -> str:
-    names = store.names()
-    if len(names) != 1:
-        found = f"holds {', '.join(names)}: set TIMESFORMER_MODEL to one" if names else "is empty"
-        raise BundleError(f"the bundle store {store.root} {found}")
-    return names[0]

@@ -1,7 +1,7 @@
 """Prometheus metrics. Each is defined here once; `docs/reference.md` is made from these.
 
 Gauges of what a part of the service knows are functions, asked when `/metrics` is.
-Values of labels come from lists in the code, never from what a client sends.
+Values of labels come from lists in the code and from the store, never from what a client sends.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from prometheus_client.process_collector import ProcessCollector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _MIB = 1024 * 1024
+SWAP_RESULTS = ("done", "refused")
+CANDIDATE_RESULTS = ("agreed", "differed", "dropped", "answered", "busy", "failed")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -39,7 +41,7 @@ class Metrics:
         self.stage_seconds = Histogram(
             "timesformer_stage_seconds",
             "Time of an answered request by stage: upload, decode, queue, inference, total.",
-            ["stage"],
+            ["model", "stage"],
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -52,26 +54,33 @@ class Metrics:
         self.batch_clips = Histogram(
             "timesformer_batch_clips",
             "Clips that went through the network together.",
+            ["model"],
             buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128),
             registry=self.registry,
         )
         self.batch_seconds = Histogram(
             "timesformer_batch_seconds",
             "Time that the engine took for a batch; the rate of its sum is how busy the engine is.",
+            ["model"],
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.queue_clips = Gauge(
-            "timesformer_queue_clips", "Clips that wait for the engine.", registry=self.registry
+            "timesformer_queue_clips",
+            "Clips that wait for the engine.",
+            ["model"],
+            registry=self.registry,
         )
         self.queue_limit_clips = Gauge(
             "timesformer_queue_limit_clips",
             "Clips that may wait for the engine; past that requests are refused.",
+            ["model"],
             registry=self.registry,
         )
         self.queue_age_seconds = Gauge(
             "timesformer_queue_age_seconds",
             "How long the oldest request has waited for the engine; grows when the engine hangs.",
+            ["model"],
             registry=self.registry,
         )
         self.decoders = Gauge("timesformer_decoders", "Decoder workers.", registry=self.registry)
@@ -97,25 +106,61 @@ class Metrics:
         )
         self.model_info = Gauge(
             "timesformer_model_info",
-            "1 for the bundle that serves, with what runs it.",
-            ["name", "version", "engine", "provider", "device", "precision"],
+            "1 for each bundle that serves, with what runs it.",
+            ["model", "version", "engine", "provider", "device", "precision"],
             registry=self.registry,
         )
         self.tensorrt = Gauge(
             "timesformer_tensorrt",
             "1 for what TensorRT is at: serving, building, failed, unavailable or off.",
-            ["state"],
+            ["model", "state"],
             registry=self.registry,
         )
         self.swaps = Counter(
             "timesformer_swaps",
             "Newly activated bundles that took over (done) or could not be used (refused).",
-            ["result"],
+            ["model", "result"],
             registry=self.registry,
         )
         self.active_bundle_refused = Gauge(
             "timesformer_active_bundle_refused",
             "1 while the store's active version cannot be used and an earlier one serves.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.candidate_share = Gauge(
+            "timesformer_candidate_share",
+            "Share of the requests that a candidate version is tried with, while it is.",
+            ["model", "version", "mode"],
+            registry=self.registry,
+        )
+        self.candidate_refused = Gauge(
+            "timesformer_candidate_refused",
+            "1 while the candidate in the store is not tried: it could not be loaded, or failed.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.candidate_requests = Counter(
+            "timesformer_candidate_requests",
+            "Requests that a candidate version was tried with. As a shadow: agreed or differed in "
+            "the best label, or dropped for want of time. As a canary: answered, or busy, which "
+            "the serving version answered. Both: failed, which ends the trial.",
+            ["model", "result"],
+            registry=self.registry,
+        )
+        self.candidate_score_difference = Histogram(
+            "timesformer_candidate_score_difference",
+            "How far a shadow's scores are from those that were answered: half the sum of the "
+            "differences, 0 for the same and 1 for nothing in common.",
+            ["model"],
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1),
+            registry=self.registry,
+        )
+        self.candidate_seconds = Histogram(
+            "timesformer_candidate_seconds",
+            "Queue and inference of a request in a candidate version.",
+            ["model"],
+            buckets=_SECONDS,
             registry=self.registry,
         )
         self.upload_bytes = Histogram(
@@ -170,11 +215,23 @@ class Metrics:
         self.ready = Gauge(
             "timesformer_ready", "1 while the service accepts work.", registry=self.registry
         )
-        # An alert sees a counter rise only if it was there before, at 0.
-        for result in ("done", "refused"):
-            self.swaps.labels(result)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
+
+    def add_model(self, name: str) -> None:
+        """Begins a model's counters at 0: an alert sees a rise only of what was there before."""
+        for result in SWAP_RESULTS:
+            self.swaps.labels(name, result)
+        for result in CANDIDATE_RESULTS:
+            self.candidate_requests.labels(name, result)
+        for metric in (
+            self.active_bundle_refused,
+            self.candidate_refused,
+            self.candidate_score_difference,
+            self.candidate_seconds,
+            self.queue_clips,
+        ):
+            metric.labels(name)
 
     def watch_disk(self, volume: str, folder: Path) -> None:
         """Reports the file system of `folder` as `volume`."""

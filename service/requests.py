@@ -16,7 +16,12 @@ from model.video import Clips
 from model.video.opening import CODECS
 from service.batcher import Answer
 from service.decoding import Job
-from service.errors import PROBLEM_TYPE, ClientDisconnectedError, RequestTimeoutError
+from service.errors import (
+    PROBLEM_TYPE,
+    ClientDisconnectedError,
+    RequestTimeoutError,
+    ServiceError,
+)
 from service.metrics import Metrics
 from service.schemas import Problem, Timings, ViewParameters, inlined_schema
 from service.served import ServedModel
@@ -25,11 +30,14 @@ from service.uploads import FILE_FIELD, Upload, receive
 
 T = TypeVar("T")
 P = TypeVar("P", bound=ViewParameters)
+CANARY_KEY = "X-Canary-Key"
+"""Requests with the same value of this header are answered by the same version."""
 
 _PROBLEMS = {
     400: "The multipart body is malformed.",
     401: "An API key is missing or unknown.",
     403: "The API key lacks the scope.",
+    404: "There is no model of this name.",
     408: "The upload took too long.",
     413: "The upload or the video is over a limit.",
     415: "Not a kind of video that is accepted.",
@@ -96,15 +104,15 @@ async def answer_video(request: Request, state: State, query: P) -> VideoAnswer[
     """
     started = time.perf_counter()
     settings = state.settings
+    state.models.find(query.model)  # now, so that a name that is wrong costs nobody an upload
     async with receive(
         request, state.spool, settings.max_upload_bytes, settings.upload_timeout_s
     ) as upload:
         parameters = merge_parameters(query, upload.fields, settings.max_clips_per_request)
-        # One model from sampling to labels, also when another takes over meanwhile.
-        with state.models.current.in_use() as model:
-            clips, decode_s, answer = await answer_in_time(
-                request, settings.request_timeout_s, _process(state, model, upload, parameters)
-            )
+        work = _process(state, upload, parameters, request.headers.get(CANARY_KEY))
+        bundle, clips, decode_s, answer = await answer_in_time(
+            request, settings.request_timeout_s, work
+        )
     seconds = {
         "upload": upload.seconds,
         "decode": decode_s,
@@ -112,17 +120,17 @@ async def answer_video(request: Request, state: State, query: P) -> VideoAnswer[
         "inference": answer.inference_s,
         "total": time.perf_counter() - started,
     }
-    observe(state.metrics, seconds, len(clips.frames))
+    observe(state.metrics, bundle.name, seconds, len(clips.frames))
     _observe_video(state.metrics, upload, clips)
     timings = Timings(**{stage: round(value * 1e3, 2) for stage, value in seconds.items()})
-    return VideoAnswer(model.bundle, parameters, clips, answer, timings)
+    return VideoAnswer(bundle, parameters, clips, answer, timings)
 
 
-def observe(metrics: Metrics, seconds: dict[str, float], clips: int) -> None:
+def observe(metrics: Metrics, model: str, seconds: dict[str, float], clips: int) -> None:
     """Records how long the stages of an answered request took, and how many clips it had."""
     metrics.request_clips.observe(clips)
     for stage, value in seconds.items():
-        metrics.stage_seconds.labels(stage).observe(value)
+        metrics.stage_seconds.labels(model, stage).observe(value)
 
 
 def _observe_video(metrics: Metrics, upload: Upload, clips: Clips) -> None:
@@ -156,16 +164,38 @@ def merge_parameters(query: P, fields: dict[str, str], max_clips: int) -> P:
 
 
 async def _process(
+    state: State, upload: Upload, parameters: ViewParameters, key: str | None
+) -> tuple[Bundle, Clips, float, Answer]:
+    """Decodes, then infers, in the model that the request names.
+
+    Returns the bundle that answered, the clips, the seconds of decoding and the answer.
+    """
+    candidates = state.models.find(parameters.model).candidates
+    model = candidates.pick(key)
+    try:
+        found = await _run(state, model, upload, parameters)
+    except ServiceError as error:
+        if not candidates.gives_way(model, error):
+            raise
+        model = candidates.serving
+        found = await _run(state, model, upload, parameters)
+    clips, decode_s, answer = found
+    candidates.answered(model, clips.frames, answer)
+    return model.bundle, clips, decode_s, answer
+
+
+async def _run(
     state: State, model: ServedModel, upload: Upload, parameters: ViewParameters
 ) -> tuple[Clips, float, Answer]:
-    """Decodes, then infers. Returns the clips, the seconds of decoding and the answer."""
     started = time.perf_counter()
-    preprocessing = model.bundle.config.preprocessing
-    clips = await state.decoders.decode(
-        Job(upload.path, preprocessing, parameters.views, parameters.crops)
-    )
-    decode_s = time.perf_counter() - started
-    return clips, decode_s, await model.batcher.submit(clips.frames)
+    # One version from sampling to labels, also when another takes over meanwhile.
+    with model.in_use():
+        preprocessing = model.bundle.config.preprocessing
+        clips = await state.decoders.decode(
+            Job(upload.path, preprocessing, parameters.views, parameters.crops)
+        )
+        decode_s = time.perf_counter() - started
+        return clips, decode_s, await model.batcher.submit(clips.frames)
 
 
 async def answer_in_time(request: Request, timeout_s: float, work: Coroutine[Any, Any, T]) -> T:

@@ -40,8 +40,11 @@ def _number(value: object) -> object:
 
 
 class ViewParameters(_Schema):
-    """How a video is to be looked at."""
+    """How a video is to be looked at, and by which model."""
 
+    model: str | None = Field(
+        None, max_length=64, description="Name of the model, if several serve; see `/v1/models`."
+    )
     views: int = Field(1, ge=1, le=1000, description="Clips spread over the video's length.")
     # Query and form values are strings, which a Literal of numbers does not take by itself.
     crops: Annotated[Literal[1, 3], BeforeValidator(_number)] = Field(
@@ -206,13 +209,46 @@ class ModelsResponse(_Schema):
     models: tuple[ModelFacts, ...]
 
 
-class VersionsResponse(_Schema):
-    """What the store has under the name that serves."""
+class CandidateRequest(_Schema):
+    """Which version to try beside the one that serves, and how."""
+
+    version: str = Field(pattern=r"^[1-9][0-9]{0,8}$")
+    mode: Literal["shadow", "canary"] = Field(
+        description="`shadow`: gets copies of requests that were answered, and is compared. "
+        "`canary`: answers requests itself."
+    )
+    share: float = Field(gt=0, le=1, description="Of the requests; 0.05 is every twentieth.")
+
+
+class CandidateFacts(CandidateRequest):
+    """The candidate of a model, and in this replica what came of it so far."""
+
+    since: str
+    trying: bool = Field(description="False if it was refused or taken out; see `refused`.")
+    refused: str | None = Field(description="Why it is not tried.")
+    requests: dict[str, int] = Field(
+        description="By what came of them, as in `timesformer_candidate_requests_total`."
+    )
+    mean_score_difference: float | None = Field(
+        description="Of a shadow: 0 for the same scores, 1 for nothing in common."
+    )
+
+
+class AdminModel(_Schema):
+    """What the store has under a name, and what of it is used here."""
 
     name: str
     versions: tuple[str, ...] = Field(description="Published versions, oldest first.")
     history: tuple[str, ...] = Field(description="Versions that were active, the present first.")
-    serving: str = Field(description="The version that answers requests now.")
+    serving: str | None = Field(
+        description="The version that answers requests now; null if none could be loaded."
+    )
+    refused: str | None = Field(description="Why the active version does not serve.")
+    candidate: CandidateFacts | None
+
+
+class AdminModels(_Schema):
+    models: tuple[AdminModel, ...]
 
 
 class _Lenient(BaseModel):
@@ -326,7 +362,19 @@ class LiveResponse(_Schema):
     live: Literal[True] = True
 
 
+class ModelState(_Schema):
+    """How one of several models is."""
+
+    name: str
+    version: str | None = Field(description="The version that serves; null if none does.")
+    refused: bool = Field(
+        description="The store's active version cannot be used; the log says why."
+    )
+
+
 class ReadyResponse(_Schema):
+    """With several models, `model` and what runs it are of the first that serves."""
+
     ready: Literal[True] = True
     model: ModelName
     engine: str
@@ -334,6 +382,7 @@ class ReadyResponse(_Schema):
     device: str
     precision: str = Field(description="`float32` or `int8`.")
     tensorrt: str = Field(description=_TENSORRT)
+    models: tuple[ModelState, ...]
 
 
 class FieldProblem(_Schema):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from export.runtime.cores import usable_cores
@@ -22,6 +22,7 @@ from export.runtime.interface import Device, Precision
 
 ENV_PREFIX = "TIMESFORMER_"
 MIB = 1024 * 1024
+ALL_MODELS = "*"
 # What Kubernetes sets in every pod for every Service, here for those named `timesformer...`.
 _SERVICE_LINK = re.compile(
     ENV_PREFIX + r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_.+)?)"
@@ -57,8 +58,9 @@ class Settings(BaseSettings):
     )
     model: str | None = Field(
         None,
-        description="Name of the bundle to serve; its active version is taken. Needed only when "
-        "the store has more than one name.",
+        description="Name of the bundle to serve; its active version is taken. Several with "
+        "commas, or `*` for all of the store: requests then choose with `model`, and the first is "
+        "the default. Each costs its memory. Needed only when the store has more than one name.",
     )
     watch_interval_s: float = Field(
         2.0,
@@ -185,6 +187,20 @@ class Settings(BaseSettings):
     log_format: Literal["json", "text"] = Field(
         "json", description="`json`, one object a line, for machines; `text` for people."
     )
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names in `model`; none if it names none or all."""
+        if self.model is None or self.model == ALL_MODELS:
+            return ()
+        return tuple(dict.fromkeys(name.strip() for name in self.model.split(",")))
+
+    @field_validator("model")
+    @classmethod
+    def _models_are_named(cls, model: str | None) -> str | None:
+        if model is not None and not all(name.strip() for name in model.split(",")):
+            raise ValueError("a name between the commas is missing")
+        return model
 
     @model_validator(mode="after")
     def _largest_request_fits(self) -> Settings:

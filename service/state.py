@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 from service.decoding import DecoderPool
 from service.errors import NotReadyError
 from service.metrics import Metrics
-from service.models import ModelHost
+from service.models import Models
 from service.settings import Settings
 from service.spool import Spool
 
@@ -21,7 +21,7 @@ class State:
 
     settings: Settings
     metrics: Metrics
-    models: ModelHost
+    models: Models
     decoders: DecoderPool
     spool: Spool
 

@@ -1,4 +1,6 @@
-"""Which version serves: list, activate, roll back. For keys with the scope `admin`."""
+"""Which versions serve and which are tried: list, activate, roll back, try, promote. For keys with
+the scope `admin`.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +9,115 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from export.bundle import BundleError
+from export.bundle import BundleError, Candidate
 from service.errors import BundleRefusedError
+from service.hosting import ModelHost
 from service.loading import store_of
 from service.requests import PROBLEM_RESPONSES, problem_response
-from service.schemas import ModelName, VersionsResponse
+from service.schemas import (
+    AdminModel,
+    AdminModels,
+    CandidateFacts,
+    CandidateRequest,
+    ModelName,
+)
 from service.state import Running, State
 
 router = APIRouter(
-    prefix="/v1/admin",
+    prefix="/v1/admin/models",
     tags=["admin"],
-    responses={status: PROBLEM_RESPONSES[status] for status in (401, 403, 429, 503)},
+    responses={status: PROBLEM_RESPONSES[status] for status in (401, 403, 404, 429, 503)},
 )
 _REFUSED: dict[int | str, dict[str, Any]] = {
     409: problem_response("The version cannot be served; store and service are as they were.")
 }
 
 
-@router.get("/versions", summary="List the versions of the served model", responses=_REFUSED)
-async def versions(state: Running) -> VersionsResponse:
-    """What the store has under the served name, and which of it is active and which serves."""
-    serving = state.models.current.bundle
+@router.get("", summary="List models, versions and candidates", responses=_REFUSED)
+async def models(state: Running) -> AdminModels:
+    """What the store has under each served name, which of it is active, serves, and is tried."""
+    return AdminModels(models=tuple([await _facts(host, state) for host in state.models.hosts]))
+
+
+@router.get("/{model}", summary="List the versions of a model", responses=_REFUSED)
+async def versions(model: str, state: Running) -> AdminModel:
+    """What the store has under the name, which of it is active, serves, and is tried."""
+    return await _facts(state.models.find(model), state)
+
+
+@router.post("/{model}/versions/{version}/activate", summary="Serve a version", responses=_REFUSED)
+async def activate(model: str, version: str, state: Running) -> ModelName:
+    """Checks, loads and warms the version up, then lets it take over and marks it as active."""
+    host = state.models.find(model)
+    await host.activate(version)
+    return _serving(host)
+
+
+@router.post("/{model}/rollback", summary="Serve the version before", responses=_REFUSED)
+async def rollback(model: str, state: Running) -> ModelName:
+    """Goes back to the version that was active before."""
+    host = state.models.find(model)
+    await host.roll_back()
+    return _serving(host)
+
+
+@router.put("/{model}/candidate", summary="Try a version", responses=_REFUSED)
+async def try_candidate(model: str, wanted: CandidateRequest, state: Running) -> AdminModel:
+    """Loads a version beside the one that serves, as a shadow or a canary, or changes its mode or
+    share. All replicas of the store do the same; `timesformer bundles candidate` does so too.
+    """
+    host = state.models.find(model)
+    await host.try_candidate(Candidate(**wanted.model_dump()))
+    return await _facts(host, state)
+
+
+@router.delete("/{model}/candidate", summary="Try no version any more", responses=_REFUSED)
+async def withdraw_candidate(model: str, state: Running) -> AdminModel:
+    """Ends the trial in all replicas; what runs in the candidate is answered."""
+    host = state.models.find(model)
+    await host.withdraw_candidate()
+    return await _facts(host, state)
+
+
+@router.post("/{model}/candidate/promote", summary="Serve the candidate", responses=_REFUSED)
+async def promote(model: str, state: Running) -> ModelName:
+    """Makes the candidate, which is loaded already, the active version."""
+    host = state.models.find(model)
+    await host.promote()
+    return _serving(host)
+
+
+async def _facts(host: ModelHost, state: State) -> AdminModel:
     store = store_of(state.settings)
     try:
-        found = await asyncio.to_thread(store.versions, serving.name)
-        history = await asyncio.to_thread(store.history, serving.name)
+        found = await asyncio.to_thread(store.versions, host.name)
+        history = await asyncio.to_thread(store.history, host.name)
+        candidate = await asyncio.to_thread(store.candidate, host.name)
     except BundleError as error:
         raise BundleRefusedError(str(error)) from error
-    return VersionsResponse(
-        name=serving.name, versions=tuple(found), history=tuple(history), serving=serving.version
+    return AdminModel(
+        name=host.name,
+        versions=tuple(found),
+        history=tuple(history),
+        serving=host.current.bundle.version if host.is_serving else None,
+        refused=host.refusal,
+        candidate=_candidate_facts(host, candidate) if candidate else None,
     )
 
 
-@router.post("/versions/{version}/activate", summary="Serve a version", responses=_REFUSED)
-async def activate(version: str, state: Running) -> ModelName:
-    """Checks, loads and warms the version up, then lets it take over and marks it as active."""
-    await state.models.activate(version)
-    return _serving(state)
+def _candidate_facts(host: ModelHost, candidate: Candidate) -> CandidateFacts:
+    trial = host.candidates.trial
+    if trial is not None and trial.candidate != candidate:
+        trial = None  # the watch has not followed yet
+    return CandidateFacts(
+        **candidate.model_dump(include={"version", "mode", "share"}),
+        since=candidate.since.isoformat(timespec="seconds"),
+        trying=trial is not None,
+        refused=host.candidates.refusal,
+        requests=dict(trial.counts) if trial else {},
+        mean_score_difference=trial.mean_score_difference if trial else None,
+    )
 
 
-@router.post("/rollback", summary="Serve the version before", responses=_REFUSED)
-async def rollback(state: Running) -> ModelName:
-    """Goes back to the version that was active before."""
-    await state.models.roll_back()
-    return _serving(state)
-
-
-def _serving(state: State) -> ModelName:
-    bundle = state.models.current.bundle
-    return ModelName(name=bundle.name, version=bundle.version)
+def _serving(host: ModelHost) -> ModelName:
+    return ModelName(name=host.name, version=host.current.bundle.version)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
 
 from service.metrics import CONTENT_TYPE, Metrics
 from service.requests import PROBLEM_RESPONSES
-from service.schemas import LiveResponse, ModelName, ReadyResponse
+from service.schemas import LiveResponse, ModelName, ModelState, ReadyResponse
 from service.state import Running
 
 router = APIRouter(tags=["health"])
@@ -19,18 +21,37 @@ async def live() -> LiveResponse:
 
 
 @router.get(
-    "/health/ready", summary="Can it take requests?", responses={503: PROBLEM_RESPONSES[503]}
+    "/health/ready",
+    summary="Can it take requests?",
+    responses={status: PROBLEM_RESPONSES[status] for status in (404, 503)},
 )
-async def ready(state: Running) -> ReadyResponse:
-    """200 once the model is loaded and warm, 503 before and while the service stops."""
-    bundle, runtime = state.models.current.bundle, state.models.current.runtime
+async def ready(
+    state: Running,
+    model: Annotated[str | None, Query(description="Ask for this one of several models.")] = None,
+) -> ReadyResponse:
+    """200 once the models are loaded and warm, 503 before and while the service stops.
+
+    Of several models one that could not be loaded does not keep the others from serving, so that
+    one is enough, unless `model` asks for a certain one.
+    """
+    hosts = state.models.hosts
+    host = state.models.find(model) if model else next(h for h in hosts if h.is_serving)
+    bundle, runtime = host.current.bundle, host.current.runtime
     return ReadyResponse(
         model=ModelName(name=bundle.name, version=bundle.version),
         engine=runtime.engine,
         provider=runtime.provider,
         device=runtime.device,
         precision=runtime.precision,
-        tensorrt=state.models.tensorrt,
+        tensorrt=host.tensorrt,
+        models=tuple(
+            ModelState(
+                name=host.name,
+                version=host.current.bundle.version if host.is_serving else None,
+                refused=host.refusal is not None,
+            )
+            for host in hosts
+        ),
     )
 
 

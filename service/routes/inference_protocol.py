@@ -15,9 +15,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from export.bundle import Bundle
 from service.batcher import Answer
-from service.errors import ModelNotFoundError, RequestTimeoutError
-from service.requests import answer_in_time, observe
+from service.errors import ModelNotFoundError, RequestTimeoutError, ServiceError
+from service.requests import CANARY_KEY, answer_in_time, observe
 from service.schemas import (
     InferRequest,
     InferResponse,
@@ -194,7 +195,7 @@ async def infer(request: Request, state: Running) -> Response:
     settings = state.settings
     header_length = request.headers.get(HEADER_LENGTH)
     # Found before the body is read, and again afterwards: it may have been swapped meanwhile, and
-    # a slow sender must not keep an old model open.
+    # a slow sender must not keep an old version open.
     limit = min(
         Limit(settings.max_upload_bytes),
         body_limit(
@@ -204,10 +205,9 @@ async def infer(request: Request, state: Running) -> Response:
     content = await receive_tensors(request, limit, settings.upload_timeout_s)
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     uploaded = time.perf_counter()
-    with _model(request, state).in_use() as model:
-        work = _run(state, model, Body(content, encoding, header_length), limit)
-        inference, answer = await answer_in_time(request, settings.request_timeout_s, work)
-        names = {"model_name": model.bundle.name, "model_version": model.bundle.version}
+    work = _run(request, state, Body(content, encoding, header_length), limit)
+    bundle, inference, answer = await answer_in_time(request, settings.request_timeout_s, work)
+    names = {"model_name": bundle.name, "model_version": bundle.version}
     tensors = {"logits": answer.logits, "embedding": answer.embedding}
     body, length = encode(dict(names), tensors, inference.request)
     seconds = {
@@ -216,7 +216,7 @@ async def infer(request: Request, state: Running) -> Response:
         "inference": answer.inference_s,
         "total": time.perf_counter() - started,
     }
-    observe(state.metrics, seconds, len(inference.frames))
+    observe(state.metrics, bundle.name, seconds, len(inference.frames))
     if length is None:
         return Response(body, media_type="application/json")
     headers = {HEADER_LENGTH: str(length)}
@@ -224,19 +224,23 @@ async def infer(request: Request, state: Running) -> Response:
 
 
 def _model(request: Request, state: State) -> ServedModel:
-    """The model that the path names.
+    """The version that the path names: the one that serves, or the candidate.
 
     Raises:
-        ModelNotFoundError: another one serves.
+        ModelNotFoundError: there is no such model or version.
     """
-    model = state.models.current
-    bundle = model.bundle
-    name, wanted = request.path_params["model"], request.path_params.get("version")
-    if name != bundle.name or wanted not in {None, bundle.version}:
+    candidates = state.models.find(request.path_params["model"]).candidates
+    serving, wanted = candidates.serving, request.path_params.get("version")
+    known = {serving.bundle.version: serving}
+    if candidates.trial is not None:
+        known[candidates.trial.candidate.version] = candidates.trial.model
+    if wanted is None:
+        return serving
+    if wanted not in known:
         raise ModelNotFoundError(
-            f"no such model or version serves here; '{bundle.name}' version {bundle.version} does"
+            f"no such version serves here; '{serving.bundle.name}' has {', '.join(known)}"
         )
-    return model
+    return known[wanted]
 
 
 def _clip_shape(model: ServedModel) -> tuple[int, ...]:
@@ -245,8 +249,8 @@ def _clip_shape(model: ServedModel) -> tuple[int, ...]:
 
 
 async def _run(
-    state: State, model: ServedModel, body: Body, limit: Limit
-) -> tuple[Inference, Answer]:
+    request: Request, state: State, body: Body, limit: Limit
+) -> tuple[Bundle, Inference, Answer]:
     """Decodes the body and infers, within the time that it gives itself.
 
     Raises:
@@ -255,17 +259,42 @@ async def _run(
     """
     loop = asyncio.get_running_loop()
     started = loop.time()
-    read = partial(
-        decode,
-        body,
-        _clip_shape(model),
-        max_clips=state.settings.max_clips_per_request,
-        limit=limit,
-    )
-    inference = read() if body.is_quick else await loop.run_in_executor(_DECODER, read)
-    timeout_s = inference.request.parameters.timeout / 1e6
+    model = _model(request, state)
+    with model.in_use():
+        read = partial(
+            decode,
+            body,
+            _clip_shape(model),
+            max_clips=state.settings.max_clips_per_request,
+            limit=limit,
+        )
+        inference = read() if body.is_quick else await loop.run_in_executor(_DECODER, read)
+        timeout_s = inference.request.parameters.timeout / 1e6
+        try:
+            async with asyncio.timeout_at(started + timeout_s if timeout_s else None):
+                bundle, answer = await _infer(request, state, model, inference)
+                return bundle, inference, answer
+        except TimeoutError:
+            raise RequestTimeoutError(f"There was no answer after {timeout_s:g} s.") from None
+
+
+async def _infer(
+    request: Request, state: State, model: ServedModel, inference: Inference
+) -> tuple[Bundle, Answer]:
+    """Runs the clips through a version that was asked for, or through whichever is to answer."""
+    candidates = state.models.find(request.path_params["model"]).candidates
+    if "version" in request.path_params:
+        return model.bundle, await model.batcher.submit(inference.frames)
+    if model is candidates.serving:  # else another took over meanwhile, and the clips are for this
+        model = candidates.pick(request.headers.get(CANARY_KEY), same_clips=True)
     try:
-        async with asyncio.timeout_at(started + timeout_s if timeout_s else None):
-            return inference, await model.batcher.submit(inference.frames)
-    except TimeoutError:
-        raise RequestTimeoutError(f"There was no answer after {timeout_s:g} s.") from None
+        with model.in_use():
+            answer = await model.batcher.submit(inference.frames)
+    except ServiceError as error:
+        if not candidates.gives_way(model, error):
+            raise
+        model = candidates.serving
+        with model.in_use():
+            answer = await model.batcher.submit(inference.frames)
+    candidates.answered(model, inference.frames, answer)
+    return model.bundle, answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from model.cost import cost
+from service.hosting import ModelHost
 from service.schemas import ModelFacts, ModelsResponse
 from service.state import Running
 
@@ -13,26 +14,28 @@ router = APIRouter(prefix="/v1", tags=["models"])
 
 @router.get("/models", summary="List the models that serve")
 async def models(state: Running) -> ModelsResponse:
-    """The bundles that answer requests, with what they are and what runs them."""
-    bundle, runtime = state.models.current.bundle, state.models.current.runtime
-    manifest = bundle.manifest
+    """What answers requests, the default first: what it is, and what runs it."""
     return ModelsResponse(
-        models=(
-            ModelFacts(
-                name=bundle.name,
-                version=bundle.version,
-                created=manifest.created.isoformat(),
-                labels=manifest.labels,
-                parameters=cost(bundle.config).parameters,
-                architecture=manifest.architecture,
-                preprocessing=manifest.preprocessing,
-                engine=runtime.engine,
-                provider=runtime.provider,
-                device=runtime.device,
-                precision=runtime.precision,
-                tensorrt=state.models.tensorrt,
-                temperature=manifest.temperature,
-                training=manifest.training,
-            ),
-        )
+        models=tuple(_facts(host) for host in state.models.hosts if host.is_serving)
+    )
+
+
+def _facts(host: ModelHost) -> ModelFacts:
+    bundle, runtime = host.current.bundle, host.current.runtime
+    manifest = bundle.manifest
+    return ModelFacts(
+        name=bundle.name,
+        version=bundle.version,
+        created=manifest.created.isoformat(),
+        labels=manifest.labels,
+        parameters=cost(bundle.config).parameters,
+        architecture=manifest.architecture,
+        preprocessing=manifest.preprocessing,
+        engine=runtime.engine,
+        provider=runtime.provider,
+        device=runtime.device,
+        precision=runtime.precision,
+        tensorrt=host.tensorrt,
+        temperature=manifest.temperature,
+        training=manifest.training,
     )

@@ -26,6 +26,7 @@ def test_it_is_alive_and_ready_and_says_what_runs_it(client: httpx.Client) -> No
         "device": "cpu",
         "precision": "float32",
         "tensorrt": "off: the CPU is to be used",
+        "models": [{"name": "demo", "version": "1", "refused": False}],
     }
 
 
@@ -81,7 +82,7 @@ def test_metrics_count_requests_by_route_template_only(client: httpx.Client) -> 
 def test_metrics_say_which_bundle_runs_on_what(client: httpx.Client) -> None:
     text = client.get("/metrics").text
     assert (
-        'timesformer_model_info{device="cpu",engine="onnxruntime",name="demo",'
+        'timesformer_model_info{device="cpu",engine="onnxruntime",model="demo",'
         'precision="float32",provider="CPUExecutionProvider",version="1"} 1.0' in text
     )
     assert "timesformer_ready 1.0" in text
@@ -122,6 +123,7 @@ def test_the_description_of_the_api_is_whole(client: httpx.Client) -> None:
         "views",
         "crops",
         "threshold",
+        "model",
     }
     assert description["components"]["schemas"]["ClassifyResponse"]["examples"]
 

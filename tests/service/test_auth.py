@@ -157,14 +157,14 @@ def test_the_command_makes_lists_and_revokes_keys(tmp_path: Path) -> None:
 def test_only_an_admin_may_change_what_serves(serve: Any, tmp_path: Path) -> None:
     keys = write(tmp_path / "keys.json")
     with serve(api_keys_file=tmp_path / "keys.json", spool_dir=tmp_path) as client:
-        answer = client.get("/v1/admin/versions", headers=bearer(keys["infer"]))
+        answer = client.get("/v1/admin/models/demo", headers=bearer(keys["infer"]))
         assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
-        answer = client.get("/v1/admin/versions", headers=bearer(keys["admin"]))
+        answer = client.get("/v1/admin/models/demo", headers=bearer(keys["admin"]))
         assert answer.json()["serving"] == "1"
 
 
 def test_without_keys_nobody_may(client: httpx.Client) -> None:
-    answer = client.post("/v1/admin/rollback")
+    answer = client.post("/v1/admin/models/demo/rollback")
     assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
 
 
@@ -177,17 +177,19 @@ def test_an_admin_activates_and_rolls_back(
     with serve(
         store=store.root, api_keys_file=tmp_path / "keys.json", watch_interval_s=0
     ) as client:
-        nothing = client.post("/v1/admin/rollback", headers=admin)
+        nothing = client.post("/v1/admin/models/demo/rollback", headers=admin)
         assert (nothing.status_code, nothing.json()["code"]) == (409, "bundle_refused")
-        done = client.post("/v1/admin/versions/2/activate", headers=admin)
+        done = client.post("/v1/admin/models/demo/versions/2/activate", headers=admin)
         assert done.json() == {"name": "demo", "version": "2"}
-        assert client.get("/v1/admin/versions", headers=admin).json() == {
+        assert client.get("/v1/admin/models/demo", headers=admin).json() == {
             "name": "demo",
             "versions": ["1", "2"],
             "history": ["2", "1"],
             "serving": "2",
+            "refused": None,
+            "candidate": None,
         }
-        assert client.post("/v1/admin/rollback", headers=admin).json()["version"] == "1"
+        assert client.post("/v1/admin/models/demo/rollback", headers=admin).json()["version"] == "1"
         assert store.active("demo") == "1"
         assert client.get("/health/ready").json()["model"]["version"] == "1"
 
@@ -203,7 +205,9 @@ def test_a_version_that_cannot_run_leaves_store_and_service_as_they_were(
         store=store.root, api_keys_file=tmp_path / "keys.json", watch_interval_s=0
     ) as client:
         for version in ("3", "99", "nonsense"):
-            answer = client.post(f"/v1/admin/versions/{version}/activate", headers=admin)
+            answer = client.post(
+                f"/v1/admin/models/demo/versions/{version}/activate", headers=admin
+            )
             assert (answer.status_code, answer.json()["code"]) == (409, "bundle_refused")
         assert store.active("demo") == "1"
         assert client.get("/health/ready").json()["model"]["version"] == "1"

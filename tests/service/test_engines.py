@@ -142,16 +142,18 @@ def test_onnx_runtime_serves_until_the_plan_is_built_and_then_the_plan_does(
     builder(lambda job: go_on.wait(30) and write_plan(job))
     with serve(store=store.root, spool_dir=tmp_path) as client:
         assert state(client) == ("onnxruntime", "building")
-        assert metric(client, 'timesformer_tensorrt{state="building"}') == 1
+        assert metric(client, 'timesformer_tensorrt{model="demo",state="building"}') == 1
         before = label(client, video)
         go_on.set()
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
         assert label(client, video) == before
         (model,) = client.get("/v1/models").json()["models"]
         assert (model["provider"], model["tensorrt"]) == ("TensorRT 11", "serving")
-        assert metric(client, 'timesformer_tensorrt{state="serving"}') == 1
-        assert metric(client, 'timesformer_tensorrt{state="building"}') == 0
-        assert metric(client, 'timesformer_swaps_total{result="done"}') == 0, "no other bundle"
+        assert metric(client, 'timesformer_tensorrt{model="demo",state="serving"}') == 1
+        assert metric(client, 'timesformer_tensorrt{model="demo",state="building"}') == 0
+        assert metric(client, 'timesformer_swaps_total{model="demo",result="done"}') == 0, (
+            "no other bundle"
+        )
     assert gpu.closed == len(gpu.loaded) == 1
 
 
@@ -180,7 +182,7 @@ def test_a_build_that_fails_is_told_and_onnx_runtime_goes_on(
     with serve(store=store.root, spool_dir=tmp_path) as client:
         wait_until(lambda: state(client) == ("onnxruntime", "failed: out of workspace"))
         label(client, video)
-        assert metric(client, 'timesformer_tensorrt{state="failed"}') == 1
+        assert metric(client, 'timesformer_tensorrt{model="demo",state="failed"}') == 1
     told = [record for record in caplog.records if record.message == "TensorRT"]
     assert told[-1].levelname == "ERROR"
     assert vars(told[-1])["reason"] == "out of workspace"
@@ -282,4 +284,4 @@ def test_a_machine_without_a_gpu_says_what_is_missing(monkeypatch: pytest.Monkey
 
 def test_on_the_cpu_the_service_says_that_tensorrt_is_off(client: httpx.Client) -> None:
     assert state(client) == ("onnxruntime", "off: the CPU is to be used")
-    assert metric(client, 'timesformer_tensorrt{state="off"}') == 1
+    assert metric(client, 'timesformer_tensorrt{model="demo",state="off"}') == 1

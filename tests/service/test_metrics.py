@@ -14,6 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.errors import codes
 from service.metrics import Metrics
 
+DEMO = (("model", "demo"),)
+
 
 def samples(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Every sample of `/metrics`, by name and labels."""
@@ -28,19 +30,19 @@ def test_counters_that_alerts_watch_are_there_before_anything_happens(serve: Any
     with serve() as client:
         found = samples(client)
     for result in ("done", "refused"):
-        assert found["timesformer_swaps_total", (("result", result),)] == 0
+        assert found["timesformer_swaps_total", (*DEMO, ("result", result))] == 0
     for reason in ("decoding_timeout", "decoder_crashed"):
         assert found["timesformer_decoder_restarts_total", (("reason", reason),)] == 0
     for code in codes():
         assert found["timesformer_rejected_total", (("code", code),)] == 0
-    assert found["timesformer_active_bundle_refused", ()] == 0
+    assert found["timesformer_active_bundle_refused", DEMO] == 0
 
 
 def test_an_idle_service_says_how_much_it_could_take(serve: Any) -> None:
     with serve(max_queue_clips=77, decode_workers=3) as client:
         found = samples(client)
-    assert found["timesformer_queue_limit_clips", ()] == 77
-    assert found["timesformer_queue_age_seconds", ()] == 0
+    assert found["timesformer_queue_limit_clips", DEMO] == 77
+    assert found["timesformer_queue_age_seconds", DEMO] == 0
     assert found["timesformer_decoders", ()] == 3
     assert found["timesformer_decoders_busy", ()] == 0
     assert found["timesformer_decode_waiting", ()] == 0
@@ -58,10 +60,10 @@ def test_what_was_sent_and_what_the_engine_did_is_counted(
     assert found["timesformer_video_seconds_sum", ()] == pytest.approx(2.0)
     assert found["timesformer_video_short_side_pixels_sum", ()] == 64
     assert found["timesformer_request_clips_sum", ()] == 3
-    batches = found["timesformer_batch_clips_count", ()]
-    assert found["timesformer_batch_seconds_count", ()] == batches > 0
+    batches = found["timesformer_batch_clips_count", DEMO]
+    assert found["timesformer_batch_seconds_count", DEMO] == batches > 0
     for stage in ("upload", "decode", "queue", "inference", "total"):
-        assert found["timesformer_stage_seconds_count", (("stage", stage),)] == 1
+        assert found["timesformer_stage_seconds_count", (*DEMO, ("stage", stage))] == 1
 
 
 def test_the_disks_of_spool_and_store_are_reported(serve: Any, tmp_path: Path) -> None:

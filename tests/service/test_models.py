@@ -91,7 +91,7 @@ def test_an_activated_version_takes_over_under_load_and_nothing_is_lost_or_mixed
             versions.add(version)
             assert all(item["label"].startswith(f"{version}: ") for item in answer["predictions"])
         assert versions == {"1", "2"}
-        assert metric(client, 'timesformer_swaps_total{result="done"}') == swaps
+        assert metric(client, 'timesformer_swaps_total{model="demo",result="done"}') == swaps
         info = [row for row in client.get("/metrics").text.splitlines() if "model_info{" in row]
         assert len(info) == 1, "only what serves now is in the metrics"
 
@@ -112,7 +112,7 @@ def test_a_version_that_cannot_run_is_refused_once_and_the_old_one_stays(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     publish(store, graph=b"no graph at all")  # whole by its hashes, and of no use
-    refused = 'timesformer_swaps_total{result="refused"}'
+    refused = 'timesformer_swaps_total{model="demo",result="refused"}'
     with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
         store.activate("demo", "3")
         wait_until(lambda: metric(client, refused) == 1)
@@ -120,12 +120,12 @@ def test_a_version_that_cannot_run_is_refused_once_and_the_old_one_stays(
         assert metric(client, refused) == 1, "it should be tried once, not for ever"
         assert caplog.text.count("swap refused") == 1
         assert serving(client) == "1"
-        assert metric(client, "timesformer_active_bundle_refused") == 1
+        assert metric(client, 'timesformer_active_bundle_refused{model="demo"}') == 1
         answer = client.post("/v1/classify", content=video.read_bytes()).json()
         assert answer["predictions"][0]["label"].startswith("1: ")
         store.activate("demo", "2")
         wait_until(lambda: serving(client) == "2")
-        assert metric(client, "timesformer_active_bundle_refused") == 0
+        assert metric(client, 'timesformer_active_bundle_refused{model="demo"}') == 0
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_version_that_cannot_run_is_refused_once_and_the_old_one_stays(
 def test_a_damaged_pointer_changes_nothing(
     serve: Any, store: BundleStore, tmp_path: Path, pointer: str
 ) -> None:
-    refused = 'timesformer_swaps_total{result="refused"}'
+    refused = 'timesformer_swaps_total{model="demo",result="refused"}'
     with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
         (store.root / "demo" / ACTIVE).write_text(pointer)
         wait_until(lambda: metric(client, refused) == 1)
@@ -147,7 +147,7 @@ def test_a_damaged_pointer_changes_nothing(
 def test_a_version_damaged_on_the_disk_is_refused(
     serve: Any, store: BundleStore, tmp_path: Path
 ) -> None:
-    refused = 'timesformer_swaps_total{result="refused"}'
+    refused = 'timesformer_swaps_total{model="demo",result="refused"}'
     with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
         graph = store.root / "demo" / "2" / ONNX_FLOAT32
         graph.write_bytes(graph.read_bytes()[:-1])
@@ -172,6 +172,6 @@ def test_the_largest_batch_is_the_devices_unless_it_is_set(device: str, clips: i
 
 def test_metrics_of_two_apps_are_apart() -> None:
     one, other = Metrics(), Metrics()
-    one.swaps.labels("done").inc()
-    assert b'timesformer_swaps_total{result="done"} 1.0' in one.render()
-    assert b'timesformer_swaps_total{result="done"} 0.0' in other.render()
+    one.swaps.labels("demo", "done").inc()
+    assert b'timesformer_swaps_total{model="demo",result="done"} 1.0' in one.render()
+    assert b'timesformer_swaps_total{model="demo"' not in other.render()

@@ -342,8 +342,8 @@ def _batches(client: httpx.Client) -> tuple[float, float]:
         line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#"
     )
     return (
-        float(lines["timesformer_batch_clips_count"]),
-        float(lines["timesformer_batch_clips_sum"]),
+        float(lines['timesformer_batch_clips_count{model="demo"}']),
+        float(lines['timesformer_batch_clips_sum{model="demo"}']),
     )
 
 

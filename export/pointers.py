@@ -1,0 +1,141 @@
+"""The small files beside a name's versions, each replaced atomically.
+
+`active.json` says which version serves, `candidate.json` which other one is tried beside it. All
+replicas of a service read them, so that they agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+ACTIVE = "active.json"
+CANDIDATE = "candidate.json"
+VERSION = re.compile(r"[1-9][0-9]{0,8}")
+# Older active versions that the pointer remembers, the newest first.
+_HISTORY = 20
+
+
+class BundleError(Exception):
+    """A bundle or store that cannot be used; the message says which, why and what to do."""
+
+
+class Candidate(BaseModel):
+    """A version that is tried beside the active one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    version: str = Field(pattern=rf"^{VERSION.pattern}$")
+    mode: Literal["shadow", "canary"]
+    share: float = Field(gt=0, le=1, description="of the requests")
+    since: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+def read_history(folder: Path) -> list[str]:
+    """Versions of a name that were active, the present one first; as many as are remembered.
+
+    Raises:
+        BundleError: the pointer is there and unreadable.
+    """
+    pointer = folder / ACTIVE
+    content = _read(pointer)
+    if content is None:
+        return []
+    try:
+        loaded = json.loads(content)
+        history = [loaded["version"], *loaded["previous"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{pointer} is damaged ({error!r}): remove it and activate a version"
+        ) from error
+    if not all(isinstance(item, str) and VERSION.fullmatch(item) for item in history):
+        raise BundleError(f"{pointer} names no version: remove it and activate one")
+    return history
+
+
+def write_history(folder: Path, history: list[str]) -> None:
+    """Makes the first of these versions the active one; the caller holds the name's lock.
+
+    Raises:
+        BundleError: it cannot be written; the old pointer is as it was.
+    """
+    content = {"version": history[0], "previous": history[1 : _HISTORY + 1]}
+    _replace(folder / ACTIVE, json.dumps(content) + "\n")
+
+
+def read_candidate(folder: Path) -> Candidate | None:
+    """The candidate of a name, if there is one.
+
+    Raises:
+        BundleError: the file is there and unreadable.
+    """
+    path = folder / CANDIDATE
+    content = _read(path)
+    if content is None:
+        return None
+    try:
+        return Candidate.model_validate_json(content)
+    except ValidationError as error:
+        raise BundleError(
+            f"{path} is damaged: remove it, or name a candidate again ({error.errors()[0]['msg']})"
+        ) from error
+
+
+def write_candidate(folder: Path, candidate: Candidate | None) -> None:
+    """Names the candidate, or none; the caller holds the name's lock.
+
+    Raises:
+        BundleError: it cannot be written; the old file is as it was.
+    """
+    path = folder / CANDIDATE
+    if candidate is not None:
+        _replace(path, candidate.model_dump_json() + "\n")
+        return
+    with writing(path):
+        path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _replace(path: Path, content: str) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    with writing(path):
+        beside.write_text(content)
+        sync(beside)
+        beside.replace(path)
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """A full disk, a quota, a missing right: a sentence that says what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"cannot write {target}: {error.strerror or error}; nothing has changed"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Brings a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
