@@ -44,7 +44,7 @@ class Models:
         host = self._hosts.get(name)
         if host is None:
             known = ", ".join(f"'{known}'" for known in self._hosts)
-            raise ModelNotFoundError(f"There is no model of this name here; there is {known}.")
+            raise ModelNotFoundError(f"There is no such model here; there is {known}.")
         return host
 
     async def start(self) -> None:

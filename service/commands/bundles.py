@@ -21,13 +21,15 @@ from service.commands.options import (
 if TYPE_CHECKING:
     from export.bundle import BundleStore
 
+_SHARE = click.FloatRange(min=0, min_open=True, max=1)
+
 
 @click.group(invoke_without_command=True)
 @store_option
 @json_option
 @click.pass_context
 def bundles(context: click.Context, store: Path | None, as_json: bool) -> None:
-    """List the bundles of a store; activate, roll back or verify one."""
+    """List the bundles of a store; activate, roll back, try or verify one."""
     from export.bundle import BundleStore
     from model.demo import STORE
 
@@ -110,6 +112,58 @@ def _say_active(name: str, version: str, as_json: bool) -> None:
         click.echo(json.dumps({"name": name, "version": version, "active": True}))
     else:
         click.echo(f"{name} version {version} is active")
+
+
+@bundles.command()
+@click.argument("name")
+@click.argument("version", required=False)
+@click.option("--shadow", type=_SHARE, help="Give it copies of this share of the requests, 0 to 1.")
+@click.option("--canary", type=_SHARE, help="Let it answer this share of the requests, 0 to 1.")
+@click.option("--off", is_flag=True, help="Try none any more.")
+@_bundles_options
+def candidate(
+    store: BundleStore,
+    as_json: bool,
+    name: str,
+    version: str | None,
+    shadow: float | None,
+    canary: float | None,
+    off: bool,
+) -> None:
+    """Let running services try VERSION of NAME beside the active one; `activate` promotes it.
+
+    As a shadow it is compared and answers nobody. Without VERSION, says what is tried.
+    """
+    from export.bundle import BundleError, Candidate
+
+    modes = {"shadow": shadow, "canary": canary}
+    given = [(mode, share) for mode, share in modes.items() if share is not None]
+    if len(given) != (version is not None) or (off and given):
+        raise click.UsageError(
+            "give VERSION with one of --shadow and --canary, or --off, or neither to be told"
+        )
+    if not store.versions(name):
+        raise BundleError(f"{store.root} has no bundle named {name}")
+    if off:
+        store.try_candidate(name, None)
+    if version is not None:
+        store.open(name, version)  # says which versions there are, if not this one
+        ((mode, share),) = given
+        wanted = {"version": version, "mode": mode, "share": share}
+        store.try_candidate(name, Candidate.model_validate(wanted))
+    _say_candidate(store, name, as_json)
+
+
+def _say_candidate(store: BundleStore, name: str, as_json: bool) -> None:
+    tried = store.candidate(name)
+    if as_json:
+        found = tried.model_dump(mode="json") if tried else None
+        click.echo(json.dumps({"name": name, "candidate": found}))
+    elif tried is None:
+        click.echo(f"no version of {name} is tried")
+    else:
+        kind = "requests are answered by it" if tried.mode == "canary" else "requests are copied"
+        click.echo(f"{name} version {tried.version}: {tried.share:.2%} of the {kind}")
 
 
 @bundles.command()

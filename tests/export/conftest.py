@@ -64,8 +64,8 @@ def colour_config() -> ModelConfig:
     return tiny_config(num_classes=3, embed_dim=16, image_size=16)
 
 
-def write_colour_graph(path: Path) -> None:
-    """A graph whose logits are the mean of the clip's red, green and blue, divided by 64."""
+def write_colour_graph(path: Path, divisor: float = 64) -> None:
+    """A graph whose logits are the mean of the clip's red, green and blue, divided by `divisor`."""
     frames = helper.make_tensor_value_info("frames", TensorProto.UINT8, ["batch", 4, 16, 16, 3])
     outputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
@@ -73,7 +73,7 @@ def write_colour_graph(path: Path) -> None:
     ]
     constants = {
         "axes": np.array([1, 2, 3], np.int64),
-        "divisor": np.array(64, np.float32),
+        "divisor": np.array(divisor, np.float32),
         "spread": np.ones((3, 16), np.float32),
     }
     nodes = [
@@ -111,10 +111,12 @@ def colour_manifest(name: str = "colours") -> Manifest:
     )
 
 
-def publish_colours(store: BundleStore, name: str = "colours", **changes: object) -> Bundle:
+def publish_colours(
+    store: BundleStore, name: str = "colours", divisor: float = 64, **changes: object
+) -> Bundle:
     """Publishes the hand-made bundle; `changes` are of its manifest."""
     with store.staging(name) as staging:
-        write_colour_graph(staging / ONNX_FLOAT32)
+        write_colour_graph(staging / ONNX_FLOAT32, divisor)
         (staging / LABELS).write_text("\n".join(COLOURS) + "\n")
         (staging / WEIGHTS).write_bytes(b"none")
         return store.publish(staging, colour_manifest(name).model_copy(update=changes))

@@ -373,6 +373,42 @@ class TestBundles:
         timesformer("bundles", "--store", store.root, *activate, "1")
         assert store.active("colours") == "1"
 
+    def test_a_candidate_is_named_told_and_taken_back(self, store: BundleStore) -> None:
+        def candidate(*arguments: str) -> str:
+            command = ("bundles", "candidate", "colours", *arguments, "--store", store.root)
+            return timesformer(*command).stdout
+
+        assert candidate() == "no version of colours is tried\n"
+        told = "colours version 2: 5.00% of the requests are answered by it\n"
+        assert candidate("2", "--canary", "0.05") == candidate() == told
+        assert "10.00% of the requests are copied" in candidate("2", "--shadow", "0.1")
+        found = json.loads(candidate("--json"))["candidate"]
+        assert (found["version"], found["mode"], found["share"]) == ("2", "shadow", 0.1)
+        assert candidate("--off") == "no version of colours is tried\n"
+        candidate("2", "--canary", "1")
+        timesformer("bundles", "activate", "colours", "2", "--store", store.root)
+        assert store.candidate("colours") is None, "it is promoted, and tried no more"
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "message"),
+        [
+            (("colours", "2"), 2, "one of --shadow and --canary"),
+            (("colours", "--canary", "1"), 2, "one of --shadow and --canary"),
+            (("colours", "2", "--canary", "1", "--shadow", "1"), 2, "one of --shadow and --canary"),
+            (("colours", "2", "--canary", "1", "--off"), 2, "one of --shadow and --canary"),
+            (("colours", "2", "--canary", "0"), 2, "0<x<=1"),
+            (("colours", "1", "--canary", "1"), 1, "is the active one"),
+            (("colours", "7", "--canary", "1"), 1, "has no version 7"),
+            (("nobody", "--off"), 1, "no bundle named nobody"),
+        ],
+    )
+    def test_a_candidate_that_cannot_be_is_refused(
+        self, store: BundleStore, arguments: tuple[str, ...], code: int, message: str
+    ) -> None:
+        command = ("bundles", "candidate", *arguments, "--store", store.root)
+        assert message in failure(*command, code=code)
+        assert store.candidate("colours") is None
+
     def test_activating_what_is_damaged_or_absent_is_refused(self, store: BundleStore) -> None:
         option = ("--store", store.root)
         assert "has no version 7" in failure("bundles", "activate", "colours", "7", *option)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from export.bundle import ACTIVE, ONNX_FLOAT32, Bundle, BundleStore
@@ -18,6 +19,7 @@ from model.demo import STORE
 from service.loading import max_batch
 from service.metrics import Metrics
 from service.settings import load_settings
+from tests.export.conftest import publish_colours
 
 DEMO = BundleStore(STORE).open("demo")
 
@@ -94,6 +96,93 @@ def test_an_activated_version_takes_over_under_load_and_nothing_is_lost_or_mixed
         assert metric(client, 'timesformer_swaps_total{model="demo",result="done"}') == swaps
         info = [row for row in client.get("/metrics").text.splitlines() if "model_info{" in row]
         assert len(info) == 1, "only what serves now is in the metrics"
+
+
+def test_fifty_swaps_under_load_lose_nothing_and_no_answer_is_of_another_version_than_it_says(
+    serve: Any, tmp_path: Path
+) -> None:
+    store = BundleStore(tmp_path / "store")
+    divisors = {publish_colours(store, divisor=divisor).version: divisor for divisor in (64, 16)}
+    store.activate("colours", "1")
+    frames = np.full((3, 4, 16, 16, 3), 64, np.uint8)
+    head = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "frames",
+                    "datatype": "UINT8",
+                    "shape": frames.shape,
+                    "parameters": {"binary_data_size": frames.nbytes},
+                }
+            ]
+        }
+    ).encode()
+    request = {
+        "content": head + frames.tobytes(),
+        "headers": {"Inference-Header-Content-Length": str(len(head))},
+    }
+    with serve(store=store.root, watch_interval_s=0.02, spool_dir=tmp_path) as client:
+        answers: list[httpx.Response] = []
+        done = threading.Event()
+
+        def load() -> None:
+            with httpx.Client(base_url=client.base_url, timeout=60) as own:
+                while not done.is_set():
+                    answers.append(own.post("/v2/models/colours/infer", **request))
+
+        threads = [threading.Thread(target=load) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for turn in range(50):
+                version = "2" if turn % 2 == 0 else "1"
+                store.activate("colours", version)
+                wait_until(lambda version=version: serving(client) == version, seconds=60)
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+        assert metric(client, 'timesformer_swaps_total{model="colours",result="done"}') == 50
+        assert metric(client, 'timesformer_swaps_total{model="colours",result="refused"}') == 0
+    assert {answer.status_code for answer in answers} == {200}
+    seen = set()
+    for answer in (response.json() for response in answers):
+        seen.add(answer["model_version"])
+        (logits,) = (out["data"] for out in answer["outputs"] if out["name"] == "logits")
+        expected = 64 / divisors[answer["model_version"]]
+        assert logits == pytest.approx([expected] * 9)
+    assert seen == {"1", "2"}
+
+
+def test_a_version_whose_export_failed_verification_is_refused(
+    serve: Any, store: BundleStore, tmp_path: Path
+) -> None:
+    manifest = store.root / "demo" / "2" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"passed": true', '"passed": false'))
+    refused = 'timesformer_swaps_total{model="demo",result="refused"}'
+    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+        (store.root / "demo" / ACTIVE).write_text('{"version": "2", "previous": ["1"]}')
+        wait_until(lambda: metric(client, refused) == 1)
+        assert serving(client) == "1"
+        (model,) = client.get("/health/ready").json()["models"]
+        assert model == {"name": "demo", "version": "1", "refused": True}
+
+
+def test_a_disk_that_fails_for_a_moment_does_not_end_the_watch(
+    serve: Any, store: BundleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter([OSError(5, "Input/output error")] * 3)
+    honest = BundleStore.history
+
+    def history(self: BundleStore, name: str) -> list[str]:
+        if error := next(failures, None):
+            raise error
+        return honest(self, name)
+
+    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+        store.activate("demo", "2")
+        monkeypatch.setattr(BundleStore, "history", history)
+        wait_until(lambda: serving(client) == "2")
 
 
 def test_a_rollback_is_followed_too(serve: Any, store: BundleStore, tmp_path: Path) -> None:
