@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 torch = pytest.importorskip("torch")
 
 from model.checkpoints import load_checkpoint, save_safetensors  # noqa: E402
+from model.demo import STORE  # noqa: E402
 from model.training.sources import read_videos  # noqa: E402
 from model.training.start import fine_tuned_model, shared_classes  # noqa: E402
 from service.cli import cli  # noqa: E402
@@ -69,7 +70,7 @@ def test_what_was_trained_is_exported_and_both_are_evaluated_alike(
     assert report["temperature"] == 1.0
     (tmp_path / "training.json").write_text(json.dumps({**report, "temperature": 1.5}))
     timesformer("export", weights, "--name", "colours", "--training", tmp_path / "training.json",
-                "--precision", "int8", "--store", store)  # fmt: skip
+                "--precision", "int8", "--precision", "fp16", "--store", store)  # fmt: skip
     manifest = json.loads((store / "colours" / "1" / "manifest.json").read_text())
     assert manifest["training"]["metrics"]["top1"] == 1.0
     assert manifest["labels"] == ["blue", "red"]
@@ -102,9 +103,13 @@ def test_what_was_trained_is_exported_and_both_are_evaluated_alike(
     assert [each["temperature"] for each in reports] == [1.0, 1.0, 1.5]
     assert calibrated["log_loss"] != pytest.approx(plain["log_loss"], abs=1e-4)
     artefacts = reports[2]["artefacts"]
-    assert list(artefacts) == ["float32", "int8"]
+    assert list(artefacts) == ["float32", "fp16", "int8"]
     assert artefacts["float32"] == {**calibrated, "agreement_with_float32": 1.0}
-    assert artefacts["int8"]["agreement_with_float32"] == 1.0
+    for lower in ("fp16", "int8"):
+        assert artefacts[lower]["agreement_with_float32"] == 1.0
+        assert artefacts[lower]["log_loss"] == pytest.approx(calibrated["log_loss"], abs=0.01)
+    lacking = timesformer("evaluate", STORE / "demo" / "1", colours, "--precision", "fp16", code=1)
+    assert "has no model.fp16.onnx" in lacking.stderr
 
 
 def test_an_evaluation_is_a_table_and_a_page(trained: Path, colours: Path, tmp_path: Path) -> None:
