@@ -14,40 +14,25 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from model.config import Preprocessing, Sampling
-from model.video.errors import TooFewFrames, UndecodableVideo
-from model.video.index import PacketIndex, scan_packets
+from model.video.facts import (
+    Shape,
+    VideoFacts,
+    displayed,
+    facts_of,
+    is_reliable,
+    nothing_decodes,
+    overclaims,
+    single_frame,
+)
+from model.video.index import scan_packets
 from model.video.opening import Limits, OpenVideo, open_video
 from model.video.sampling import Timeline, sample
 from model.video.selective import decode_at
 from model.video.sequential import Survey, decode_sequentially, take_survey
-from model.video.transforms import Crops, crop_frame, upright_turns
+from model.video.transforms import Crops, crop_frame
 
 Choose = Callable[[Timeline], NDArray[np.int64]]
 Convert = Callable[[VideoFrame, float], NDArray[np.uint8]]
-
-# A claim is called a lie when it is off by half and by more than a second: sound often outlasts
-# the picture a little.
-_CLAIM_FACTOR, _CLAIM_SLACK_S = 1.5, 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoFacts:
-    """What the file really holds, by its packets and one decoded frame, not by its headers.
-
-    `width`, `height`: as displayed, after rotation and with square pixels. `rotation`: clockwise
-    degrees that set the coded frames upright (0, 90, 180, 270). `frame_rate`: mean, by presentation
-    times; None where they do not advance. `duration_s`: from the first frame to the end of the
-    last, which is taken to stay as long as the median frame.
-    """
-
-    width: int
-    height: int
-    rotation: int
-    frame_rate: float | None
-    frames: int
-    duration_s: float
-    codec: str
-    container: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +126,8 @@ def read_frames(
         index = scan_packets(video, limits)
         indices = choose(index.timeline) if len(index.frames) else np.empty(0, np.int64)
         album = _Album(video, convert)
-        if _is_reliable(video, index) and decode_at(video, index, np.unique(indices), album.keep):
-            truncated = index.damaged or _overclaims(video, index.timeline)
+        if is_reliable(video, index) and decode_at(video, index, np.unique(indices), album.keep):
+            truncated = index.damaged or overclaims(video, index.timeline)
             return album.finish(indices, index.timeline, truncated)
     with open_video(path, limits, threads) as video:
         album = _Album(video, convert)
@@ -152,15 +137,6 @@ def read_frames(
         if survey.matches(index.timeline):
             return album.finish(indices, survey.timeline, _is_truncated(video, survey))
     return _read_again(path, choose, convert, survey, limits, threads)
-
-
-def _is_reliable(video: OpenVideo, index: PacketIndex) -> bool:
-    """Whether the times of packets are known to be those of frames.
-
-    AVI stores no presentation times. FFmpeg guesses, and where frames are reordered guesses wrong.
-    """
-    guessed = video.format == "avi" and video.stream.codec_context.has_b_frames
-    return index.orderly and len(index.frames) > 1 and not guessed
 
 
 def probe(path: str | Path, limits: Limits = Limits()) -> VideoFacts:  # noqa: B008 (frozen)
@@ -174,8 +150,8 @@ def probe(path: str | Path, limits: Limits = Limits()) -> VideoFacts:  # noqa: B
     with open_video(path, limits) as video:
         frame = next((frame for frame in decode_sequentially(video) if frame is not None), None)
         if frame is None or len(timeline.times) == 0:
-            raise _nothing_decodes()
-        return _facts(video, _displayed(frame, video.sar), timeline)
+            raise nothing_decodes()
+        return facts_of(video, displayed(frame, video.sar), timeline)
 
 
 def _read_again(
@@ -188,7 +164,7 @@ def _read_again(
 ) -> Reading:
     """Chooses among the frames that really decode, and decodes from the beginning once more."""
     if len(survey.order) < 2:
-        raise _single_frame() if len(survey.order) else _nothing_decodes()
+        raise single_frame() if len(survey.order) else nothing_decodes()
     indices = choose(survey.timeline)
     wanted = {int(survey.order[number]): int(number) for number in indices.flat}
     with open_video(path, limits, threads) as video:
@@ -198,7 +174,7 @@ def _read_again(
 
 
 def _is_truncated(video: OpenVideo, survey: Survey) -> bool:
-    return survey.damaged or _overclaims(video, survey.timeline)
+    return survey.damaged or overclaims(video, survey.timeline)
 
 
 class _Album:
@@ -208,47 +184,17 @@ class _Album:
         self.video = video
         self.convert = convert
         self.pictures: dict[int, NDArray[np.uint8]] = {}
-        self.shape: _Shape | None = None
+        self.shape: Shape | None = None
 
     def keep(self, number: int, frame: VideoFrame) -> None:
-        self.shape = self.shape or _displayed(frame, self.video.sar)
+        self.shape = self.shape or displayed(frame, self.video.sar)
         self.pictures[number] = self.convert(frame, self.video.sar)
 
     def finish(self, indices: NDArray[np.int64], timeline: Timeline, truncated: bool) -> Reading:
         if self.shape is None or len(self.pictures) < len(np.unique(indices)):
-            raise _nothing_decodes()
-        facts = _facts(self.video, self.shape, timeline)
+            raise nothing_decodes()
+        facts = facts_of(self.video, self.shape, timeline)
         return Reading(indices, self.pictures, timeline, facts, truncated)
-
-
-_Shape = tuple[int, int, int]  # width and height as displayed, clockwise rotation
-
-
-def _displayed(frame: VideoFrame, sar: float) -> _Shape:
-    turns = upright_turns(frame.rotation)
-    width, height = max(round(frame.width * sar), 1), frame.height
-    if turns % 2:
-        width, height = height, width
-    return width, height, -90 * turns % 360
-
-
-def _facts(video: OpenVideo, shape: _Shape, timeline: Timeline) -> VideoFacts:
-    return VideoFacts(
-        *shape,
-        frame_rate=timeline.frame_rate,
-        frames=len(timeline.times),
-        duration_s=timeline.duration,
-        codec=video.codec,
-        container=video.format,
-    )
-
-
-def _overclaims(video: OpenVideo, timeline: Timeline) -> bool:
-    """Whether the headers promise far more than the file holds: it was cut off."""
-    if video.claimed_frames > _CLAIM_FACTOR * len(timeline.times):
-        return True
-    longest = _CLAIM_FACTOR * timeline.duration + _CLAIM_SLACK_S
-    return video.claimed_s is not None and video.claimed_s > longest
 
 
 def _gather(reading: Reading, crops: int, size: int) -> NDArray[np.uint8]:
@@ -260,11 +206,3 @@ def _gather(reading: Reading, crops: int, size: int) -> NDArray[np.uint8]:
         for view, time in np.argwhere(reading.indices == number):
             out[view, :, time] = picture
     return out.reshape(views * crops, count, size, size, 3)
-
-
-def _nothing_decodes() -> UndecodableVideo:
-    return UndecodableVideo("No frame of this video can be decoded; the file may be damaged.")
-
-
-def _single_frame() -> TooFewFrames:
-    return TooFewFrames("This file holds a single frame; recognising an action takes a video.")

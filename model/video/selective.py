@@ -14,9 +14,16 @@ from model.video.index import NO_TIME, PacketIndex, is_flush
 from model.video.opening import OpenVideo
 
 Keep = Callable[[int, VideoFrame], None]
+Tick = Callable[[], None]
 
 
-def decode_at(video: OpenVideo, index: PacketIndex, wanted: NDArray[np.int64], keep: Keep) -> bool:
+def decode_at(
+    video: OpenVideo,
+    index: PacketIndex,
+    wanted: NDArray[np.int64],
+    keep: Keep,
+    tick: Tick = lambda: None,
+) -> bool:
     """Decodes only what the wanted frames depend on, and `keep`s exactly those.
 
     Bit-identical to the sequential pass on sound files: it enters at the keyframe before each
@@ -26,12 +33,13 @@ def decode_at(video: OpenVideo, index: PacketIndex, wanted: NDArray[np.int64], k
 
     Args:
         wanted: int64 (n,), ascending indices into `index.frames`.
+        tick: called after each decoded frame, wanted or not.
     Returns:
         False if anything looks wrong (a frame is missing or flagged corrupt, packets differ from
         the index, an error): the caller then reads the file from end to end.
     """
     try:
-        return all(_decode_run(video, index, run, keep) for run in plan_runs(index, wanted))
+        return all(_decode_run(video, index, run, keep, tick) for run in plan_runs(index, wanted))
     except MemoryError:
         raise
     except av.FFmpegError:
@@ -53,30 +61,35 @@ def plan_runs(index: PacketIndex, wanted: NDArray[np.int64]) -> list[Run]:
     A run enters at the last keyframe that neither comes after the wanted packet nor shows after
     it: the leading frames of an open GOP show before its keyframe and need the GOP before.
     """
-    keys = np.flatnonzero(index.key)
+    packets = index.frames[wanted]
+    pts = index.pts[packets]
+    first = _entries(index, packets, pts)
+    order = np.argsort(first, kind="stable")
     runs: list[Run] = []
-    for number in wanted:
-        packet = int(index.frames[number])
-        pts = int(index.pts[packet])
-        before = keys[: np.searchsorted(keys, packet, side="right")]
-        entries = before[index.pts[before] <= pts]
-        first = int(entries[-1]) if len(entries) else 0
-        runs.append(Run(first, packet, {pts: int(number)}))
-    return _merge(sorted(runs, key=lambda run: run.first))
-
-
-def _merge(runs: list[Run]) -> list[Run]:
-    merged = runs[:1]
-    for run in runs[1:]:
-        if run.first <= merged[-1].last:
-            merged[-1].last = max(merged[-1].last, run.last)
-            merged[-1].wanted.update(run.wanted)
+    columns = (column[order].tolist() for column in (first, packets, pts, wanted))
+    for entry, packet, time, number in zip(*columns, strict=True):
+        if runs and entry <= runs[-1].last:
+            runs[-1].last = max(runs[-1].last, packet)
+            runs[-1].wanted[time] = number
         else:
-            merged.append(run)
-    return merged
+            runs.append(Run(entry, packet, {time: number}))
+    return runs
 
 
-def _decode_run(video: OpenVideo, index: PacketIndex, run: Run, keep: Keep) -> bool:
+def _entries(
+    index: PacketIndex, packets: NDArray[np.int64], pts: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The packet to enter at for each wanted packet, 0 where no keyframe is early enough."""
+    keys = np.flatnonzero(index.key)
+    if len(keys) == 0:
+        return np.zeros_like(packets)
+    entry = np.searchsorted(keys, packets, side="right") - 1
+    while (late := (entry >= 0) & (index.pts[keys[entry]] > pts)).any():
+        entry[late] -= 1
+    return np.where(entry >= 0, keys[entry], 0)
+
+
+def _decode_run(video: OpenVideo, index: PacketIndex, run: Run, keep: Keep, tick: Tick) -> bool:
     if index.corrupt[run.first : run.last + 1].any():
         return False
     missing = dict(run.wanted)
@@ -85,6 +98,7 @@ def _decode_run(video: OpenVideo, index: PacketIndex, run: Run, keep: Keep) -> b
         if frame is None or frame.is_corrupt or frame.pts is None or frame.pts <= latest:
             return False
         latest = frame.pts
+        tick()
         number = missing.pop(frame.pts, None)
         if number is not None:
             keep(number, frame)

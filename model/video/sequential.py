@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from model.video.index import is_flush, to_timeline
 from model.video.opening import OpenVideo
 from model.video.sampling import Timeline
-from model.video.selective import Keep
+from model.video.selective import Keep, Tick
 
 
 def decode_sequentially(video: OpenVideo) -> Iterator[VideoFrame | None]:
@@ -58,7 +58,9 @@ class Survey:
         return enough and np.array_equal(self.timeline.times, expected.times)
 
 
-def take_survey(video: OpenVideo, wanted: dict[int, int], keep: Keep) -> Survey:
+def take_survey(
+    video: OpenVideo, wanted: dict[int, int], keep: Keep, tick: Tick = lambda: None
+) -> Survey:
     """Decodes all of a file, keeping some frames by their position: {position: index to keep as}.
 
     The order of decoded frames is right even where their times are not: these are sorted. Where
@@ -67,6 +69,7 @@ def take_survey(video: OpenVideo, wanted: dict[int, int], keep: Keep) -> Survey:
     pts: list[int | None] = []
     damaged = False
     for frame in decode_sequentially(video):
+        tick()
         damaged = damaged or frame is None or frame.is_corrupt
         if frame is None:
             continue
