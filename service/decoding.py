@@ -1,4 +1,5 @@
-"""Isolated decoder workers: processes that turn a spooled video into clips.
+"""Isolated decoder workers: processes that turn a spooled video into clips, or, if it is long, into
+windows one after the other (`streaming.py`).
 
 A hostile or broken file may crash, hang or swell a worker; it costs that request a clear error
 and the pool a new worker, never the service. Workers import numpy and PyAV only. Frames come back
@@ -16,8 +17,8 @@ import pickle
 import resource
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from multiprocessing import BufferTooShort
 from multiprocessing.connection import Connection
@@ -29,9 +30,10 @@ import numpy as np
 import orjson
 
 from model.config import Preprocessing
-from model.video import Clips, Limits, VideoError, VideoFacts, load_clips
+from model.video import Clips, Ended, Limits, VideoError, VideoFacts, load_clips
 from service import sandbox
 from service.errors import VideoRejectedError
+from service.streaming import Piece, StalledError, StreamJob, receive_piece, send_windows
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -59,10 +61,13 @@ class WorkerLimits(NamedTuple):
 
     memory_bytes: int
     timeout_s: float
+    """For one video; of a long one, without any progress."""
     video: Limits
     sandboxed: bool = True
     folders: tuple[Path, ...] | None = None
     """What a sandboxed worker may read, see `sandbox.enter`."""
+    niceness: int = 0
+    """By how much its processes stand back for others."""
 
     @classmethod
     def of(cls, settings: Settings, folders: tuple[Path, ...] | None = None) -> WorkerLimits:
@@ -81,13 +86,19 @@ class DecoderPool:
 
     Args:
         on_restart: called with the reason each time a worker is replaced after a failure.
+        lazy: starts each process when it is first needed.
     """
 
     def __init__(
-        self, workers: int, limits: WorkerLimits, on_restart: Callable[[str], None]
+        self,
+        workers: int,
+        limits: WorkerLimits,
+        on_restart: Callable[[str], None],
+        lazy: bool = False,
     ) -> None:
         self._limits = limits
         self._on_restart = on_restart
+        self._lazy = lazy
         self._closing = False
         self.waiting = 0
         """Videos that wait for a worker."""
@@ -107,8 +118,9 @@ class DecoderPool:
         """Starts the workers, side by side, and waits until each has answered."""
         # For the workers: a thread of numpy's would be left out of their sandbox.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        starting = [self._threads.submit(worker.start) for worker in self._workers]
-        await asyncio.gather(*map(asyncio.wrap_future, starting))
+        if not self._lazy:
+            starting = [self._threads.submit(worker.start) for worker in self._workers]
+            await asyncio.gather(*map(asyncio.wrap_future, starting))
         for worker in self._workers:
             self._idle.put_nowait(worker)
         self.sandbox = tuple(
@@ -142,11 +154,7 @@ class DecoderPool:
         Raises:
             VideoRejectedError: the video cannot be used, or broke its worker.
         """
-        self.waiting += 1
-        try:
-            worker = await self._idle.get()
-        finally:
-            self.waiting -= 1
+        worker = await self._free_worker()
         loop = asyncio.get_running_loop()
         exchange = self._threads.submit(self._exchange, worker, job)
         exchange.add_done_callback(
@@ -154,13 +162,56 @@ class DecoderPool:
         )
         return await asyncio.wrap_future(exchange)
 
+    @contextlib.asynccontextmanager
+    async def stream(self, job: StreamJob) -> AsyncIterator[AsyncIterator[Piece]]:
+        """The pieces of a long video, decoded as they are taken; at the block's end it is given up.
+
+        Raises:
+            VideoRejectedError: as `decode`, while pieces are taken.
+        """
+        worker = await self._free_worker()
+        pieces = _Pieces(worker, job, self._threads)
+        try:
+            yield pieces
+        except _WorkerLostError as error:
+            self._note_loss(error)
+            raise VideoRejectedError(error.code, str(error)) from error
+        finally:
+            self._take_back(worker, pieces)
+
+    def _take_back(self, worker: _Worker, pieces: _Pieces) -> None:
+        """Ends what the worker is at, at once, and has it ready for the next video."""
+        if self._closing:
+            return
+        loop = asyncio.get_running_loop()
+        if not pieces.over:
+            worker.kill()  # a thread that waits for it wakes up
+        renewing = pieces.after_last_read(
+            lambda: None if pieces.over and worker.decoded < _RECYCLE_AFTER else worker.restart()
+        )
+        renewing.add_done_callback(
+            lambda _: loop.call_soon_threadsafe(self._idle.put_nowait, worker)
+        )
+
+    async def _free_worker(self) -> _Worker:
+        self.waiting += 1
+        try:
+            return await self._idle.get()
+        finally:
+            self.waiting -= 1
+
+    def _note_loss(self, error: _WorkerLostError) -> None:
+        if not self._closing:
+            logger.warning("decoder worker replaced", extra={"reason": error.code})
+            self._on_restart(error.code)
+
     def _exchange(self, worker: _Worker, job: Job) -> Clips:
+        worker.start_if_new()
         try:
             return worker.decode(job)
         except _WorkerLostError as error:
+            self._note_loss(error)
             if not self._closing:
-                logger.warning("decoder worker replaced", extra={"reason": error.code})
-                self._on_restart(error.code)
                 worker.restart()
             raise VideoRejectedError(error.code, str(error)) from error
         finally:
@@ -176,6 +227,59 @@ class DecoderPool:
         self._threads.shutdown(wait=True)
         for worker in self._workers:
             worker.stop()
+
+
+class _Pieces:
+    """What a worker sends of a long video; each is read by a thread when it is asked for."""
+
+    def __init__(self, worker: _Worker, job: StreamJob, threads: ThreadPoolExecutor) -> None:
+        self._worker = worker
+        self._job = job
+        self._threads = threads
+        self._reading: Future[Piece] | None = None
+        self.over = False
+        """The worker has sent its last message."""
+
+    def __aiter__(self) -> _Pieces:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self.over:
+            raise StopAsyncIteration
+        self._reading = self._threads.submit(self._read, first=self._reading is None)
+        return await asyncio.wrap_future(self._reading)
+
+    def after_last_read(self, then: Callable[[], None]) -> Future[None]:
+        """Runs `then` in a thread once no thread reads from the worker any more."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                then()
+            finally:
+                done.set_result(None)
+
+        def submit(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the pool is closed
+                self._threads.submit(run)
+
+        if self._reading is None:
+            submit(None)
+        else:
+            self._reading.add_done_callback(submit)
+        return done
+
+    def _read(self, first: bool) -> Piece:
+        if first:
+            self._worker.start_if_new()
+            self._worker.begin(self._job)
+        try:
+            piece = self._worker.next_piece(self._job)
+        except VideoRejectedError:
+            self.over = True
+            raise
+        self.over = isinstance(piece, Ended)
+        return piece
 
 
 class _WorkerLostError(Exception):
@@ -209,6 +313,10 @@ class _Worker:
             raise RuntimeError("a decoder worker did not start")
         self.sandbox = orjson.loads(self._connection.recv_bytes())
 
+    def start_if_new(self) -> None:
+        if self._process is None:
+            self.start()
+
     def restart(self) -> None:
         self.stop()
         self.start()
@@ -227,9 +335,29 @@ class _Worker:
             self._process.close()
             self._process = None
 
+    def begin(self, job: StreamJob) -> None:
+        """Sets the worker to a long video."""
+        self.decoded += 1
+        with _loss():
+            self._connection.send_bytes(pickle.dumps(job))
+
+    def next_piece(self, job: StreamJob) -> Piece:
+        """Waits for what comes next of it."""
+        with _loss():
+            try:
+                piece = receive_piece(self._connection, job, self._limits.timeout_s)
+            except StalledError:
+                raise _WorkerLostError(
+                    "decoding_timeout",
+                    f"Decoding the video made no progress for {self._limits.timeout_s:g} s.",
+                ) from None
+            if isinstance(piece, dict):
+                raise VideoRejectedError(piece["code"], piece["detail"])
+            return piece
+
     def decode(self, job: Job) -> Clips:
         self.decoded += 1
-        try:
+        with _loss():
             self._connection.send_bytes(pickle.dumps(job))
             if not self._connection.poll(self._limits.timeout_s):
                 raise _WorkerLostError(
@@ -255,10 +383,17 @@ class _Worker:
                 truncated=answer["truncated"],
                 sampling=answer["sampling"],
             )
-        except (EOFError, OSError, ValueError, KeyError, TypeError, BufferTooShort) as error:
-            raise _WorkerLostError(
-                "decoder_crashed", "The video broke its decoder; it is damaged or hostile."
-            ) from error
+
+
+@contextlib.contextmanager
+def _loss() -> Iterator[None]:
+    """Whatever goes wrong in talking to a worker means that it is lost."""
+    try:
+        yield
+    except (EOFError, OSError, ValueError, KeyError, TypeError, BufferTooShort) as error:
+        raise _WorkerLostError(
+            "decoder_crashed", "The video broke its decoder; it is damaged or hostile."
+        ) from error
 
 
 def _worker_main(connection: Connection, limits: WorkerLimits) -> None:
@@ -266,27 +401,34 @@ def _worker_main(connection: Connection, limits: WorkerLimits) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    os.nice(limits.niceness)
     layers = sandbox.enter(limits.folders) if limits.sandboxed else ()
     connection.send_bytes(orjson.dumps(layers))
     with contextlib.suppress(EOFError, OSError):  # the server is gone
         while True:
-            job: Job = pickle.loads(connection.recv_bytes())  # noqa: S301 - sent by our parent
+            job: Job | StreamJob = pickle.loads(connection.recv_bytes())  # noqa: S301 - sent by our parent
             _limit_cpu_time(limits.timeout_s)
-            _answer(connection, job, limits.video)
+            with _refusals(connection):
+                if isinstance(job, StreamJob):
+                    send_windows(connection, job, lambda: _limit_cpu_time(limits.timeout_s))
+                else:
+                    _answer(connection, job, limits.video)
 
 
-def _answer(connection: Connection, job: Job, limits: Limits) -> None:
+@contextlib.contextmanager
+def _refusals(connection: Connection) -> Iterator[None]:
+    """Sends what is wrong with a file."""
     try:
-        clips = load_clips(
-            job.path, job.preprocessing, views=job.views, crops=job.crops, limits=limits
-        )
+        yield
     except VideoError as error:
         connection.send_bytes(orjson.dumps({"code": error.code, "detail": str(error)}))
-        return
     except MemoryError:
         detail = "Decoding the video takes more memory than one video may have."
         connection.send_bytes(orjson.dumps({"code": "video_too_large", "detail": detail}))
-        return
+
+
+def _answer(connection: Connection, job: Job, limits: Limits) -> None:
+    clips = load_clips(job.path, job.preprocessing, views=job.views, crops=job.crops, limits=limits)
     header = {
         "times": clips.times.tolist(),
         "facts": asdict(clips.facts),

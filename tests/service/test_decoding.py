@@ -22,6 +22,7 @@ from service.decoding import (
     Job,
     WorkerLimits,
     _answer,
+    _refusals,
     _Worker,
     _worker_main,
     _WorkerLostError,
@@ -174,7 +175,8 @@ def test_a_video_over_the_memory_limit_is_refused_not_fatal(video: Path) -> None
     ours, theirs = multiprocessing.Pipe()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.decoding.load_clips", Hungry())
-        _answer(theirs, Job(video, SEEN, 1, 1), Limits())
+        with _refusals(theirs):
+            _answer(theirs, Job(video, SEEN, 1, 1), Limits())
     refusal = orjson.loads(ours.recv_bytes())
     assert refusal["code"] == "video_too_large"
 
