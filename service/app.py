@@ -17,7 +17,7 @@ from service.loading import store_of
 from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.models import Models
-from service.routes import admin, classify, embed, health, inference_protocol, page
+from service.routes import admin, classify, embed, health, inference_protocol, page, timeline
 from service.routes import models as model_list
 from service.sandbox import LAYERS
 from service.settings import Settings
@@ -43,7 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.keyring = Keyring(settings.api_keys_file) if settings.api_keys_file else None
     errors.install(app, app.state.metrics)
     app.add_middleware(RequestContext, metrics=app.state.metrics)
-    for group in (classify, embed, inference_protocol, model_list):
+    for group in (classify, embed, timeline, inference_protocol, model_list):
         app.include_router(group.router, dependencies=[Depends(allow("infer"))])
     app.include_router(admin.router, dependencies=[Depends(allow("admin"))])
     for router in (health.router, inference_protocol.probes, page.router):
@@ -62,14 +62,16 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     metrics: Metrics = app.state.metrics
     spool = Spool(settings.spool_dir, settings.max_spool_bytes)
-    decoders = _decoders(settings, metrics, spool)
+    decoders = _decoders(settings, metrics, spool, settings.decode_workers)
+    streams = _decoders(settings, metrics, spool, settings.timeline_workers, lazy=True)
     try:
         models = Models(settings, metrics)
-        await asyncio.gather(models.start(), decoders.start())
+        await asyncio.gather(models.start(), decoders.start(), streams.start())
         tell_of_sandbox(settings, metrics, decoders)
         _watch(metrics, settings, decoders)
+        metrics.timelines_waiting.set_function(lambda: streams.waiting)
         metrics.spool_bytes.set_function(lambda: spool.used_bytes)
-        app.state.service = State(settings, metrics, models, decoders, spool)
+        app.state.service = State(settings, metrics, models, decoders, streams, spool)
         metrics.ready.set(1)
         try:
             yield
@@ -79,6 +81,7 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
             await models.close()
     finally:
         decoders.close()
+        streams.close()
         spool.close()
 
 
@@ -104,11 +107,14 @@ def tell_of_sandbox(settings: Settings, metrics: Metrics, decoders: DecoderPool)
         logger.warning("decoders run without a part of their sandbox", extra={"missing": missing})
 
 
-def _decoders(settings: Settings, metrics: Metrics, spool: Spool) -> DecoderPool:
+def _decoders(
+    settings: Settings, metrics: Metrics, spool: Spool, workers: int, *, lazy: bool = False
+) -> DecoderPool:
     for reason in LOSSES:
         metrics.decoder_restarts.labels(reason)  # at 0, so that the first one is seen as a rise
     return DecoderPool(
-        settings.decode_workers,
+        workers,
         WorkerLimits.of(settings, (spool.folder,)),
         on_restart=lambda reason: metrics.decoder_restarts.labels(reason).inc(),
+        lazy=lazy,
     )

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import Bundle
-from model.video import Clips
+from model.video import Clips, VideoFacts
 from service.schemas import (
     Classification,
     ClassifyParameters,
@@ -30,7 +30,7 @@ def classification(
         ),
         model=ModelName(name=bundle.name, version=bundle.version),
         sampling=sampling_facts(clips, parameters),
-        video=video_facts(clips),
+        video=video_facts(clips.facts, clips.truncated),
     )
 
 
@@ -46,7 +46,14 @@ def best_labels(
 ) -> tuple[Prediction, ...]:
     """The best labels by the mean of the clips' softmax, as published evaluations do."""
     scores = softmax(logits).mean(axis=0)
-    best = np.argsort(-scores, kind="stable")[: parameters.top_k]
+    return best_scores(labels, scores, parameters.top_k, parameters.threshold)
+
+
+def best_scores(
+    labels: Sequence[str], scores: NDArray[np.float64], top_k: int, threshold: float
+) -> tuple[Prediction, ...]:
+    """The best labels by their scores (classes,)."""
+    best = np.argsort(-scores, kind="stable")[:top_k]
     return tuple(
         Prediction(
             label=labels[index],
@@ -54,7 +61,7 @@ def best_labels(
             score=round(float(scores[index]), 6),
         )
         for index in best
-        if scores[index] >= parameters.threshold
+        if scores[index] >= threshold
     )
 
 
@@ -68,9 +75,8 @@ def sampling_facts(clips: Clips, parameters: ViewParameters) -> SamplingFacts:
     )
 
 
-def video_facts(clips: Clips) -> VideoFactsSchema:
+def video_facts(facts: VideoFacts, truncated: bool) -> VideoFactsSchema:
     """What the file turned out to be."""
-    facts = clips.facts
     return VideoFactsSchema(
         width=facts.width,
         height=facts.height,
@@ -80,5 +86,5 @@ def video_facts(clips: Clips) -> VideoFactsSchema:
         frame_rate=None if facts.frame_rate is None else round(facts.frame_rate, 4),
         codec=facts.codec,
         container=facts.container,
-        truncated=clips.truncated,
+        truncated=truncated,
     )

@@ -29,10 +29,11 @@ from service.commands.options import (
     Command,
     classify_parameters,
     json_option,
+    local_model_options,
     print_rows,
-    store_option,
 )
 from service.commands.refresh import refresh
+from service.commands.timeline import timeline
 from service.commands.train import train
 from service.commands.verify import verify
 
@@ -108,7 +109,19 @@ def cli() -> None:
     """TimeSformer: export it, serve it, classify videos with it."""
 
 
-for _command in (bundles, data, engines, evaluate, export, keys, label, refresh, train, verify):
+for _command in (
+    bundles,
+    data,
+    engines,
+    evaluate,
+    export,
+    keys,
+    label,
+    refresh,
+    timeline,
+    train,
+    verify,
+):
     cli.add_command(_command)
 
 
@@ -154,18 +167,7 @@ def serve(**flags: str | None) -> None:
     help="1: the centre. 3: the two ends and the centre of the long side.",
 )
 @click.option("--threshold", default=0.0, show_default=True, help="Leave out what scores less.")
-@store_option
-@click.option(
-    "--model",
-    envvar="TIMESFORMER_MODEL",
-    help="Name of the bundle; needed only when the store has more than one.",
-)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    envvar="TIMESFORMER_DEVICE",
-    help="`auto`, the default, takes the GPU if it can be used, else warns and takes the CPU.",
-)
+@local_model_options
 @json_option
 def classify(
     files: tuple[Path, ...],

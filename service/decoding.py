@@ -170,12 +170,9 @@ class DecoderPool:
             VideoRejectedError: as `decode`, while pieces are taken.
         """
         worker = await self._free_worker()
-        pieces = _Pieces(worker, job, self._threads)
+        pieces = _Pieces(worker, job, self._threads, self._note_loss)
         try:
             yield pieces
-        except _WorkerLostError as error:
-            self._note_loss(error)
-            raise VideoRejectedError(error.code, str(error)) from error
         finally:
             self._take_back(worker, pieces)
 
@@ -232,8 +229,15 @@ class DecoderPool:
 class _Pieces:
     """What a worker sends of a long video; each is read by a thread when it is asked for."""
 
-    def __init__(self, worker: _Worker, job: StreamJob, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        worker: _Worker,
+        job: StreamJob,
+        threads: ThreadPoolExecutor,
+        on_loss: Callable[[_WorkerLostError], None],
+    ) -> None:
         self._worker = worker
+        self._on_loss = on_loss
         self._job = job
         self._threads = threads
         self._reading: Future[Piece] | None = None
@@ -247,7 +251,11 @@ class _Pieces:
         if self.over:
             raise StopAsyncIteration
         self._reading = self._threads.submit(self._read, first=self._reading is None)
-        return await asyncio.wrap_future(self._reading)
+        try:
+            return await asyncio.wrap_future(self._reading)
+        except _WorkerLostError as error:
+            self._on_loss(error)
+            raise VideoRejectedError(error.code, str(error)) from error
 
     def after_last_read(self, then: Callable[[], None]) -> Future[None]:
         """Runs `then` in a thread once no thread reads from the worker any more."""

@@ -1,4 +1,4 @@
-"""`timesformer classify`: videos of this machine, without a server."""
+"""`timesformer classify` and `timeline`: videos of this machine, without a server."""
 
 from __future__ import annotations
 
@@ -14,12 +14,28 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from model.video import Limits, VideoError, load_clips
+from model.video import (
+    Limits,
+    Opened,
+    VideoError,
+    Window,
+    load_clips,
+    make_cut,
+    stream_windows,
+)
 from service.classification import classification
 from service.loading import LoadedModel, find_bundle, load_model
 from service.progress import print_table
-from service.schemas import Classification, ClassifyParameters
+from service.schemas import (
+    Classification,
+    ClassifyParameters,
+    TimelineEvent,
+    TimelineParameters,
+    TimelineSegment,
+    TimelineSummary,
+)
 from service.settings import Settings
+from service.timeline import Timeline
 
 
 class UnreadableFile(VideoError):  # noqa: N818 - named as the others of its kind
@@ -54,6 +70,62 @@ def classify_files(
             _print_answer(file, answer, as_json)
     model.runtime.close()
     return failed
+
+
+def timeline_of_file(
+    file: Path, settings: Settings, parameters: TimelineParameters, as_json: bool
+) -> None:
+    """Prints the segments of a long video as they are known, or with `as_json` all events.
+
+    Raises:
+        VideoError: the file gives no windows, or no more; what was seen has been printed.
+        WindowError: the parameters do not fit the model.
+        BundleError, RuntimeUnavailableError: as `classify_files`.
+    """
+    model = load_model(find_bundle(settings), settings.model_copy(update={"max_batch_clips": 1}))
+    seen = model.bundle.config.preprocessing
+    cut = make_cut(
+        seen, parameters.window, parameters.stride, parameters.crops, settings.max_windows
+    )
+    timeline = Timeline(model.bundle, cut, parameters)
+    limits = Limits(
+        max_pixels=settings.max_video_pixels, max_duration_s=settings.max_long_video_duration_s
+    )
+    console = Console()
+
+    def show(piece: Opened | Window) -> None:
+        if isinstance(piece, Opened):
+            _print_event(timeline.start(piece), console, as_json)
+            return
+        rows = [model.runtime.run(clip[None]).logits[0] for clip in piece.frames]
+        for event in timeline.window(piece, np.stack(rows)):
+            _print_event(event, console, as_json)
+
+    try:
+        check_readable(file)
+        ended = stream_windows(file, seen, cut, show, limits=limits)
+        for event in timeline.end(ended):
+            _print_event(event, console, as_json)
+    finally:
+        model.runtime.close()
+
+
+def _print_event(event: TimelineEvent, console: Console, as_json: bool) -> None:
+    if as_json:
+        _print_json(event.model_dump(mode="json", exclude_none=True))
+    elif isinstance(event, TimelineSegment):
+        times = f"{_clock(event.start_s)} to {_clock(event.end_s)}"
+        console.print(f"{times}  {event.score:.3f}  {event.label}", highlight=False, markup=False)
+    elif isinstance(event, TimelineSummary):
+        text = f"{event.windows} windows, {event.segments} segments in {event.total_s:.1f} s"
+        console.print(text, highlight=False, style="dim")
+        if event.video.truncated:
+            click.echo("the file is truncated or damaged; the rest was used")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes) // 60}:{int(minutes) % 60:02}:{rest:04.1f}"
 
 
 def _progress(files: int) -> Progress:

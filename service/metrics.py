@@ -195,6 +195,26 @@ class Metrics:
             buckets=(1, 2, 3, 5, 10, 15, 30, 60, 100),
             registry=self.registry,
         )
+        self.timelines_running = Gauge(
+            "timesformer_timelines_running",
+            "Timelines that are being received, decoded or sent.",
+            registry=self.registry,
+        )
+        self.timelines_waiting = Gauge(
+            "timesformer_timelines_waiting",
+            "Timelines that wait for a decoder process.",
+            registry=self.registry,
+        )
+        self.timeline_windows = Counter(
+            "timesformer_timeline_windows",
+            "Windows of long videos that have been answered.",
+            registry=self.registry,
+        )
+        self.timeline_segments = Counter(
+            "timesformer_timeline_segments",
+            "Segments that these windows made.",
+            registry=self.registry,
+        )
         self.disk_free_bytes = Gauge(
             "timesformer_disk_free_bytes",
             "Room left where uploads (spool) and bundles (store) lie.",

@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from export.bundle import Bundle
 from model.video import Clips
@@ -30,6 +30,7 @@ from service.uploads import FILE_FIELD, Upload, receive
 
 T = TypeVar("T")
 P = TypeVar("P", bound=ViewParameters)
+M = TypeVar("M", bound=BaseModel)
 CANARY_KEY = "X-Canary-Key"
 """Requests with the same value of this header are answered by the same version."""
 
@@ -59,7 +60,7 @@ PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def video_body(parameters: type[ViewParameters]) -> dict[str, Any]:
+def video_body(parameters: type[BaseModel]) -> dict[str, Any]:
     """The OpenAPI description of a body with a video, and in a form these parameters as well."""
     binary = {"type": "string", "format": "binary"}
     fields = {
@@ -143,18 +144,27 @@ def _observe_video(metrics: Metrics, upload: Upload, clips: Clips) -> None:
     metrics.videos.labels(facts.codec if facts.codec in CODECS else "other").inc()
 
 
+def merge_fields(query: M, fields: dict[str, str]) -> M:
+    """The query's parameters with the form's on top.
+
+    Raises:
+        RequestValidationError: a form field is unknown or wrong.
+    """
+    given = query.model_dump(exclude_unset=True)
+    try:
+        return type(query).model_validate({**given, **fields})
+    except ValidationError as error:
+        problems = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+        raise RequestValidationError(problems) from None
+
+
 def merge_parameters(query: P, fields: dict[str, str], max_clips: int) -> P:
     """The query's parameters with the form's on top.
 
     Raises:
         RequestValidationError: a form field is unknown or wrong, or too many clips are asked for.
     """
-    given = query.model_dump(exclude_unset=True)
-    try:
-        parameters = type(query).model_validate({**given, **fields})
-    except ValidationError as error:
-        problems = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
-        raise RequestValidationError(problems) from None
+    parameters = merge_fields(query, fields)
     if parameters.views * parameters.crops > max_clips:
         message = f"views x crops may be {max_clips} at most"
         raise RequestValidationError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 _TENSORRT = (
     "`serving`; `building` while another engine serves; `failed`, `unavailable` or `off`, with why."
@@ -57,6 +57,66 @@ class ClassifyParameters(ViewParameters):
 
     top_k: int = Field(5, ge=1, le=10_000, description="Labels in the answer, best first.")
     threshold: float = Field(0.0, ge=0, le=1, description="Labels that score less are left out.")
+
+
+class TimelineParameters(_Schema):
+    """How a long video is to be cut into windows, and what is wanted of them."""
+
+    window: float | None = Field(
+        None,
+        gt=0,
+        le=3600,
+        description="Seconds that one window shows; by default the span of the model's own clips.",
+    )
+    stride: float | None = Field(
+        None,
+        gt=0,
+        le=3600,
+        description="Seconds from the start of one window to that of the next, from an eighth of a "
+        "window to a whole one; by default half a window.",
+    )
+    crops: Annotated[Literal[1, 3], BeforeValidator(_number)] = Field(
+        1, description="1: the centre. 3: the two ends and the centre of the long side."
+    )
+    top_k: int = Field(3, ge=1, le=10_000, description="Labels of each window, best first.")
+    threshold: float = Field(0.0, ge=0, le=1, description="Labels that score less are left out.")
+    smoothing: int = Field(
+        3,
+        ge=1,
+        le=99,
+        description="Windows that a score is averaged over, itself in their middle, before "
+        "segments are made; an odd number.",
+    )
+    open_score: float = Field(
+        0.5, ge=0, le=1, description="Smoothed score that a segment must reach somewhere."
+    )
+    close_score: float = Field(
+        0.3, ge=0, le=1, description="Smoothed score that it must keep; at most `open_score`."
+    )
+    min_segment: float = Field(
+        0.0, ge=0, le=86_400, description="Shorter segments, in seconds, are dropped."
+    )
+
+    @model_validator(mode="after")
+    def _rule_is_one(self) -> Self:
+        if self.close_score > self.open_score:
+            raise ValueError("close_score must not be above open_score")
+        if self.smoothing % 2 == 0:
+            raise ValueError("smoothing must be an odd number")
+        return self
+
+
+class TimelineRequest(TimelineParameters):
+    """The same, by which model, and how it is to be sent."""
+
+    model: str | None = Field(
+        None, max_length=64, description="Name of the model, if several serve; see `/v1/models`."
+    )
+    format: Literal["ndjson", "sse"] | None = Field(
+        None,
+        description="`ndjson`: a JSON object a line. `sse`: server-sent events. By default what "
+        "`Accept` asks for, else `ndjson`.",
+    )
 
 
 class Prediction(_Schema):
@@ -184,6 +244,71 @@ class EmbedResponse(_Schema):
             ]
         }
     )
+
+
+class TimelineStart(_Schema):
+    """The first event of a timeline."""
+
+    event: Literal["start"] = "start"
+    model: ModelName
+    video: VideoFactsSchema
+    window_s: float
+    stride_s: float
+    windows: int = Field(description="How many are expected; damage may make them fewer.")
+    request_id: str | None = None
+
+
+class TimelineWindow(_Schema):
+    """What a model says of one window."""
+
+    event: Literal["window"] = "window"
+    number: int
+    start_s: float
+    end_s: float
+    predictions: tuple[Prediction, ...]
+
+
+class TimelineSegment(_Schema):
+    """A stretch of the video with one label; sent when it has ended."""
+
+    event: Literal["segment"] = "segment"
+    start_s: float
+    end_s: float
+    label: str
+    class_index: int
+    score: float = Field(ge=0, le=1, description="Mean over its windows.")
+    windows: int
+
+
+class LabelTime(_Schema):
+    label: str
+    class_index: int
+    seconds: float = Field(description="Of all segments with this label.")
+    segments: int
+
+
+class TimelineSummary(_Schema):
+    """The last event of a timeline that is whole."""
+
+    event: Literal["summary"] = "summary"
+    windows: int
+    segments: int
+    labels: tuple[LabelTime, ...] = Field(description="Longest first.")
+    video: VideoFactsSchema
+    total_s: float = Field(description="Seconds that it took.")
+
+
+class TimelineError(_Schema):
+    """The last event of a timeline that could not go on: what was sent before holds."""
+
+    event: Literal["error"] = "error"
+    code: str = Field(description="As of a problem document.")
+    status: int
+    detail: str
+    request_id: str | None = None
+
+
+TimelineEvent = TimelineStart | TimelineWindow | TimelineSegment | TimelineSummary | TimelineError
 
 
 class ModelFacts(_Schema):

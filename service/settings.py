@@ -166,6 +166,36 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = Field(
         30.0, ge=0, description="After SIGTERM, how long requests in progress may take to finish."
     )
+    max_long_upload_bytes: int = Field(
+        2048 * MIB,
+        ge=1,
+        description="Largest body for `/v1/timeline` and `/v1/jobs`, which take long videos.",
+    )
+    long_upload_timeout_s: float = Field(
+        600.0, gt=0, description="Longest time that a client may take to send a long video."
+    )
+    max_long_video_duration_s: float = Field(
+        4 * 3600.0, gt=0, description="Longest video for `/v1/timeline` and `/v1/jobs`."
+    )
+    max_windows: int = Field(
+        20_000,
+        ge=1,
+        le=1_000_000,
+        description="Most windows of one video; a longer stride makes them fewer.",
+    )
+    timeline_workers: int = Field(
+        2,
+        ge=1,
+        le=256,
+        description="Videos that are decoded for `/v1/timeline` at once, each by a process of its "
+        "own that starts when it is first needed; more wait, and twice as many are refused.",
+    )
+    timeline_timeout_s: float = Field(
+        4 * 3600.0,
+        gt=0,
+        description="Longest time from a complete upload to the end of its timeline. "
+        "`decode_timeout_s` limits the time without any progress.",
+    )
     spool_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()),
         description="Where uploads lie while they are decoded. A fast local disk or a tmpfs.",

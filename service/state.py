@@ -23,6 +23,8 @@ class State:
     metrics: Metrics
     models: Models
     decoders: DecoderPool
+    streams: DecoderPool
+    """Of long videos."""
     spool: Spool
 
 

@@ -46,6 +46,12 @@ MAX_OVERLAP = 8
 class WindowError(ValueError):
     """A window or a stride that cannot be used; the message says what can."""
 
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        """`window` or `stride`."""
+        self.message = message
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
@@ -77,15 +83,17 @@ def make_cut(
     if window_s is None:
         if preprocessing.sampling != "dense":
             raise WindowError(
-                "window: this model looks at whole videos and has no clip length of its own; "
-                "say how many seconds a window shows"
+                "window",
+                "this model looks at whole videos and has no clip length of its own; "
+                "say how many seconds a window shows",
             )
         window_s = preprocessing.num_frames * preprocessing.frame_stride / TIMELINE_FPS
     stride_s = window_s / 2 if stride_s is None else stride_s
     if not window_s / MAX_OVERLAP - 1e-9 <= stride_s <= window_s:
         raise WindowError(
-            f"stride: {stride_s:g} s does not fit windows of {window_s:g} s; it may be "
-            f"{window_s / MAX_OVERLAP:g} to {window_s:g} s"
+            "stride",
+            f"{stride_s:g} s does not fit windows of {window_s:g} s; it may be "
+            f"{window_s / MAX_OVERLAP:g} to {window_s:g} s",
         )
     return Cut(window_s, stride_s, crops, max_windows)
 
@@ -190,6 +198,35 @@ def stream_windows(
     Raises:
         VideoError: as `load_clips`; some windows may have been given by then.
     """
+
+    def give(piece: Opened | Window) -> None:
+        try:
+            emit(piece)
+        except Exception as error:
+            raise _ReceiverError(error) from error
+
+    try:
+        return _stream(path, preprocessing, cut, give, tick, limits)
+    except _ReceiverError as error:
+        raise error.cause from None
+
+
+class _ReceiverError(Exception):
+    """What a receiver of windows raised: nothing that is wrong with the file."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def _stream(
+    path: str | Path,
+    preprocessing: Preprocessing,
+    cut: Cut,
+    emit: Callable[[Opened | Window], None],
+    tick: Tick,
+    limits: Limits,
+) -> Ended:
     given = 0
     with open_video(path, limits) as video:
         index = scan_packets(video, limits)

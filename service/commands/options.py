@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from model.config import ConfigError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from export.bundle import Bundle
     from model.training.sources import VideoList
     from service.schemas import ClassifyParameters
 
 Command = Callable[..., Any]
+T = TypeVar("T", bound="BaseModel")
 
 
 class Source(click.ParamType[str]):
@@ -118,16 +121,42 @@ def find_bundles(
 
 def classify_parameters(**given: object) -> ClassifyParameters:
     """How videos are to be looked at, as options say it."""
-    from pydantic import ValidationError
-
     from service.schemas import ClassifyParameters
 
+    return parameters_of(ClassifyParameters, given)
+
+
+def parameters_of(model: type[T], given: Mapping[str, object]) -> T:
+    """An endpoint's parameters from a command's options; an error names the option."""
+    from pydantic import ValidationError
+
     try:
-        return ClassifyParameters.model_validate(given)
+        return model.model_validate(given)
     except ValidationError as error:
         problem = error.errors()[0]
-        option = str(problem["loc"][0]).replace("_", "-")
-        raise click.UsageError(f"--{option}: {problem['msg']}") from None
+        option = "".join(f"--{str(part).replace('_', '-')}: " for part in problem["loc"][:1])
+        raise click.UsageError(f"{option}{problem['msg']}") from None
+
+
+def local_model_options(command: Command) -> Command:
+    """Which model a command runs here, and on what."""
+    for option in (
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            envvar="TIMESFORMER_DEVICE",
+            help="`auto`, the default, takes the GPU if it can be used, else warns and takes the "
+            "CPU.",
+        ),
+        click.option(
+            "--model",
+            envvar="TIMESFORMER_MODEL",
+            help="Name of the bundle; needed only when the store has more than one.",
+        ),
+        store_option,
+    ):
+        command = option(command)
+    return command
 
 
 @contextmanager

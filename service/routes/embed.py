@@ -37,7 +37,7 @@ async def embed(
         dim=len(vector),
         model=ModelName(name=bundle.name, version=bundle.version),
         sampling=sampling_facts(clips, parameters),
-        video=video_facts(clips),
+        video=video_facts(clips.facts, clips.truncated),
         timings_ms=timings,
         request_id=request_id.get() or "",
     )

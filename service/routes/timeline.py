@@ -1,0 +1,166 @@
+"""`POST /v1/timeline`: a long video in, labels over time out, while it is decoded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+
+from model.video import Cut, Limits, WindowError, make_cut
+from service.errors import QueueFullError
+from service.events import MEDIA_TYPES, EventStream, choose_format
+from service.loading import max_batch
+from service.logging import request_id
+from service.requests import PROBLEM_RESPONSES, answer_in_time, merge_fields, video_body
+from service.schemas import (
+    TimelineError,
+    TimelineEvent,
+    TimelineParameters,
+    TimelineRequest,
+    TimelineSegment,
+    TimelineStart,
+    TimelineSummary,
+    TimelineWindow,
+    inlined_schema,
+)
+from service.served import ServedModel
+from service.state import Running, State
+from service.streaming import StreamJob
+from service.timeline import Timeline, events_of
+from service.uploads import Upload, receive
+
+router = APIRouter(prefix="/v1", tags=["timeline"])
+_RETRY_AFTER_S = 30
+_EVENT: dict[str, Any] = {
+    "schema": {
+        "description": "One event; the body is a sequence of them.",
+        "oneOf": [
+            inlined_schema(kind)
+            for kind in (
+                TimelineStart,
+                TimelineWindow,
+                TimelineSegment,
+                TimelineSummary,
+                TimelineError,
+            )
+        ],
+    }
+}
+
+
+@router.post(
+    "/timeline",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "Events, sent as they are known.",
+            "content": dict.fromkeys(MEDIA_TYPES.values(), _EVENT),
+        },
+        **PROBLEM_RESPONSES,
+    },
+    openapi_extra={"requestBody": video_body(TimelineRequest)},
+    summary="Name the actions in a long video, over time",
+)
+async def timeline(
+    request: Request, state: Running, query: Annotated[TimelineRequest, Query()]
+) -> Response:
+    """Cuts the video into overlapping windows, runs them through the network while decoding goes
+    on, and sends each one's labels and the segments that they make as they are known.
+    """
+    settings, metrics = state.settings, state.metrics
+    state.models.find(query.model)  # now, so that a name that is wrong costs nobody an upload
+    _refuse_if_full(state)
+    stack = AsyncExitStack()
+    try:
+        metrics.timelines_running.inc()
+        stack.callback(metrics.timelines_running.dec)
+        upload = await stack.enter_async_context(
+            receive(
+                request,
+                state.spool,
+                settings.max_long_upload_bytes,
+                settings.long_upload_timeout_s,
+            )
+        )
+        parameters = merge_fields(query, upload.fields)
+        form = choose_format(request, parameters.format)
+        _refuse_if_full(state)
+        deadline = asyncio.get_running_loop().time() + settings.timeline_timeout_s
+        model = stack.enter_context(state.models.find(parameters.model).current.in_use())
+        events = await answer_in_time(
+            request, settings.timeline_timeout_s, _begin(stack, state, model, upload, parameters)
+        )
+    except BaseException:
+        await stack.aclose()
+        raise
+    return EventStream(
+        events,
+        stack,
+        form,
+        deadline=deadline,
+        stall_s=settings.request_timeout_s,
+        on_error=lambda code: metrics.rejected.labels(code).inc(),
+    )
+
+
+def _refuse_if_full(state: State) -> None:
+    if state.streams.waiting >= state.settings.timeline_workers:
+        raise QueueFullError(_RETRY_AFTER_S)
+
+
+async def _begin(
+    stack: AsyncExitStack,
+    state: State,
+    model: ServedModel,
+    upload: Upload,
+    parameters: TimelineParameters,
+) -> AsyncIterator[TimelineEvent]:
+    """Decodes up to the first event, so that a video which gives none is refused with a status."""
+    settings = state.settings
+    cut = checked_cut(model, parameters, settings.max_windows)
+    limits = Limits(
+        max_pixels=settings.max_video_pixels, max_duration_s=settings.max_long_video_duration_s
+    )
+    job = StreamJob(upload.path, model.bundle.config.preprocessing, cut, limits)
+    pieces = await stack.enter_async_context(state.streams.stream(job))
+    made = Timeline(model.bundle, cut, parameters, request_id.get())
+    ahead = 2 * max_batch(settings, model.runtime)
+    events = events_of(pieces, model, made, ahead)
+    stack.push_async_callback(events.aclose)
+    first = await anext(events)
+    return _counted(state, first, events)
+
+
+async def _counted(
+    state: State, first: TimelineEvent, events: AsyncGenerator[TimelineEvent, None]
+) -> AsyncIterator[TimelineEvent]:
+    yield first
+    async for event in events:
+        if isinstance(event, TimelineWindow):
+            state.metrics.timeline_windows.inc()
+        elif isinstance(event, TimelineSegment):
+            state.metrics.timeline_segments.inc()
+        yield event
+
+
+def checked_cut(model: ServedModel, parameters: TimelineParameters, max_windows: int) -> Cut:
+    """How these parameters cut videos for this model.
+
+    Raises:
+        RequestValidationError: they do not fit it.
+    """
+    try:
+        return make_cut(
+            model.bundle.config.preprocessing,
+            parameters.window,
+            parameters.stride,
+            parameters.crops,
+            max_windows,
+        )
+    except WindowError as error:
+        problem = {"loc": ("query", error.field), "msg": error.message, "type": "window"}
+        raise RequestValidationError([problem]) from None

@@ -1,0 +1,225 @@
+"""`POST /v1/timeline` as clients use it: over a socket, read while the service still works."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.service.long_video import worker_at, write_long_video
+
+URL = "/v1/timeline"
+
+
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A minute."""
+    return write_long_video(tmp_path_factory.mktemp("long") / "a.mp4", 60)
+
+
+@pytest.fixture(scope="module")
+def hour(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_long_video(tmp_path_factory.mktemp("hour") / "a.mp4", 3600, rate=5, side=32)
+
+
+def events_in(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    (line,) = [
+        line for line in client.get("/metrics").text.splitlines() if line.startswith(f"{name} ")
+    ]
+    return float(line.split()[1])
+
+
+def wait_for(client: httpx.Client, name: str, value: float) -> None:
+    deadline = time.monotonic() + 60
+    while metric(client, name) != value:
+        assert time.monotonic() < deadline, f"{name} is {metric(client, name)}"
+        time.sleep(0.05)
+
+
+def test_it_sends_a_start_then_windows_and_segments_then_a_summary(
+    client: httpx.Client, long_video: Path
+) -> None:
+    answer = client.post(URL, content=long_video.read_bytes(), params={"top_k": 2})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/x-ndjson"
+    assert answer.headers["cache-control"] == "no-store"
+    start, *middle, summary = events_in(answer.text)
+    assert start["event"] == "start"
+    assert start["model"] == {"name": "demo", "version": "1"}
+    assert start["window_s"] == pytest.approx(16 / 15, abs=1e-3)
+    assert start["stride_s"] == pytest.approx(8 / 15, abs=1e-3)
+    assert start["request_id"] == answer.headers["x-request-id"]
+    windows = [event for event in middle if event["event"] == "window"]
+    assert [window["number"] for window in windows] == list(range(start["windows"]))
+    assert windows[0]["start_s"] == 0
+    assert windows[-1]["end_s"] == pytest.approx(60, abs=0.2)
+    assert {len(window["predictions"]) for window in windows} == {2}
+    segments = [event for event in middle if event["event"] == "segment"]
+    assert segments
+    assert {segment["end_s"] > segment["start_s"] for segment in segments} == {True}
+    assert summary["event"] == "summary"
+    assert summary["windows"] == len(windows)
+    assert summary["segments"] == len(segments)
+    totals = {label["label"]: label["seconds"] for label in summary["labels"]}
+    for label, seconds in totals.items():
+        lengths = [s["end_s"] - s["start_s"] for s in segments if s["label"] == label]
+        assert sum(lengths) == pytest.approx(seconds, abs=1e-2)
+    assert summary["video"]["duration_s"] == pytest.approx(60, abs=0.2)
+
+
+def test_a_window_of_the_whole_video_says_what_classify_says(
+    client: httpx.Client, video: Path
+) -> None:
+    """A video shorter than its window is one window, sampled as `classify` samples short ones."""
+    content = video.read_bytes()
+    events = events_in(client.post(URL, content=content, params={"window": 5}).text)
+    assert [event["event"] for event in events] == ["start", "window", "segment", "summary"]
+    longer = {"window": 5, "crops": 3, "top_k": 12}
+    window = events_in(client.post(URL, content=content, params=longer).text)[1]
+    assert len(window["predictions"]) == 12
+    assert sum(each["score"] for each in window["predictions"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "ask", [{"params": {"format": "sse"}}, {"headers": {"Accept": "text/event-stream"}}]
+)
+def test_server_sent_events_carry_the_same(client: httpx.Client, video: Path, ask: Any) -> None:
+    content = video.read_bytes()
+    answer = client.post(URL, content=content, **ask)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    blocks = [block.split("\n") for block in answer.text.strip().split("\n\n")]
+    names = [block[0].removeprefix("event: ") for block in blocks]
+    data = [json.loads(block[1].removeprefix("data: ")) for block in blocks]
+    assert names == [event["event"] for event in data]
+    plain = events_in(client.post(URL, content=content).text)
+    assert names == [event["event"] for event in plain]
+    assert data[1] == plain[1]
+
+
+def test_a_form_may_bring_the_parameters(client: httpx.Client, video: Path) -> None:
+    answer = client.post(
+        URL, files={"file": video.read_bytes()}, data={"stride": "1", "format": "sse"}
+    )
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert '"stride_s":1.0' in answer.text
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({"window": "0"}, "window"),
+        ({"stride": "5"}, "stride"),
+        ({"stride": "0.05"}, "stride"),
+        ({"smoothing": "4"}, ""),
+        ({"close_score": "0.9"}, ""),
+        ({"views": "2"}, "views"),
+        ({"format": "xml"}, "format"),
+    ],
+)
+def test_wrong_parameters_are_named(
+    client: httpx.Client, video: Path, parameters: dict[str, str], field: str
+) -> None:
+    content = video.read_bytes()
+    for answer in (
+        client.post(URL, params=parameters, content=content),
+        client.post(URL, files={"file": content}, data=parameters),
+    ):
+        assert answer.status_code == 422
+        assert answer.json()["code"] == "invalid_parameters"
+        assert answer.json()["errors"][0]["field"] == field
+
+
+def test_a_video_that_gives_no_window_is_refused_with_a_status(client: httpx.Client) -> None:
+    answer = client.post(URL, content=b"words")
+    assert answer.status_code == 422
+    assert answer.json()["code"] == "undecodable_video"
+
+
+def test_more_windows_than_allowed_are_refused(serve: Any, long_video: Path) -> None:
+    with serve(max_windows=20) as client:
+        answer = client.post(URL, content=long_video.read_bytes())
+        assert answer.status_code == 413
+        assert answer.json()["code"] == "video_too_large"
+        assert "stride" in answer.json()["detail"]
+        again = client.post(URL, content=long_video.read_bytes(), params={"window": 8, "stride": 8})
+        assert again.status_code == 200
+
+
+def test_windows_come_while_the_video_is_still_decoded(serve: Any, hour: Path) -> None:
+    """And a client that leaves ends it at once: decoder, upload and model are free again."""
+    with serve() as client, client.stream("POST", URL, content=hour.read_bytes()) as answer:
+        lines = answer.iter_lines()
+        seen = [json.loads(next(lines)) for _ in range(5)]
+        assert [event["event"] for event in seen[:2]] == ["start", "window"]
+        assert metric(client, "timesformer_timelines_running") == 1
+        answer.close()
+        wait_for(client, "timesformer_timelines_running", 0)
+        assert metric(client, "timesformer_timeline_windows_total") < seen[0]["windows"]
+        assert metric(client, "timesformer_spool_bytes") == 0
+        text = client.get("/metrics").text
+        assert 'timesformer_rejected_total{code="client_disconnected"} 1.0' in text
+        assert 'timesformer_decoder_restarts_total{reason="decoder_crashed"} 0.0' in text
+
+
+def test_an_error_after_the_start_is_an_event_with_its_code(
+    serve: Any, hour: Path, tmp_path: Path
+) -> None:
+    """Here the decoder dies."""
+    with serve(spool_dir=tmp_path) as client:
+        with client.stream("POST", URL, content=hour.read_bytes()) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(worker_at(tmp_path), signal.SIGKILL)
+            *_, last = lines
+        event = json.loads(last)
+        assert event["event"] == "error"
+        assert event["code"] == "decoder_crashed"
+        assert event["status"] == 422
+        assert event["request_id"] == answer.headers["x-request-id"]
+        text = client.get("/metrics").text
+        assert 'timesformer_rejected_total{code="decoder_crashed"} 1.0' in text
+        assert client.post(URL, content=hour.read_bytes()[:1000]).status_code == 422
+
+
+def test_a_decoder_without_progress_is_replaced(serve: Any, hour: Path, tmp_path: Path) -> None:
+    with serve(spool_dir=tmp_path, decode_timeout_s=2.0) as client:
+        with client.stream("POST", URL, content=hour.read_bytes()) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(worker_at(tmp_path), signal.SIGSTOP)
+            *_, last = lines
+        assert json.loads(last)["code"] == "decoding_timeout"
+
+
+def test_a_timeline_may_take_no_longer_than_its_limit(serve: Any, hour: Path) -> None:
+    with serve(timeline_timeout_s=3.0) as client:
+        events = events_in(client.post(URL, content=hour.read_bytes()).text)
+    assert events[-1]["event"] == "error"
+    assert events[-1]["code"] == "request_timeout"
+
+
+def test_while_too_many_wait_more_are_refused(serve: Any, hour: Path, video: Path) -> None:
+    with serve(timeline_workers=1) as client, ThreadPoolExecutor(1) as threads:
+        with client.stream("POST", URL, content=hour.read_bytes()) as running:
+            lines = running.iter_lines()
+            next(lines)
+            waiting = threads.submit(
+                httpx.post, f"{client.base_url}{URL}", content=video.read_bytes(), timeout=60
+            )
+            wait_for(client, "timesformer_timelines_waiting", 1)
+            answer = client.post(URL, content=b"words")
+        assert answer.status_code == 503
+        assert answer.json()["code"] == "queue_full"
+        assert int(answer.headers["retry-after"]) >= 1
+        assert events_in(waiting.result().text)[-1]["event"] == "summary"
