@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from fastapi import Request
@@ -208,7 +208,7 @@ async def _run(
         return clips, decode_s, await model.batcher.submit(clips.frames)
 
 
-async def answer_in_time(request: Request, timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
+async def answer_in_time(request: Request, timeout_s: float, work: Awaitable[T]) -> T:
     """Runs `work` until it is done, its time is up, or the client has gone.
 
     Raises:

@@ -202,8 +202,19 @@ def test_a_decoder_without_progress_is_replaced(serve: Any, hour: Path, tmp_path
         assert json.loads(last)["code"] == "decoding_timeout"
 
 
+def test_a_timeline_that_does_not_begin_in_time_is_refused_with_a_status(
+    serve: Any, hour: Path
+) -> None:
+    with serve(timeline_timeout_s=0.05) as client:
+        answer = client.post(URL, content=hour.read_bytes())
+        assert answer.status_code == 504
+        assert answer.json()["code"] == "request_timeout"
+        wait_for(client, "timesformer_timelines_running", 0)
+        assert metric(client, "timesformer_spool_bytes") == 0
+
+
 def test_a_timeline_may_take_no_longer_than_its_limit(serve: Any, hour: Path) -> None:
-    with serve(timeline_timeout_s=3.0) as client:
+    with serve(timeline_timeout_s=8.0) as client:
         events = events_in(client.post(URL, content=hour.read_bytes()).text)
     assert events[-1]["event"] == "error"
     assert events[-1]["code"] == "request_timeout"
