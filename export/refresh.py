@@ -40,6 +40,7 @@ from model.training.report import PAGE, Evaluated, write_report
 from model.training.run import CHECKPOINTS, Job, Machine
 from model.training.sources import Sample, VideoList
 from model.training.start import grown
+from model.training.world import ALONE
 
 WORK = ".refresh"  # in the folder of the name; a store takes it for no version
 _CANDIDATE, _ACTIVATE = "candidate", "activate"
@@ -333,7 +334,8 @@ def _train(plan: _Plan, machine: Machine, listeners: Listeners) -> dict[str, Any
     checkpoint: Checkpoint = dataclasses.replace(loaded, labels=parent.manifest.labels)
     # The hold-out decides once, at the end: what is looked at after each epoch is soon chosen by.
     job = Job(plan.task.recipe, plan.training, None, plan.folder)
-    return train(grown(checkpoint, plan.labels).build(), job, machine, **listeners.training)
+    model = grown(checkpoint, plan.labels).build()
+    return train(model, job, machine, world=ALONE, **listeners.training)
 
 
 def _export(plan: _Plan, listeners: Listeners) -> Bundle:

@@ -29,18 +29,32 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): in training, drops a residual branch per clip."""
+    """Stochastic depth (Huang et al., 2016): in training, drops a residual branch per clip.
+
+    Processes that share a batch draw for all its clips, from the same random state, what one alone
+    would: `clips` is how many it has, `rows` which of them are here. None where all are.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        self.clips = 0
+        self.rows: Tensor | None = None
 
     def forward(self, *branches: Tensor) -> tuple[Tensor, ...]:
         """Drops or keeps all the given branches of a clip together; kept ones are scaled up."""
         if not self.training or self.rate == 0:
             return branches
         first = branches[0]
-        keep = first.new_empty(len(first)).bernoulli_(1 - self.rate).div_(1 - self.rate)
+        if self.rows is None:
+            keep = first.new_empty(len(first)).bernoulli_(1 - self.rate)
+        else:
+            parts = len(first) // len(
+                self.rows
+            )  # of a clip: space-only attends to each frame alone
+            drawn = first.new_empty(self.clips, parts).bernoulli_(1 - self.rate)
+            keep = drawn[self.rows].flatten()
+        keep = keep.div_(1 - self.rate)
         return tuple(branch * keep.reshape(-1, *[1] * (branch.ndim - 1)) for branch in branches)
 
 

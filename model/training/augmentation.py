@@ -1,6 +1,7 @@
 """What is done to a batch of clips before the network sees it: whole batches at once, on the device
-where they are, every draw from the generator that is given. Scale and crop are drawn in `data.py`,
-where decoded frames are resampled anyway.
+where they are, every draw from the generator that is given. Of a batch that several processes
+share, each changes its own clips as one process would. Scale and crop are drawn in `data.py`, where
+decoded frames are resampled anyway.
 
 uint8 in, uint8 out, as the network takes nothing else: blending rounds by half a level at most.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from model.training.errors import RecipeError
+from model.training.shares import Draws, Share
 from model.training.symmetries import (
     SYMMETRIES,
     LabelMap,
@@ -82,6 +84,11 @@ class Augmentation:
         for field in map(labels_field, SYMMETRIES):
             check_label_map(field, getattr(self, field))
 
+    @property
+    def mixes(self) -> bool:
+        """Whether clips of a batch are mixed with each other."""
+        return bool(self.mixup or self.cutmix)
+
     def for_labels(self, labels: Sequence[str]) -> Augmentation:
         """The same with every label map by index, for a set with these classes.
 
@@ -101,6 +108,7 @@ def augment(
     num_classes: int,
     settings: Augmentation,
     generator: torch.Generator,
+    share: Share | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A changed batch and its soft targets.
 
@@ -108,35 +116,38 @@ def augment(
         frames: uint8 (batch, time, height, width, 3), on any device; not changed itself.
         labels: int64 (batch,), on the same device.
         settings: with label maps by index; see `Augmentation.for_labels`.
-        generator: on the CPU, so that draws are the same on every device.
+        generator: on the CPU; all that is random comes from it.
+        share: which clips of the batch these are; None for all. Where clips are mixed, those
+            opposite each other in the batch must be in one share.
 
     Returns:
         Frames as given, and targets float32 (batch, num_classes), each row of sum 1.
     """
+    draws = Draws(generator, share or Share.whole(len(frames)))
     for name in SYMMETRIES:
         probability = getattr(settings, name)
         if probability:
             becomes = getattr(settings, labels_field(name))
-            frames, labels = reflect(frames, labels, name, probability, becomes, generator)
+            frames, labels = reflect(frames, labels, name, probability, becomes, draws)
     if settings.shuffle_colours:
-        frames = _shuffle_colours(frames, settings.shuffle_colours, generator)
+        frames = _shuffle_colours(frames, settings.shuffle_colours, draws)
     if settings.invert:
-        frames = _invert(frames, settings.invert, generator)
+        frames = _invert(frames, settings.invert, draws)
     if settings.randaugment:
-        frames = _randaugment(frames, settings, generator)
+        frames = _randaugment(frames, settings, draws)
     if settings.colour:
-        frames = _colour(frames, settings.colour, generator)
+        frames = _colour(frames, settings.colour, draws)
     if settings.erasing:
-        frames = _erase(frames, settings.erasing, generator)
+        frames = _erase(frames, settings.erasing, draws)
     targets = F.one_hot(labels, num_classes).float()
-    if settings.mixup or settings.cutmix:
+    if settings.mixes:
         frames, targets = _mix(frames, targets, settings, generator)
     smooth = settings.label_smoothing
     return frames, targets * (1 - smooth) + smooth / num_classes
 
 
-def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(count, generator=generator)
+def _between(low: float, high: float, uniform: Tensor) -> Tensor:
+    return low + (high - low) * uniform
 
 
 def _per_clip(values: Tensor, frames: Tensor) -> Tensor:
@@ -151,16 +162,16 @@ def _to_uint8(pixels: Tensor) -> Tensor:
 # ---- colour -----------------------------------------------------------------------------------
 
 
-def _shuffle_colours(frames: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+def _shuffle_colours(frames: Tensor, probability: float, draws: Draws) -> Tensor:
     """One of the six orders of the channels for each chosen clip; the old one is among them."""
-    chosen = torch.rand(len(frames), generator=generator) < probability
-    orders = torch.rand(len(frames), 3, generator=generator).argsort(1)
+    chosen = draws.uniform() < probability
+    orders = draws.uniform(3).argsort(1)
     orders = torch.where(chosen[:, None], orders, torch.arange(3)).to(frames.device)
     return frames.gather(-1, orders.reshape(-1, 1, 1, 1, 3).expand_as(frames))
 
 
-def _invert(frames: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    chosen = torch.rand(len(frames), generator=generator) < probability
+def _invert(frames: Tensor, probability: float, draws: Draws) -> Tensor:
+    chosen = draws.uniform() < probability
     return torch.where(_per_clip(chosen, frames), 255 - frames, frames)
 
 
@@ -180,10 +191,10 @@ def _grey(pixels: Tensor) -> Tensor:
     return (pixels * torch.tensor(_GREY, device=pixels.device)).sum(-1, keepdim=True)
 
 
-def _colour(frames: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+def _colour(frames: Tensor, strength: float, draws: Draws) -> Tensor:
     pixels = frames.float()
     for change in (_brightness, _contrast, _saturation):
-        factor = _uniform(len(frames), 1 - strength, 1 + strength, generator)
+        factor = _between(1 - strength, 1 + strength, draws.uniform())
         pixels = change(pixels, _per_clip(factor, frames)).clamp(0, 255)
     return _to_uint8(pixels)
 
@@ -240,11 +251,10 @@ _OPERATIONS: tuple[Callable[[Tensor, float], Tensor], ...] = (
 )
 
 
-def _randaugment(frames: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
+def _randaugment(frames: Tensor, settings: Augmentation, draws: Draws) -> Tensor:
     changed = []
-    shape = (len(frames), settings.randaugment)
-    which = torch.randint(len(_OPERATIONS), shape, generator=generator).tolist()
-    signs = (torch.randint(2, shape, generator=generator) * 2 - 1).tolist()
+    which = draws.integers(len(_OPERATIONS), settings.randaugment).tolist()
+    signs = (draws.integers(2, settings.randaugment) * 2 - 1).tolist()
     for clip, operations, directions in zip(torch.split(frames, 1), which, signs, strict=True):
         pixels = clip.float()
         for operation, direction in zip(operations, directions, strict=True):
@@ -267,20 +277,23 @@ def _box(
     return slice(top, top + rows), slice(left, left + cols)
 
 
-def _erase(frames: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+def _erase(frames: Tensor, probability: float, draws: Draws) -> Tensor:
     frames = frames.clone()
+    here = dict(zip(draws.share.rows, frames, strict=True))
     height, width = frames.shape[2:4]
-    limit = math.log(_ERASED_ASPECT)
-    for clip in frames:
+    limit, generator = math.log(_ERASED_ASPECT), draws.generator
+    for number in range(draws.share.count):
         if torch.rand((), generator=generator) >= probability:
             continue
         area, logarithm = (
-            float(_uniform(1, *span, generator)) for span in (_ERASED_AREA, (limit, -limit))
+            float(_between(*span, torch.rand(1, generator=generator)))
+            for span in (_ERASED_AREA, (limit, -limit))
         )
         rows, cols = _box(height, width, area, math.exp(logarithm), generator)
         shape = (rows.stop - rows.start, cols.stop - cols.start, 3)
         noise = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        clip[:, rows, cols] = noise.to(frames.device)
+        if number in here:
+            here[number][:, rows, cols] = noise.to(frames.device)
     return frames
 
 

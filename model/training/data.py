@@ -7,7 +7,7 @@ data is one number, the batches taken so far, whatever the worker processes have
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from model.config import Preprocessing
 from model.training.errors import DataError, RecipeError
 from model.training.remote import local_video
 from model.training.sources import Sample, VideoList
-from model.training.workers import leave_interrupts_to_the_parent
+from model.training.workers import follow_the_parent
 from model.video import Timeline, VideoError, read_frames, resize_crop, to_rgb
 from model.video.sampling import TIMELINE_FPS, frames_at
 from model.video.transforms import upright_turns
@@ -83,6 +83,8 @@ class BatchOrder(Sampler[list[Draw]]):
     Every epoch is a permutation of its own, or, `balanced`, as many draws with every class as
     likely as any other. A batch may reach over the end of an epoch: no video is left out, and
     a set may be smaller than a batch.
+
+    `rows`: which clips of each batch are yielded, where processes share it; None for all.
     """
 
     def __init__(
@@ -92,8 +94,10 @@ class BatchOrder(Sampler[list[Draw]]):
         seed: int,
         batches: range,
         balanced: bool = False,
+        rows: Sequence[int] | None = None,
     ) -> None:
         self.batch_size = batch_size
+        self.rows = range(batch_size) if rows is None else rows
         self.seed = seed
         self.batches = batches
         self.count = len(labels)
@@ -111,7 +115,7 @@ class BatchOrder(Sampler[list[Draw]]):
                     epoch = place // self.count
                     order = self._epoch(epoch)
                 batch.append(Draw(place, int(order[place % self.count])))
-            yield batch
+            yield [batch[row] for row in self.rows]
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         rng = np.random.default_rng([self.seed, _ORDER, epoch])
@@ -295,7 +299,7 @@ def load_batches(clips: TrainingClips, order: BatchOrder, workers: int) -> DataL
 
 
 def _start_worker(number: int) -> None:
-    leave_interrupts_to_the_parent()
+    follow_the_parent()
 
 
 def _collate(clips: list[tuple[NDArray[np.uint8], int, list[Replaced]]]) -> Batch:

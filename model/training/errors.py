@@ -6,6 +6,7 @@ TrainingError
 ├── CheckpointError    the state of a run that cannot be written or read
 │   └── MismatchError  a run that was begun with other data or settings
 ├── DivergedError      the loss is no number any more
+├── LostError          another process of the run has ended or does not answer
 └── StoppedError       asked to stop; the state is saved
 
 VideoError, of model/video/errors.py
@@ -42,6 +43,10 @@ class MismatchError(CheckpointError):
 
 class DivergedError(TrainingError):
     """The loss is infinite or no number."""
+
+
+class LostError(TrainingError):
+    """Another process of the run has ended or does not answer."""
 
 
 class StoppedError(TrainingError):

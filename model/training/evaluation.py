@@ -100,6 +100,41 @@ def predict(
     Raises:
         DataError: no video can be decoded.
     """
+    part = predict_part(videos, preprocessing, classify, protocol, processes=processes, done=done)
+    return joined_predictions([part])
+
+
+def joined_predictions(parts: Sequence[Predictions]) -> Predictions:
+    """Those of one list of videos, from those of its parts in order.
+
+    Raises:
+        DataError: no video could be decoded.
+    """
+    failures = tuple(failure for part in parts for failure in part.failures)
+    if not any(part.samples for part in parts):
+        raise DataError(
+            f"none of the {len(failures)} videos can be decoded; "
+            f"the first, {failures[0].path}: {failures[0].detail}"
+        )
+    return Predictions(
+        np.concatenate([part.logits for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+        tuple(sample for part in parts for sample in part.samples),
+        parts[0].labels,
+        failures,
+    )
+
+
+def predict_part(
+    videos: VideoList,
+    preprocessing: Preprocessing,
+    classify: Classify,
+    protocol: Protocol = Protocol(),  # noqa: B008 (immutable)
+    *,
+    processes: int = 0,
+    done: Callable[[int], object] = lambda count: None,
+) -> Predictions:
+    """As `predict`, of some of the videos of a list: it may be that none can be decoded."""
     load = functools.partial(_load, preprocessing=preprocessing, protocol=protocol)
     answers = in_processes(load, videos.samples, processes, crashed=_crashed)
     logits: list[NDArray[np.float32]] = []
@@ -119,14 +154,10 @@ def predict(
         done(count)
     if waiting:
         logits += _classify(classify, waiting)
-    if not logits:
-        raise DataError(
-            f"none of the {len(videos.samples)} videos can be decoded; "
-            f"the first, {failures[0].path}: {failures[0].detail}"
-        )
+    shape = (len(scored), protocol.views * protocol.crops, len(videos.labels))
     return Predictions(
-        np.stack(logits),
-        np.array([sample.label for sample in scored]),
+        np.stack(logits) if logits else np.empty(shape, np.float32),
+        np.array([sample.label for sample in scored], np.int64),
         tuple(scored),
         videos.labels,
         tuple(failures),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from model.training.errors import TrainingError
 from model.training.remote import without_secrets
@@ -14,7 +14,7 @@ LOG = "log.jsonl"  # in the run's folder
 
 
 class RunLog:
-    """Appends events to `path`, each with its `step`, and flushes each.
+    """Appends events to `path`, each with its `step`, and flushes each; nothing where that is None.
 
     Args:
         step: where the run goes on; what the file says of later steps, and a line that a kill cut
@@ -24,8 +24,11 @@ class RunLog:
         TrainingError: the file cannot be written, here or later.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path | None, step: int) -> None:
         self._path = path
+        self._file: IO[str] | None = None
+        if path is None:
+            return
         try:
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             kept = b"".join(line for line in lines if _is_of(line, step))
@@ -38,6 +41,8 @@ class RunLog:
 
     def write(self, event: str, step: int, **fields: Any) -> None:
         """One line: {"event": ..., "step": ..., ...}; of URLs what `without_secrets` leaves."""
+        if self._path is None or self._file is None:
+            return
         line = json.dumps({"event": event, "step": step, **fields})
         try:
             self._file.write(without_secrets(line) + "\n")
@@ -54,7 +59,8 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from model.training.errors import StoppedError, TrainingError
 from model.training.evaluation import Metrics
 from model.training.log import LOG, RunLog
 from model.training.run import CHECKPOINTS, Job, Machine, Run, Step
+from model.training.world import ALONE, World
 
 BOARD = "tensorboard"
 
@@ -39,6 +40,7 @@ def train(
     job: Job,
     machine: Machine = Machine(),  # noqa: B008 (immutable)
     *,
+    world: World = ALONE,
     on_step: Callable[[Step], object] = lambda step: None,
     on_evaluation: Callable[[int, Metrics], object] = lambda step, metrics: None,
     on_cached: Callable[[int, int], object] = lambda count, videos: None,
@@ -47,6 +49,8 @@ def train(
 
     Args:
         model: the first weights; trained in place.
+        world: the processes that train together; each calls this with the same. The first of them
+            writes, and tells the listeners.
         on_cached: told how many videos the cache holds, of how many, while it fills.
 
     Returns:
@@ -55,16 +59,18 @@ def train(
     Raises:
         TrainingError: see `errors.py`.
     """
-    with _alone(job.out):
-        run = Run(model, job, machine)
-        finished = run.finished()
+    speaks = world.rank == 0
+    with ExitStack() as stack:
+        world.first(lambda: stack.enter_context(_alone(job.out)))
+        run = Run(model, job, machine, world)
+        finished = world.first(run.finished)
         if finished is not None:
             return finished
         run.resume()
         run.open_cache(on_cached)
         with (
-            RunLog(job.out / LOG, run.step) as log,
-            Board(job.out / BOARD if machine.tensorboard else None, run.step) as board,
+            RunLog(job.out / LOG if speaks else None, run.step) as log,
+            Board(job.out / BOARD if machine.tensorboard and speaks else None, run.step) as board,
             _stop_signal() as stop,
         ):
             log.write("start", run.step, time=_now(), **run.about())
@@ -73,16 +79,19 @@ def train(
                 for each in run.replaced_now:
                     log.write("replaced", run.step, **each._asdict())
                 board.step(step)
-                on_step(step)
+                if speaks:
+                    on_step(step)
                 if run.is_evaluated():
                     metrics = run.evaluate_epoch()
                     if metrics is not None:
                         log.write("evaluation", run.step, **metrics.to_dict())
                         board.evaluation(run.step, metrics)
-                        on_evaluation(run.step, metrics)
-                if run.step % machine.checkpoint_every == 0 or stop or run.complete:
+                        if speaks:
+                            on_evaluation(run.step, metrics)
+                (stopped,) = world.sum(len(stop))  # the signal reaches each at another moment
+                if run.step % machine.checkpoint_every == 0 or stopped or run.complete:
                     run.save()
-                if stop and not run.complete:
+                if stopped and not run.complete:
                     raise StoppedError(
                         f"stopped after step {run.step} of {run.last}, which is saved in "
                         f"{job.out / CHECKPOINTS}; the same command goes on from there"

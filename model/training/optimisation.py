@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.timesformer import TimeSformer
 from model.training.errors import RecipeError
+from model.training.parallel import part
 
 _EMBEDDINGS = frozenset({"cls_token", "pos_embed", "time_embed"})
 
@@ -177,7 +178,7 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         for name, value in cast(dict[str, Tensor], state["weights"]).items():
-            self.weights[name].copy_(value)
+            self.weights[name].copy_(part(value, self.weights[name]))
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,18 +1,15 @@
-"""The state of a training run in one process, on a CPU or a GPU: its steps, its saved states, and
-the result that it writes. Who calls them when is in `loop.py`.
+"""The state of a training run: its steps, its saved states, and the result that it writes. Who
+calls them when is in `loop.py`. Every process of a run has one, and calls the same of it.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from model.checkpoints import save_safetensors
-from model.timesformer import TimeSformer
+from model.timesformer import DropPath, TimeSformer
 from model.training import checkpoint
 from model.training.augmentation import augment
 from model.training.best import Best
@@ -34,17 +31,27 @@ from model.training.data import Batch, BatchOrder, Replaced, TrainingClips, load
 from model.training.errors import (
     CheckpointError,
     DivergedError,
-    MismatchError,
     RecipeError,
     TrainingError,
 )
-from model.training.evaluation import Metrics, Predictions, Protocol, measure, predict
+from model.training.evaluation import (
+    Metrics,
+    Predictions,
+    Protocol,
+    joined_predictions,
+    measure,
+    predict_part,
+)
+from model.training.identity import check_alike, check_identity, identity_of, software
 from model.training.log import LOG, read_log
 from model.training.optimisation import Average, build_optimizer, freeze, rate, set_rate
+from model.training.parallel import last_of_step, load_optimizer, load_weights, spread, whole
 from model.training.recipe import Recipe
 from model.training.report import PAGE, Evaluated, write_report
+from model.training.shares import share
 from model.training.sources import VideoList
 from model.training.start import fresh_model
+from model.training.world import ALONE, World
 
 WEIGHTS, REPORT, CHECKPOINTS = "weights.safetensors", "training.json", "checkpoints"
 _AUGMENTATION = 2  # what a draw is for, as `_ORDER` and `_CLIP` in data.py
@@ -71,6 +78,7 @@ class Machine:
 
     `recompute` is that of `TimeSformer`; None does it for long or large clips, which would not fit.
     `compile` is a backend of `torch.compile`, such as `inductor`; None computes step by step.
+    `shard` keeps a part of the weights in each process, and not all of them; see `parallel.py`.
     `tensorboard` also writes the curves for TensorBoard, see `board.py`.
     `cache` is a folder that the views of `View.cached` are kept in, decoded, for any run.
     """
@@ -82,6 +90,7 @@ class Machine:
     compile: str | None = None
     cache: Path | None = None
     tensorboard: bool = False
+    shard: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +109,17 @@ class Step:
 class Run:
     """The state of a run: weights, average, optimiser, scaler, step, and what has been counted."""
 
-    def __init__(self, model: TimeSformer, job: Job, machine: Machine) -> None:
+    def __init__(
+        self, model: TimeSformer, job: Job, machine: Machine, world: World = ALONE
+    ) -> None:
         recipe, settings = job.recipe, job.recipe.optimisation
-        self.job, self.machine = job, machine
-        self.identity = _identity(model, job)
+        self.job, self.machine, self.world = job, machine, world
+        self.identity = identity_of(model, recipe, job.videos, job.validation)
+        _check_machine(machine, world)
+        check_alike(world.gather(self.identity))
         self.augmentation = recipe.augmentation.for_labels(job.videos.labels)
         self.device = torch.device(machine.device)
+        self.on_gpu = self.device.type == "cuda"
         freeze(model, settings.train)
         self.model = model.to(self.device)
         patches = model.config.num_frames * model.config.grid**2
@@ -115,6 +129,13 @@ class Run:
         if machine.compile is not None:
             # In place: a wrapper would change the names of the weights.
             self.model.compile(backend=machine.compile)
+        self.share = share(recipe.batch_size, world.rank, world.size, recipe.augmentation.mixes)
+        if world.size > 1:
+            rows = torch.tensor(self.share.rows, device=self.device)
+            for each in model.modules():
+                if isinstance(each, DropPath):
+                    each.clips, each.rows = recipe.batch_size, rows
+        self.network = spread(self.model, world, machine.shard)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.average = Average(self.model, settings.ema) if settings.ema else None
         self.optimizer = build_optimizer(self.model, settings)
@@ -153,14 +174,25 @@ class Run:
             )
         sees = self.model.config.preprocessing
         draws = Draws(self.job.videos, sees, recipe.view, recipe.seed)
-        self.cache = open_cache(machine.cache, draws, processes=machine.workers, done=done)
+        told = done if self.world.rank == 0 else lambda count, videos: None
+        # The first process of each machine fills it, the others find it full.
+        for filling in (True, False):
+            with self.world.in_own_time() as beat:
+                if filling is (self.world.local_rank == 0):
+                    self.cache = open_cache(
+                        machine.cache,
+                        draws,
+                        processes=machine.workers,
+                        done=lambda count, videos: (beat(), told(count, videos)),
+                    )
 
     def about(self) -> dict[str, Any]:
         """What is trained on what, and where."""
         return {
             "videos": len(self.job.videos.samples),
             "validation_videos": len(self.job.validation.samples) if self.job.validation else 0,
-            "device": str(self.device),
+            "device": self.device.type,
+            "processes": self.world.size,
             "identity": self.identity,
             "software": software(),
         }
@@ -196,7 +228,9 @@ class Run:
         """Batches with their numbers."""
         recipe, videos = self.job.recipe, self.job.videos
         labels = np.array([sample.label for sample in videos.samples])
-        order = BatchOrder(labels, recipe.batch_size, recipe.seed, which, recipe.balanced)
+        order = BatchOrder(
+            labels, recipe.batch_size, recipe.seed, which, recipe.balanced, self.share.rows
+        )
         cached = self.cache.clip if self.cache else None
         sees = self.model.config.preprocessing
         clips = TrainingClips(videos, sees, recipe.view, recipe.seed, cached)
@@ -217,7 +251,15 @@ class Run:
         learning_rate = rate(self._epoch(self.step + 0.5), settings)
         set_rate(self.optimizer, learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = sum(self._backward(number, batch) for number, batch in batches)
+        ours = 0.0
+        for count, (number, batch) in enumerate(batches, start=1):
+            with last_of_step(self.network, last=count == len(batches)):
+                ours += self._backward(number, batch)
+        self.replaced_now = [each for _, batch in batches for each in batch.replaced]
+        loss, replaced = self.world.sum(ours, len(self.replaced_now))
+        if replaced:
+            everywhere = self.world.gather(self.replaced_now)
+            self.replaced_now = [each for theirs in everywhere for each in theirs]
         if not math.isfinite(loss):
             raise DivergedError(
                 f"the loss of step {self.step + 1} is {loss}: the last checkpoint is from before; "
@@ -230,7 +272,6 @@ class Run:
         if self.average is not None:
             self.average.update(self.model)
         self.step += 1
-        self.replaced_now = [each for _, batch in batches for each in batch.replaced]
         self.replaced.update(each.path for each in self.replaced_now)
         took = time.perf_counter() - began
         self.seconds += took
@@ -240,12 +281,12 @@ class Run:
             self._epoch(self.step),
             loss,
             learning_rate,
-            norm.item(),
+            whole(norm).item(),
             self.clips_per_step / took,
         )
 
     def _backward(self, number: int, batch: Batch) -> float:
-        """Adds the gradients of one batch; returns its share of the step's loss."""
+        """Adds the gradients of what is here of one batch; returns its share of the step's loss."""
         recipe = self.job.recipe
         draws = torch.Generator().manual_seed(_seed(recipe.seed, number))
         frames, targets = augment(
@@ -254,18 +295,21 @@ class Run:
             self.model.config.num_classes,
             self.augmentation,
             draws,
+            self.share,
         )
         dtype = _DTYPES.get(recipe.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            logits, _ = self.model(frames)
+            logits, _ = self.network(frames)
         loss = F.cross_entropy(logits.float(), targets) / recipe.optimisation.accumulate
+        # Of the processes the mean is taken; those with more clips of the batch count for more.
+        loss = loss * (len(frames) * self.world.size / recipe.batch_size)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        return loss.item()
+        return loss.item() / self.world.size
 
     # ---- states -------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes the state; see `checkpoint.save`."""
+        """Writes the state, whole and from the first process; see `checkpoint.save`."""
         state = {
             "identity": json.dumps(self.identity),
             "model": self.model.state_dict(),
@@ -274,45 +318,38 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "best": self.best.state_dict(),
             # Order, views and augmentation are drawn from the seed and the step, and need no state.
+            # What the network draws is the same in every process.
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.on_gpu else None,
             "seconds": self.seconds,
             "replaced": dict(self.replaced),
         }
-        checkpoint.save(self.job.out / CHECKPOINTS, self.step, state)
+        state = whole(state, keep=self.world.rank == 0)
+        self.world.first(lambda: checkpoint.save(self.job.out / CHECKPOINTS, self.step, state))
 
     def resume(self) -> None:
-        """Goes to the newest intact state, if there is any.
+        """Goes to the newest intact state, if there is any; all processes to the same.
 
         Raises:
             CheckpointError: there are states, but none that can be used.
         """
-        found = checkpoint.load_newest(self.job.out / CHECKPOINTS)
+        found = self.world.first(lambda: checkpoint.load_newest(self.job.out / CHECKPOINTS))
         if found is None:
             return
         step, state = found
-        self._check_identity(json.loads(state["identity"]))
-        self.model.load_state_dict(state["model"])
+        check_identity(json.loads(state["identity"]), self.identity, self.job.out)
+        load_weights(self.model, state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.best.load_state_dict(state["best"])
         torch.set_rng_state(state["random"])
-        if len(state["random_cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        if self.on_gpu and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
         self.seconds = state["seconds"]
         self.replaced.update(state["replaced"])
         self.step = step
-
-    def _check_identity(self, theirs: dict[str, Any]) -> None:
-        if theirs == self.identity:
-            return
-        differ = sorted(key for key in self.identity if theirs.get(key) != self.identity[key])
-        raise MismatchError(
-            f"{self.job.out} holds a run that was begun with another {', '.join(differ)}: "
-            "train into another folder, or give what it was begun with"
-        )
 
     # ---- the result ---------------------------------------------------------------------------
 
@@ -321,7 +358,7 @@ class Run:
         state = self.model.state_dict()
         if self.average is not None:
             state |= self.average.weights
-        return self._network(state)
+        return self._network(whole(state))
 
     def result(self) -> TimeSformer:
         """The network in eval mode that the run is for: the best evaluated, or the last."""
@@ -335,25 +372,30 @@ class Run:
 
     def evaluate_epoch(self) -> Metrics | None:
         """Metrics of the current weights, one clip a video; the best ones are kept."""
-        model = self.current()
-        predictions = self._predict(model, Protocol(views=1, crops=1))
-        if predictions is None:
+        if self.job.validation is None:
             return None
-        metrics = measure(predictions)
+        model = self.current()
+        parts = self._predict(self.job.validation, model, Protocol(views=1, crops=1))
+        metrics = self.world.first(lambda: measure(joined_predictions(parts)))
         self.best.take(self.step, metrics, model.state_dict())
         return metrics
 
-    def _predict(self, model: TimeSformer, protocol: Protocol) -> Predictions | None:
-        """What a network says of the validation videos; None where there are none."""
-        if self.job.validation is None:
-            return None
-        return predict(
-            self.job.validation,
-            model.config.preprocessing,
-            classifier(model),
-            protocol,
-            processes=self.machine.workers,
-        )
+    def _predict(
+        self, videos: VideoList, model: TimeSformer, protocol: Protocol
+    ) -> list[Predictions]:
+        """What a network says of some videos, a share of which each process evaluates."""
+        count, rank, size = len(videos.samples), self.world.rank, self.world.size
+        ours = videos.samples[count * rank // size : count * (rank + 1) // size]
+        with self.world.in_own_time() as beat:
+            found = predict_part(
+                dataclasses.replace(videos, samples=ours),
+                model.config.preprocessing,
+                classifier(model),
+                protocol,
+                processes=self.machine.workers,
+                done=lambda count: beat(),
+            )
+        return self.world.gather(found)
 
     def finished(self) -> dict[str, Any] | None:
         """The report of a run of this identity that is complete."""
@@ -361,14 +403,18 @@ class Run:
         if not (report.exists() and weights.exists()):
             return None
         contents: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        self._check_identity(contents.get("identity", {}))
+        check_identity(contents.get("identity", {}), self.identity, self.job.out)
         return contents
 
     def finish(self) -> dict[str, Any]:
         """Evaluates by the paper's protocol, calibrates, and writes weights and report."""
+        model, validation = self.result(), self.job.validation
+        parts = self._predict(validation, model, Protocol()) if validation else []
+        return self.world.first(lambda: self._write(model, parts))
+
+    def _write(self, model: TimeSformer, parts: list[Predictions]) -> dict[str, Any]:
         out = self.job.out
-        model = self.result()
-        predictions = self._predict(model, Protocol())
+        predictions = joined_predictions(parts) if parts else None
         calibration = calibrate(predictions) if predictions else None
         evaluated = None
         if predictions is not None:
@@ -426,27 +472,12 @@ def classifier(model: TimeSformer) -> Callable[[NDArray[np.uint8]], NDArray[np.f
     return classify
 
 
-def software() -> dict[str, str]:
-    """Versions of what decides the weights."""
-    packages = {name: version(name) for name in ("torch", "numpy", "av")}
-    return {"python": platform.python_version(), **packages}
-
-
-def _identity(model: TimeSformer, job: Job) -> dict[str, Any]:
-    """What a run must have been begun with to be continued; as JSON gives it back."""
-    weights = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(value.detach().cpu().contiguous().numpy().tobytes())
-    identity = {
-        "recipe": job.recipe.to_dict(),
-        "config": model.config.to_dict(),
-        "videos": job.videos.fingerprint(),
-        "validation": job.validation.fingerprint() if job.validation else None,
-        "first weights": weights.hexdigest(),
-    }
-    returned: dict[str, Any] = json.loads(json.dumps(identity))
-    return returned
+def _check_machine(machine: Machine, world: World) -> None:
+    if machine.shard and world.size == 1:
+        raise RecipeError(
+            "one process has nobody to share the weights with: start several with torchrun, or "
+            "train without --shard"
+        )
 
 
 def _seed(seed: int, batch: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.training.errors import RecipeError
+from model.training.shares import Draws
 
 LabelMap = tuple[int, ...] | Mapping[str, str]
 """For each class the index of what it becomes; or pairs of names that change places, where classes
@@ -95,16 +96,15 @@ def reflect(
     name: str,
     probability: float,
     becomes: tuple[int, ...] | None,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> tuple[Tensor, Tensor]:
     """Applies one of `SYMMETRIES` to some clips of a batch, and its map to their labels.
 
     Args:
         frames: uint8 (batch, time, height, width, 3); square for `transpose`.
         labels: int64 (batch,), on the same device.
-        generator: on the CPU.
     """
-    chosen = (torch.rand(len(frames), generator=generator) < probability).to(frames.device)
+    chosen = (draws.uniform() < probability).to(frames.device)
     frames = torch.where(chosen.reshape(-1, 1, 1, 1, 1), SYMMETRIES[name](frames), frames)
     if becomes is not None:
         partners = torch.tensor(becomes, device=labels.device)

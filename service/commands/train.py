@@ -115,6 +115,18 @@ def preset_option(default: str) -> Callable[[Command], Command]:
     help="Folder that decoded clips are kept in, with --cached-views; for sets that fit a disk.",
 )
 @click.option("--tensorboard", is_flag=True, help="Also write curves into OUT/tensorboard.")
+@click.option(
+    "--shard",
+    is_flag=True,
+    help="Under torchrun: keep a part of the weights in each process, for models that do not fit.",
+)
+@click.option(
+    "--lost-after",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Under torchrun: seconds without an answer until another process counts as lost.",
+)
 @preset_option("modern")
 @recipe_options
 @click.option(
@@ -140,6 +152,8 @@ def train(
     compiled: bool,
     cache: Path | None,
     tensorboard: bool,
+    shard: bool,
+    lost_after: float,
     labels_file: Path | None,
     root: str | None,
     columns: str,
@@ -154,19 +168,23 @@ def train(
 
     The same command continues a run that was stopped or killed; the weights end the same. Ctrl-C
     or SIGTERM stops it after the step, which is saved.
+
+    Under torchrun, processes on one machine or several train together, and learn what one would:
+    torchrun --standalone --nproc-per-node 8 --no-python timesformer train ...
     """
     from model.checkpoints import load_checkpoint
     from model.training.loop import train as run
     from model.training.recipe import PRESETS
     from model.training.run import WEIGHTS, Job, Machine
     from model.training.start import choose_device, fine_tuned_model, fresh_model, shared_classes
+    from model.training.world import joined
 
     if (checkpoint is None) == (variant is None):
         raise click.UsageError("give either --from CHECKPOINT or --variant NAME")
     if validation is not None and hold_out is not None:
         raise click.UsageError("give either --validation or --hold-out")
     recipe = PRESETS[preset].replace({**read_object(recipe_file), **given(changes)})
-    config = read_object(config_file)
+    config, begins = read_object(config_file), ""
     videos = read_list(source, class_names(labels_file), root, columns)
     if checkpoint is not None:
         # Sizes that differ from the checkpoint's are wanted, not claimed of it.
@@ -177,7 +195,7 @@ def train(
             videos = read_list(source, known, root, columns)
         model, kept = fine_tuned_model(loaded, videos.labels)
         head = "its head is kept" if kept else "its head is new"
-        click.echo(f"{checkpoint}: {len(videos.labels)} classes; {head}", err=True)
+        begins = f"{checkpoint}: {len(videos.labels)} classes; {head}"
     else:
         classes = {"num_classes": len(videos.labels)}
         model = fresh_model(VARIANTS[variant or ""].replace(**{**config, **classes}), recipe.seed)
@@ -187,17 +205,23 @@ def train(
     elif hold_out is not None:
         videos, held_out = videos.split(hold_out)
     job = Job(recipe, videos, held_out, out)
-    machine = Machine(
-        choose_device(device),
-        workers,
-        checkpoint_every,
-        recompute,
-        "inductor" if compiled else None,
-        cache,
-        tensorboard,
-    )
-    with training_progress() as told:
-        report = run(model, job, machine, **told)
+    chosen = choose_device(device)
+    with joined(chosen, lost_after) as world, training_progress(world.rank == 0) as told:
+        if begins and world.rank == 0:
+            click.echo(begins, err=True)
+        machine = Machine(
+            world.own(chosen),
+            workers,
+            checkpoint_every,
+            recompute,
+            "inductor" if compiled else None,
+            cache,
+            tensorboard,
+            shard,
+        )
+        report = run(model, job, machine, world=world, **told)
+    if world.rank > 0:
+        return
     if as_json:
         click.echo(json.dumps(report))
         return
@@ -231,14 +255,14 @@ def given(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def training_progress() -> Iterator[dict[str, Callable[..., None]]]:
+def training_progress(shown: bool = True) -> Iterator[dict[str, Callable[..., None]]]:
     """Gives what is told of a run, as keywords: a bar on a terminal, lines in a log."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
 
     console = Console(stderr=True)
-    live = console.is_terminal
+    live = console.is_terminal and shown
     columns = (
         TextColumn("{task.description} {task.completed:.0f} of {task.total:.0f}"),
         BarColumn(),
