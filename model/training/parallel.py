@@ -6,6 +6,7 @@ read, so that a run goes on in any number of processes, and with either.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -37,9 +38,10 @@ def spread(model: TimeSformer, world: World, shard: bool) -> nn.Module:
         return DistributedDataParallel(
             model,
             device_ids=[world.local_rank] if on_gpu else None,
-            broadcast_buffers=False,  # they are constants
             gradient_as_bucket_view=True,
         )
+    # It warns that the embedding is a view, which must not be changed in place; nobody does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     mesh = init_device_mesh(model.head.weight.device.type, (world.size,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import datetime
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from model.training.errors import LostError, RecipeError, TrainingError
 
@@ -22,6 +25,7 @@ T = TypeVar("T")
 
 LOST_AFTER_S = 600.0
 _BEAT_S = 5.0
+_POLL_S = 0.05
 
 
 class World:
@@ -137,11 +141,44 @@ def joined(device: str, lost_after_s: float = LOST_AFTER_S) -> Iterator[World]:
             )
         torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    patience = datetime.timedelta(seconds=lost_after_s)
     with _losses_named(lost_after_s):
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=lost_after_s))
+        store, _, _ = next(rendezvous("env://", timeout=patience))
+        store.set_timeout(patience)
+        store = PrefixStore(_name_of_this_life(store, world, lost_after_s), store)
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=size, timeout=patience
+        )
         yield world
         # Not after an error: it might wait for those that are lost.
         dist.destroy_process_group()
+
+
+def _name_of_this_life(store: Store, world: World, patience_s: float) -> str:
+    """A name that these processes agree on, and none that was there before a restart.
+
+    torchrun keeps its store over restarts: without a name of their own, new processes find the
+    addresses of the dead there, and wait for them. Its count of restarts would not do as a name,
+    since each machine counts its own.
+    """
+    own = uuid.uuid4().hex
+    if world.rank > 0:
+        store.set(f"waiting/{world.rank}", own)
+        name: str = store.get(f"name for {own}").decode()
+        store.set(f"{name}/{world.rank}", "known")
+        return name
+    unaware = set(range(1, world.size))
+    deadline = time.monotonic() + patience_s
+    while unaware:
+        for rank in unaware:
+            # It may be a dead one that has waited here; the living will write over it.
+            if store.check([f"waiting/{rank}"]):
+                store.set(f"name for {store.get(f'waiting/{rank}').decode()}", own)
+        unaware = {rank for rank in unaware if not store.check([f"{own}/{rank}"])}
+        if time.monotonic() > deadline:
+            raise LostError(f"of the processes of this run, these have not come: {sorted(unaware)}")
+        time.sleep(_POLL_S)
+    return own
 
 
 @contextmanager

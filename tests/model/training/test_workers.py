@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from model.training.workers import in_processes
+
+REPOSITORY = Path(__file__).parents[3]
 
 
 def work(item: int) -> int:
@@ -35,3 +40,29 @@ def test_an_item_that_kills_its_process_costs_only_itself() -> None:
 def test_what_the_work_raises_is_raised() -> None:
     with pytest.raises(ValueError, match="negative"):
         list(in_processes(work, [1, -1], 1, crashed))
+
+
+KILLED = """
+import os, signal
+from tests.model.training.test_workers import crashed, own_number
+from model.training.workers import in_processes
+
+if __name__ == "__main__":
+    for number in in_processes(own_number, range(100), 2, crashed):
+        print(number, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def own_number(item: int) -> int:
+    return os.getpid()
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    """They would wait for work for good, and whoever reads what the parent wrote would too."""
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    ) as process:
+        output, _ = process.communicate(timeout=60)  # until the last of them has closed it
+    assert process.returncode == -signal.SIGKILL
+    assert int(output) != process.pid
