@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator
 from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from service import errors
 from service.auth import Keyring, allow
 from service.decoding import LOSSES, DecoderPool, WorkerLimits
 from service.loading import store_of
 from service.metrics import Metrics
-from service.middleware import RequestContext
+from service.middleware import REQUEST_ID_HEADER, RequestContext
 from service.models import Models
 from service.routes import admin, classify, embed, health, inference_protocol, page, timeline
 from service.routes import models as model_list
@@ -23,6 +24,7 @@ from service.sandbox import LAYERS
 from service.settings import Settings
 from service.spool import Spool
 from service.state import State
+from service.tracing import open_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -32,23 +34,43 @@ def create_app(settings: Settings) -> FastAPI:
 
     Raises:
         KeyFileError: the settings name a file of API keys that cannot be used.
+        SettingsError: they ask for spans, and OpenTelemetry is not installed.
     """
     app = FastAPI(
         title="TimeSformer",
         summary="Video in, action labels out.",
         version=version("timesformer-service"),
         lifespan=running,
+        openapi_url="/openapi.json" if settings.pages == "on" else None,
+        docs_url=None,  # FastAPI's own loads its script from elsewhere
+        redoc_url=None,
     )
     app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
     app.state.keyring = Keyring(settings.api_keys_file) if settings.api_keys_file else None
     errors.install(app, app.state.metrics)
-    app.add_middleware(RequestContext, metrics=app.state.metrics)
+    app.state.tracer = open_tracer(settings.tracing)
+    if settings.cors_origins:
+        _allow_origins(app, settings.cors_origins)
+    app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
     for group in (classify, embed, timeline, inference_protocol, model_list):
         app.include_router(group.router, dependencies=[Depends(allow("infer"))])
     app.include_router(admin.router, dependencies=[Depends(allow("admin"))])
-    for router in (health.router, inference_protocol.probes, page.router):
+    for router in (health.router, inference_protocol.probes):
         app.include_router(router)
+    if settings.pages == "on":
+        app.include_router(page.router)
     return app
+
+
+def _allow_origins(app: FastAPI, origins: str) -> None:
+    """Lets pages of these origins call the service; they send no cookies, as it has none."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=[origin.strip() for origin in origins.split(",")],
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+    )
 
 
 @contextlib.asynccontextmanager
@@ -83,6 +105,7 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
         decoders.close()
         streams.close()
         spool.close()
+        await asyncio.to_thread(app.state.tracer.close)
 
 
 def _watch(metrics: Metrics, settings: Settings, decoders: DecoderPool) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import orjson
 
+from service import tracing
+
 request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 
 # Fields of every record, and uvicorn's copy of its message with terminal colours.
@@ -49,6 +51,8 @@ def _fields(record: logging.LogRecord, formatter: logging.Formatter) -> dict[str
     }
     if identifier := request_id.get():
         fields["request_id"] = identifier
+    if ids := tracing.current.get():
+        fields |= ids._asdict()
     fields |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
     if record.exc_info:
         fields["exception"] = formatter.formatException(record.exc_info)

@@ -15,6 +15,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from service.gpu import GpuCollector
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _MIB = 1024 * 1024
 SWAP_RESULTS = ("done", "refused")
@@ -235,6 +237,7 @@ class Metrics:
         self.ready = Gauge(
             "timesformer_ready", "1 while the service accepts work.", registry=self.registry
         )
+        self.registry.register(GpuCollector())
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 

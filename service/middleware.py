@@ -16,25 +16,36 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import InternalError, answer_to
 from service.logging import request_id
 from service.metrics import Metrics
+from service.tracing import Tracer, parse_traceparent, spanned
 
 logger = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "X-Request-ID"
+# For answers that bring none of their own: what is no page is not to be shown, kept or guessed at.
+_SECURITY_HEADERS = {
+    b"x-content-type-options": b"nosniff",
+    b"cache-control": b"no-store",
+    b"referrer-policy": b"no-referrer",
+    b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
+}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestContext:
     """Gives each request an id (the client's own, if it sent a sane one) and accounts for it."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: Tracer) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        identifier = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        headers = Headers(scope=scope)
+        identifier = headers.get(REQUEST_ID_HEADER, "")
+        span = self._tracer.begin(_method(scope), parse_traceparent(headers.get("traceparent", "")))
         if not _REQUEST_ID.fullmatch(identifier):
             identifier = uuid.uuid4().hex
         token = request_id.set(identifier)
@@ -46,24 +57,27 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = identifier
+                _add_security_headers(message["headers"])
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception:
-            logger.exception("unhandled error")
-            if not status:
-                error = InternalError("Something broke on our side; the log has more.")
-                answer = answer_to(scope["path"], error)
-                await answer(scope, receive, send_with_id)
-        finally:
-            self._metrics.requests_in_progress.dec()
-            self._account(scope, status, time.perf_counter() - started)
-            request_id.reset(token)
+        with spanned(span):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception:
+                logger.exception("unhandled error")
+                if not status:
+                    error = InternalError("Something broke on our side; the log has more.")
+                    answer = answer_to(scope["path"], error)
+                    await answer(scope, receive, send_with_id)
+            finally:
+                self._metrics.requests_in_progress.dec()
+                # The template, not the path: what clients type must not become label values.
+                route = getattr(scope.get("route"), "path", "unmatched")
+                self._account(scope, route, status, time.perf_counter() - started)
+                span.end(route, status)
+                request_id.reset(token)
 
-    def _account(self, scope: Scope, status: int, seconds: float) -> None:
-        # The template, not the path: what clients type must not become label values.
-        route = getattr(scope.get("route"), "path", "unmatched")
+    def _account(self, scope: Scope, route: str, status: int, seconds: float) -> None:
         self._metrics.requests.labels(route, _method(scope), str(status)).inc()
         level = logging.DEBUG if route in {"/health/live", "/health/ready", "/metrics"} else 20
         logger.log(
@@ -76,6 +90,11 @@ class RequestContext:
                 "seconds": round(seconds, 4),
             },
         )
+
+
+def _add_security_headers(headers: list[tuple[bytes, bytes]]) -> None:
+    given = {name.lower() for name, _ in headers}
+    headers += [item for item in _SECURITY_HEADERS.items() if item[0] not in given]
 
 
 def _method(scope: Scope) -> str:

@@ -26,6 +26,7 @@ from service.metrics import Metrics
 from service.schemas import Problem, Timings, ViewParameters, inlined_schema
 from service.served import ServedModel
 from service.state import State
+from service.tracing import record_stages
 from service.uploads import FILE_FIELD, Upload, receive
 
 T = TypeVar("T")
@@ -128,7 +129,10 @@ async def answer_video(request: Request, state: State, query: P) -> VideoAnswer[
 
 
 def observe(metrics: Metrics, model: str, seconds: dict[str, float], clips: int) -> None:
-    """Records how long the stages of an answered request took, and how many clips it had."""
+    """Records, also in the trace, how long the stages of an answered request took, and how many
+    clips it had.
+    """
+    record_stages(seconds)
     metrics.request_clips.observe(clips)
     for stage, value in seconds.items():
         metrics.stage_seconds.labels(model, stage).observe(value)

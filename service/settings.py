@@ -27,6 +27,7 @@ ALL_MODELS = "*"
 _SERVICE_LINK = re.compile(
     ENV_PREFIX + r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_.+)?)"
 )
+_ORIGIN = re.compile(r"\*|https?://[^/\s?#@]+")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 
 
@@ -211,6 +212,22 @@ class Settings(BaseSettings):
         description="File of API keys, as `timesformer keys` writes it. With it, requests need a "
         "key; without it, anyone who reaches the port may infer, and nobody may administrate.",
     )
+    pages: Literal["on", "off"] = Field(
+        "on",
+        description="Whether `/`, `/docs` and `/openapi.json` are there: pages to try the service "
+        "with and its description.",
+    )
+    cors_origins: str | None = Field(
+        None,
+        description="Origins whose pages may call the service from a browser, with commas between "
+        "(`https://app.example.com`), or `*` for all. Without it no page of elsewhere may.",
+    )
+    tracing: Literal["off", "otlp"] = Field(
+        "off",
+        description="`otlp` sends a span for each request, with its stages, to the OpenTelemetry "
+        "collector that OTEL_EXPORTER_OTLP_ENDPOINT names; needs the extra `otel`. Trace ids of "
+        "clients stand in the log in either case.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log records that are written."
     )
@@ -231,6 +248,14 @@ class Settings(BaseSettings):
         if model is not None and not all(name.strip() for name in model.split(",")):
             raise ValueError("a name between the commas is missing")
         return model
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: str | None) -> str | None:
+        for origin in (value or "*").split(","):
+            if not _ORIGIN.fullmatch(origin.strip()):
+                raise ValueError(f"{origin.strip()!r} is no origin, such as https://example.com")
+        return value
 
     @model_validator(mode="after")
     def _largest_request_fits(self) -> Settings:

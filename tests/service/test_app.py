@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import re
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,7 +14,8 @@ import pytest
 from export.bundle import BundleStore
 from model.demo import STORE
 from service.app import create_app
-from service.settings import load_settings
+from service.settings import SettingsError, load_settings
+from tests.service.conftest import Serve
 
 
 def test_it_is_alive_and_ready_and_says_what_runs_it(client: httpx.Client) -> None:
@@ -147,9 +149,77 @@ def test_the_page_runs_its_own_script_and_nothing_from_elsewhere(client: httpx.C
     answer = client.get("/")
     assert answer.headers["content-type"].startswith("text/html")
     policy = answer.headers["content-security-policy"]
-    script = re.search("<script>(.*?)</script>", answer.text, re.DOTALL)
-    assert script is not None
-    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}'" in policy
+    assert f"script-src '{inline_digest(answer.text)}'" in policy
     assert "default-src 'none'" in policy
     assert not re.search(r"(src|href)=\"?(https?:)?//", answer.text)
+
+
+def test_the_docs_run_swagger_ui_of_ours_and_nothing_from_elsewhere(client: httpx.Client) -> None:
+    answer = client.get("/docs")
+    assert (
+        f"script-src 'self' '{inline_digest(answer.text)}'"
+        in (answer.headers["content-security-policy"])
+    )
+    assert not re.search(r"(src|href)=\"?(https?:)?//", answer.text)
+    assets = re.findall(r'(?:src|href)="(/docs/[^"]+)"', answer.text)
+    assert len(assets) == 2
+    for asset in assets:
+        found = client.get(asset)
+        assert found.status_code == 200
+        assert len(found.content) > 100_000
+        assert found.headers["content-type"].startswith(("text/javascript", "text/css"))
+    assert client.get("/docs/other.js").status_code == 422
+
+
+def inline_digest(page: str) -> str:
+    script = re.search("<script>(.*?)</script>", page, re.DOTALL)
+    assert script is not None
+    return f"sha256-{base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()}"
+
+
+def test_pages_can_be_turned_off(serve: Serve, tmp_path: Path) -> None:
+    with serve(pages="off", spool_dir=tmp_path) as client:
+        paths = ("/", "/docs", "/docs/swagger-ui.css", "/openapi.json", "/redoc")
+        assert {client.get(path).status_code for path in paths} == {404}
+        assert client.get("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/v1/models", "/nowhere", "/metrics", "/v2"])
+def test_an_answer_is_not_to_be_guessed_at_framed_or_kept(client: httpx.Client, path: str) -> None:
+    headers = client.get(path).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "no-store"
+    assert headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+    assert "server" not in headers
+
+
+def test_no_page_of_elsewhere_may_call_it_unless_its_origin_is_named(
+    client: httpx.Client, serve: Serve, tmp_path: Path
+) -> None:
+    ours, theirs = "https://app.example.com", "https://evil.example.com"
+    assert (
+        "access-control-allow-origin"
+        not in client.get("/v1/models", headers={"Origin": ours}).headers
+    )
+    with serve(cors_origins=f"https://x.example.com, {ours}", spool_dir=tmp_path) as open_client:
+        allowed = open_client.get("/v1/models", headers={"Origin": ours})
+        assert allowed.headers["access-control-allow-origin"] == ours
+        assert "access-control-allow-credentials" not in allowed.headers
+        other = open_client.get("/v1/models", headers={"Origin": theirs})
+        assert "access-control-allow-origin" not in other.headers
+        preflight = open_client.options(
+            "/v1/classify",
+            headers={
+                "Origin": ours,
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "x-api-key",
+            },
+        )
+        assert preflight.status_code == 200
+        assert "x-api-key" in preflight.headers["access-control-allow-headers"].lower()
+
+
+@pytest.mark.parametrize("origins", ["example.com", "https://example.com/", "https://a b", "*,,"])
+def test_what_is_no_origin_is_refused_at_start(origins: str) -> None:
+    with pytest.raises(SettingsError, match="TIMESFORMER_CORS_ORIGINS"):
+        load_settings(cors_origins=origins)

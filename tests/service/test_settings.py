@@ -45,7 +45,7 @@ def another_value(field: FieldInfo) -> Any:
         return default + 1 if default is not None else min([1 << 30, *largest])
     if float in types:
         return default + 0.5
-    return Path("/somewhere/else") if Path in types else "something"
+    return Path("/somewhere/else") if Path in types else "https://example.com"
 
 
 def variable(name: str) -> str:
