@@ -316,11 +316,7 @@ class BundleStore:
                 manifest.model_dump_json(indent=2) + "\n", encoding="utf-8"
             )
             Bundle(staging).verify()
-            for path in (*staging.rglob("*"), staging):
-                sync(path)
-            staging.chmod(0o755)  # mkdtemp makes it private; other users serve it
-            staging.rename(folder / version)
-            sync(folder)
+            _settle(staging, folder / version)
         return Bundle(folder / version)
 
     def activate(self, name: str, version: str) -> Bundle:
@@ -355,6 +351,34 @@ class BundleStore:
             bundle.verify()
             write_history(self._folder(name), history[1:])
         return bundle
+
+    def adopt(self, staging: Path) -> Bundle:
+        """Takes a version that was published elsewhere, as it is and under its own number.
+
+        Raises:
+            BundleError: it is damaged or failed verification; the store is as it was.
+        """
+        bundle = Bundle(staging)
+        folder = self._folder(bundle.name)
+        if not VERSION.fullmatch(bundle.version):
+            raise BundleError(f"{bundle.version!r} of {bundle.name} is no version")
+        bundle.verify()
+        with writing(folder), self._lock(bundle.name):
+            if bundle.version not in self.versions(bundle.name):
+                _settle(staging, folder / bundle.version)
+        return Bundle(folder / bundle.version)
+
+    def follow(self, name: str, history: list[str], candidate: Candidate | None) -> None:
+        """Points to what another store points to; the versions are here already.
+
+        Raises:
+            BundleError: it cannot be written.
+        """
+        with self._lock(name):
+            if history and self.history(name) != history:
+                write_history(self._folder(name), history)
+            if self.candidate(name) != candidate:
+                write_candidate(self._folder(name), candidate)
 
     def _folder(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
@@ -424,6 +448,15 @@ def _entries(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise BundleError(f"cannot read {folder}: {error.strerror}") from error
+
+
+def _settle(staging: Path, version: Path) -> None:
+    """Makes a staging folder a version, whole or not at all."""
+    for path in (*staging.rglob("*"), staging):
+        sync(path)
+    staging.chmod(0o755)  # mkdtemp makes it private; other users serve it
+    staging.rename(version)
+    sync(version.parent)
 
 
 def _remove_if_abandoned(staging: Path) -> None:

@@ -47,8 +47,15 @@ def read_history(folder: Path) -> list[str]:
     """
     pointer = folder / ACTIVE
     content = _read(pointer)
-    if content is None:
-        return []
+    return [] if content is None else parse_history(content, pointer)
+
+
+def parse_history(content: bytes, pointer: object) -> list[str]:
+    """What is in a pointer that lies at `pointer`.
+
+    Raises:
+        BundleError: it is damaged.
+    """
     try:
         loaded = json.loads(content)
         history = [loaded["version"], *loaded["previous"]]
@@ -67,8 +74,13 @@ def write_history(folder: Path, history: list[str]) -> None:
     Raises:
         BundleError: it cannot be written; the old pointer is as it was.
     """
+    _replace(folder / ACTIVE, history_text(history))
+
+
+def history_text(history: list[str]) -> str:
+    """What a pointer to the first of these versions holds."""
     content = {"version": history[0], "previous": history[1 : _HISTORY + 1]}
-    _replace(folder / ACTIVE, json.dumps(content) + "\n")
+    return json.dumps(content) + "\n"
 
 
 def read_candidate(folder: Path) -> Candidate | None:
@@ -79,8 +91,15 @@ def read_candidate(folder: Path) -> Candidate | None:
     """
     path = folder / CANDIDATE
     content = _read(path)
-    if content is None:
-        return None
+    return None if content is None else parse_candidate(content, path)
+
+
+def parse_candidate(content: bytes, path: object) -> Candidate:
+    """What is in the file of a candidate that lies at `path`.
+
+    Raises:
+        BundleError: it is damaged.
+    """
     try:
         return Candidate.model_validate_json(content)
     except ValidationError as error:

@@ -17,6 +17,7 @@ from service.decoding import LOSSES, DecoderPool, WorkerLimits
 from service.loading import store_of
 from service.metrics import Metrics
 from service.middleware import REQUEST_ID_HEADER, RequestContext
+from service.mirror import Mirror
 from service.models import Models
 from service.routes import admin, classify, embed, health, inference_protocol, page, timeline
 from service.routes import models as model_list
@@ -86,8 +87,10 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
     spool = Spool(settings.spool_dir, settings.max_spool_bytes)
     decoders = _decoders(settings, metrics, spool, settings.decode_workers)
     streams = _decoders(settings, metrics, spool, settings.timeline_workers, lazy=True)
+    mirror = Mirror(settings, metrics)
     try:
         models = Models(settings, metrics)
+        await mirror.start()
         await asyncio.gather(models.start(), decoders.start(), streams.start())
         tell_of_sandbox(settings, metrics, decoders)
         _watch(metrics, settings, decoders)
@@ -102,6 +105,7 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
             app.state.service = None
             await models.close()
     finally:
+        await mirror.close()
         decoders.close()
         streams.close()
         spool.close()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from export.bundle import Bundle, BundleError, BundleStore
+from export.remote_store import RemoteStore
 from export.runtime import Runtime, RuntimeUnavailableError, load_runtime
 from export.runtime.plans import PlanError
 from model.demo import STORE as DEMO_STORE
@@ -32,11 +33,12 @@ class LoadedModel(NamedTuple):
 
 
 def find_bundle(settings: Settings) -> Bundle:
-    """The bundle that the settings name, the first if they name several.
+    """The bundle that the settings name, the first if they name several; fetched if it is remote.
 
     Raises:
         BundleError: it is not there or cannot be read; the message says what to do.
     """
+    follow_store(settings)
     return store_of(settings).open(served_names(settings)[0])
 
 
@@ -60,6 +62,17 @@ def served_names(settings: Settings) -> tuple[str, ...]:
             f"set TIMESFORMER_MODEL to one, to several with commas, or to {ALL_MODELS}"
         )
     return tuple(names)
+
+
+def follow_store(settings: Settings) -> None:
+    """Brings the folder of this node up to date with the store at the settings' URL, if they have
+    one.
+
+    Raises:
+        BundleError: it cannot be reached or used; the folder is as it was.
+    """
+    if settings.store_url is not None:
+        RemoteStore(settings.store_url).follow(store_of(settings), settings.model_names)
 
 
 def was_activated(store: BundleStore, name: str) -> bool:

@@ -130,6 +130,12 @@ class Metrics:
             ["model"],
             registry=self.registry,
         )
+        self.store_behind = Gauge(
+            "timesformer_store_behind",
+            "1 while the store at TIMESFORMER_STORE_URL does not answer, or its active version "
+            "cannot be fetched; what was fetched before serves.",
+            registry=self.registry,
+        )
         self.candidate_share = Gauge(
             "timesformer_candidate_share",
             "Share of the requests that a candidate version is tried with, while it is.",

@@ -57,6 +57,12 @@ class Settings(BaseSettings):
         description="Folder of bundles, as `timesformer export --store` writes it. Without it the "
         "bundled demo model is served.",
     )
+    store_url: str | None = Field(
+        None,
+        description="Store of bundles at a URL (`s3://bucket/bundles`, `gs://`), as `timesformer "
+        "bundles push` fills it. `store` is then the folder of this node that it is fetched into; "
+        "replicas may share it. Asked every `watch_interval_s`.",
+    )
     model: str | None = Field(
         None,
         description="Name of the bundle to serve; its active version is taken. Several with "
@@ -256,6 +262,12 @@ class Settings(BaseSettings):
             if not _ORIGIN.fullmatch(origin.strip()):
                 raise ValueError(f"{origin.strip()!r} is no origin, such as https://example.com")
         return value
+
+    @model_validator(mode="after")
+    def _a_remote_store_has_a_folder(self) -> Settings:
+        if self.store_url is not None and self.store is None:
+            raise ValueError("store_url needs store: the folder that bundles are fetched into")
+        return self
 
     @model_validator(mode="after")
     def _largest_request_fits(self) -> Settings:

@@ -19,7 +19,7 @@ from service.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from export.bundle import BundleStore
+    from export.bundle import Bundle, BundleStore
 
 _SHARE = click.FloatRange(min=0, min_open=True, max=1)
 
@@ -92,11 +92,64 @@ def _bundle_row(store: BundleStore, name: str, version: str) -> dict[str, Any]:
 @bundles.command()
 @click.argument("name")
 @click.argument("version")
+@click.option("--url", help="In the store at this URL; services that follow it take it over.")
 @_bundles_options
-def activate(store: BundleStore, as_json: bool, name: str, version: str) -> None:
+def activate(store: BundleStore, as_json: bool, name: str, version: str, url: str | None) -> None:
     """Make VERSION of NAME the one that serves, after checking it."""
-    store.activate(name, version)
+    if url is None:
+        store.activate(name, version)
+    else:
+        from export.remote_store import RemoteStore
+
+        RemoteStore(url).activate(name, version)
     _say_active(name, version, as_json)
+
+
+@bundles.command()
+@click.argument("url")
+@click.argument("name")
+@click.argument("version", required=False)
+@click.option("--activate", is_flag=True, help="Make it the version that serves there.")
+@_bundles_options
+def push(
+    store: BundleStore, as_json: bool, url: str, name: str, version: str | None, activate: bool
+) -> None:
+    """Upload VERSION of NAME, by default the active one, to the store at URL (s3://, gs://)."""
+    from export.remote_store import RemoteStore
+
+    bundle, remote = store.open(name, version), RemoteStore(url)
+    new = remote.push(bundle)
+    if activate:
+        remote.activate(name, bundle.version)
+    _say_moved(bundle, remote.url, new, as_json)
+
+
+@bundles.command()
+@click.argument("url")
+@click.argument("name")
+@click.argument("version", required=False)
+@_bundles_options
+def pull(store: BundleStore, as_json: bool, url: str, name: str, version: str | None) -> None:
+    """Fetch VERSION of NAME, by default the active one, from the store at URL; checked, and not
+    activated here."""
+    from export.bundle import BundleError
+    from export.remote_store import RemoteStore
+
+    remote = RemoteStore(url)
+    wanted = version or next(iter(remote.history(name)), None)
+    if wanted is None:
+        raise BundleError(f"{name} has no active version in {remote.url}; say which VERSION")
+    new = wanted not in store.versions(name)
+    _say_moved(remote.pull(name, wanted, store), str(store.root), new, as_json)
+
+
+def _say_moved(bundle: Bundle, to: str, new: bool, as_json: bool) -> None:
+    if as_json:
+        row = {"name": bundle.name, "version": bundle.version, "to": to, "new": new}
+        click.echo(json.dumps(row))
+    else:
+        state = "is now" if new else "was already"
+        click.echo(f"{bundle.name} version {bundle.version} {state} in {to}")
 
 
 @bundles.command()

@@ -18,6 +18,7 @@ import pyarrow as pa
 import ray
 
 from export.bundle import Bundle, BundleError
+from export.remote_store import RemoteStore
 from service.labelling.errors import LabellingError
 from service.labelling.here import Decoding, Engine, load
 from service.labelling.rows import Row
@@ -43,7 +44,7 @@ class Cluster(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What an actor needs to know. The bundle must be in the store of every node."""
+    """What an actor needs to know. The bundle is in the store of every node, or fetched into it."""
 
     name: str
     version: str
@@ -52,7 +53,11 @@ class _Work(NamedTuple):
     settings: Settings
 
     def bundle(self) -> Bundle:
-        bundle = store_of(self.settings).open(self.name, self.version)
+        store = store_of(self.settings)
+        if self.settings.store_url is not None:
+            bundle = RemoteStore(self.settings.store_url).pull(self.name, self.version, store)
+        else:
+            bundle = store.open(self.name, self.version)
         if bundle.manifest.weights_sha256 != self.weights_sha256:
             raise BundleError(
                 f"{bundle.path} on this node is another {self.name} version {self.version}"

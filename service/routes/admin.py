@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from export.bundle import BundleError, Candidate
 from service.errors import BundleRefusedError
@@ -33,6 +33,17 @@ _REFUSED: dict[int | str, dict[str, Any]] = {
 }
 
 
+def _own_store(state: Running) -> None:
+    """A change to this node's folder alone would be undone by the next look at the store."""
+    if state.settings.store_url is not None:
+        raise BundleRefusedError(
+            f"The store is {state.settings.store_url}: change it there, with `timesformer bundles`."
+        )
+
+
+_CHANGES = [Depends(_own_store)]
+
+
 @router.get("", summary="List models, versions and candidates", responses=_REFUSED)
 async def models(state: Running) -> AdminModels:
     """What the store has under each served name, which of it is active, serves, and is tried."""
@@ -45,7 +56,12 @@ async def versions(model: str, state: Running) -> AdminModel:
     return await _facts(state.models.find(model), state)
 
 
-@router.post("/{model}/versions/{version}/activate", summary="Serve a version", responses=_REFUSED)
+@router.post(
+    "/{model}/versions/{version}/activate",
+    summary="Serve a version",
+    responses=_REFUSED,
+    dependencies=_CHANGES,
+)
 async def activate(model: str, version: str, state: Running) -> ModelName:
     """Checks, loads and warms the version up, then lets it take over and marks it as active."""
     host = state.models.find(model)
@@ -53,7 +69,12 @@ async def activate(model: str, version: str, state: Running) -> ModelName:
     return _serving(host)
 
 
-@router.post("/{model}/rollback", summary="Serve the version before", responses=_REFUSED)
+@router.post(
+    "/{model}/rollback",
+    summary="Serve the version before",
+    responses=_REFUSED,
+    dependencies=_CHANGES,
+)
 async def rollback(model: str, state: Running) -> ModelName:
     """Goes back to the version that was active before."""
     host = state.models.find(model)
@@ -61,7 +82,9 @@ async def rollback(model: str, state: Running) -> ModelName:
     return _serving(host)
 
 
-@router.put("/{model}/candidate", summary="Try a version", responses=_REFUSED)
+@router.put(
+    "/{model}/candidate", summary="Try a version", responses=_REFUSED, dependencies=_CHANGES
+)
 async def try_candidate(model: str, wanted: CandidateRequest, state: Running) -> AdminModel:
     """Loads a version beside the one that serves, as a shadow or a canary, or changes its mode or
     share. All replicas of the store do the same; `timesformer bundles candidate` does so too.
@@ -71,7 +94,12 @@ async def try_candidate(model: str, wanted: CandidateRequest, state: Running) ->
     return await _facts(host, state)
 
 
-@router.delete("/{model}/candidate", summary="Try no version any more", responses=_REFUSED)
+@router.delete(
+    "/{model}/candidate",
+    summary="Try no version any more",
+    responses=_REFUSED,
+    dependencies=_CHANGES,
+)
 async def withdraw_candidate(model: str, state: Running) -> AdminModel:
     """Ends the trial in all replicas; what runs in the candidate is answered."""
     host = state.models.find(model)
@@ -79,7 +107,12 @@ async def withdraw_candidate(model: str, state: Running) -> AdminModel:
     return await _facts(host, state)
 
 
-@router.post("/{model}/candidate/promote", summary="Serve the candidate", responses=_REFUSED)
+@router.post(
+    "/{model}/candidate/promote",
+    summary="Serve the candidate",
+    responses=_REFUSED,
+    dependencies=_CHANGES,
+)
 async def promote(model: str, state: Running) -> ModelName:
     """Makes the candidate, which is loaded already, the active version."""
     host = state.models.find(model)
