@@ -7,7 +7,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 # A lock is whole. Resolved again, pip takes an extra (`coverage[toml]`) of a newer release for missing.
 LOCKED = --no-deps --require-hashes --requirement
 
-.PHONY: serve test lint format types unit docs lock bench test-faults test-images demo deploy-tools clean
+.PHONY: serve test lint format types unit docs lock bench test-faults test-images test-ray demo deploy-tools clean
 
 serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
 	.venv/bin/timesformer serve --port $(PORT) --log-format text
@@ -45,6 +45,15 @@ ENGINE ?= docker
 test-images: .venv/.dev ## build the images for CPUs and training, run them hardened; minutes
 	.venv/bin/python -m tests.images.check --build "$(BUILD)" --engine $(ENGINE)
 
+RAY = build/ray
+test-ray: $(RAY)/.done ## label an archive on a local Ray cluster, kill a node of it; minutes
+	PYTHONPATH=. $(RAY)/bin/python -m tests.ray.check
+$(RAY)/.done: tests/ray/requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) $<
+	$(RAY)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
+	touch $@
+
 demo: .venv/.dev ## render, train and export the bundled demo model again (hours on two cores)
 	.venv/bin/timesformer data demo build/demo/set
 	.venv/bin/python -m model.demo.pretrain --out build/demo/start.safetensors
@@ -68,6 +77,8 @@ $(TOOLS)/.done: tests/deploy/requirements.lock
 
 lock: .venv/.dev
 	.venv/bin/uv pip compile tests/deploy/requirements.in $(LOCK) --output-file tests/deploy/requirements.lock
+	.venv/bin/uv pip compile pyproject.toml tests/ray/requirements.in --extra cpu --extra ray $(LOCK) \
+		--output-file tests/ray/requirements.lock
 	.venv/bin/uv pip compile pyproject.toml --extra cpu $(LOCK) --output-file requirements.lock
 	.venv/bin/uv pip compile pyproject.toml --extra gpu $(LOCK) --output-file requirements-gpu.lock
 	echo "torch ; python_version < '3'" | .venv/bin/uv pip compile pyproject.toml --extra cpu \
