@@ -7,10 +7,12 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 # A lock is whole. Resolved again, pip takes an extra (`coverage[toml]`) of a newer release for missing.
 LOCKED = --no-deps --require-hashes --requirement
 
-.PHONY: serve test lint format types unit docs lock bench test-faults test-images test-ray demo deploy-tools clean
+.PHONY: serve setup test lint format types unit docs lock bench test-faults test-images test-ray demo deploy-tools clean
 
 serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
 	.venv/bin/timesformer serve --port $(PORT) --log-format text
+
+setup: .venv/.dev ## install all of it, with torch: to export, train and develop
 
 test: .venv/.dev lint types unit ## everything that CI checks
 

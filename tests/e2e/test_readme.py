@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,16 +14,22 @@ from pathlib import Path
 import pytest
 
 from model.demo import SAMPLE_CLIP, STORE
+from service.commands.refresh import EXIT_NOT_ACTIVATED
 from tests.e2e.conftest import TIMESFORMER, StartService
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
-]
+WHOLE_WAY = "### All of it, once, on a laptop\n"
+
+
+def commands(text: str) -> list[list[str]]:
+    """The lines of all blocks of shell, as words."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+COMMANDS = commands(re.sub(f"{WHOLE_WAY}.*?\n## ", "## ", README, flags=re.DOTALL))
 
 
 def test_every_make_target_that_is_named_exists() -> None:
@@ -85,6 +92,52 @@ def test_the_commands_run_in_their_order(tmp_path: Path, start_service: StartSer
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, (command, run.stdout, run.stderr)
     assert {"export", "serve", "bundles", "classify", "label", "info"} <= set(ran)
+
+
+# How many videos, steps ... of the README's way are enough to see that every command works.
+FEW = {"--videos": ("12", "24"), "--held-out": ("12",), "--clips": ("48",), "--steps": ("2",),
+       "--epochs": ("1",)}  # fmt: skip
+
+
+@pytest.mark.timeout(1800)  # every command loads torch, and two export
+def test_the_whole_way_from_no_data_to_a_refreshed_service(
+    tmp_path: Path, start_service: StartService
+) -> None:
+    """With few videos and steps, after which the refresh may be better or not."""
+    pytest.importorskip("torch")
+    (setup, *steps) = commands(README.partition(WHOLE_WAY)[2].partition("\n## ")[0])
+    assert setup == ["make", "setup", "&&", ".", ".venv/bin/activate"]
+    (tmp_path / "model/demo").mkdir(parents=True)
+    (tmp_path / "model/demo/recipe.json").write_bytes(
+        (ROOT / "model/demo/recipe.json").read_bytes()
+    )
+    environment = {
+        **os.environ,
+        "PATH": f"{TIMESFORMER.parent}{os.pathsep}{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    few = {option: iter(values) for option, values in FEW.items()}
+    with contextlib.ExitStack() as stack:
+        for words in steps:
+            for place, word in enumerate(words):
+                if word in few:
+                    words[place + 1] = next(few[word], FEW[word][-1])
+            if words[1] == "serve":
+                store = str(tmp_path / words[words.index("--store") + 1])
+                flags = [store if word == "store" else word for word in words[2:]]
+                service = stack.enter_context(start_service(*flags))
+                continue
+            run = subprocess.run(
+                words, cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            refused = words[1] == "refresh" and run.returncode == EXIT_NOT_ACTIVATED
+            assert run.returncode == 0 or refused, (words, run.stdout, run.stderr)
+        answer = service.client.post("/v1/classify", content=SAMPLE_CLIP.read_bytes()).json()
+    assert answer["model"]["name"] == "motions"
+    assert (tmp_path / "store/motions/2/manifest.json").exists()
+    assert (tmp_path / "run/report.html").exists()
+    assert (tmp_path / "evaluation.html").exists()
 
 
 def test_the_reference_is_the_one_that_the_code_makes() -> None:
