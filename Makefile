@@ -7,7 +7,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 # A lock is whole. Resolved again, pip takes an extra (`coverage[toml]`) of a newer release for missing.
 LOCKED = --no-deps --require-hashes --requirement
 
-.PHONY: serve setup test lint format types unit docs lock bench test-faults test-images test-ray demo deploy-tools clean
+.PHONY: serve setup test lint format types unit docs lock bench test-faults test-images test-ray demo schemes deploy-tools clean
 
 serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
 	.venv/bin/timesformer serve --port $(PORT) --log-format text
@@ -65,6 +65,9 @@ demo: .venv/.dev ## render, train and export the bundled demo model again (hours
 		--cache build/demo/cache --device cpu
 	.venv/bin/timesformer export build/demo/run/weights.safetensors --name demo \
 		--training build/demo/run/training.json --store build/demo/bundles
+
+schemes: .venv/.dev ## the five attention schemes at equal budget, as a table; half an hour
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.schemes
 
 TOOLS = build/tools
 deploy-tools: $(TOOLS)/.done ## what tests/deploy checks manifests, rules and images with
