@@ -24,6 +24,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import ForbiddenError, TooManyRequestsError, UnauthorizedError
+from service.turns import Priority
 
 logger = logging.getLogger(__name__)
 Scope = Literal["infer", "admin"]
@@ -44,6 +45,7 @@ class ApiKey(BaseModel):
     scopes: tuple[Scope, ...] = Field(min_length=1)
     requests_per_minute: int | None = Field(None, ge=1)
     max_concurrent: int | None = Field(None, ge=1)
+    priority: Priority = "normal"
 
 
 class _KeyFile(BaseModel):
@@ -219,6 +221,7 @@ def allow(scope: Scope) -> Callable[..., AsyncIterator[None]]:
             raise UnauthorizedError("Send an API key as `Authorization: Bearer KEY`.")
         if scope not in key.scopes and "admin" not in key.scopes:
             raise ForbiddenError(f"This key lacks the scope `{scope}`.")
+        request.state.priority = key.priority
         with keyring.use(key):
             yield
 

@@ -1,258 +1,463 @@
-"""Requests to batches: joins the clips of concurrent requests for one pass through the engine.
+"""Requests to batches: joins the clips of concurrent requests for one pass through an engine.
 
 The rule: take what waits while the engine runs, and after a batch of more than one clip wait up
 to `settle_s` for as many again. Without that wait a closed loop of clients locks into alternating
-small batches. There is no polling: an idle batcher sleeps on an event.
+small batches. A second batch is lined up behind the one that runs only when it is full, so that
+it never gets smaller by it; what is in it is decided when it starts. There is no polling: with
+nothing to do, threads and event loop sleep.
 
-Batches are counted in clips. A request's clips may be spread over several batches, and waiting
-requests take turns clip by clip, so that a hundred-clip request delays a one-clip request by
-about one batch, not by a hundred clips.
+Whose clips go first is in `service/turns.py`; here is what engines do with them. Each engine has
+threads of its own; which engine gets a batch is which of them is idle. An engine whose requests
+fail, and succeed on another one, is taken out.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
-import time
-from collections import deque
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.runtime.interface import Outputs
-from service.errors import InternalError, QueueFullError
+from service.errors import (
+    DeadlineExceededError,
+    DeadlineUnreachableError,
+    InternalError,
+    QueueFullError,
+)
+from service.turns import Answer, Priority, Request, Slot, Turns
 
 logger = logging.getLogger(__name__)
 
 # How much the newest batch counts in the drain rate: about the last ten batches.
 _RATE_WEIGHT = 0.2
+# Batches that an engine has at once: one that runs, one that is copied or lined up behind it.
+_DEPTH = 2
+# Requests in a row that an engine failed, none done between them, before it counts as broken.
+_FAILURES = 3
 
 
-class Answer(NamedTuple):
-    """What a request gets: one row per clip of its own, in its order."""
-
-    logits: NDArray[np.float32]
-    embedding: NDArray[np.float32]
-    queue_s: float
-    """From arrival to the start of its first batch."""
-    inference_s: float
-    """From there to the end of its last."""
-
-
-class _Request:
-    """Clips that one caller waits for."""
-
-    def __init__(self, clips: NDArray[np.uint8], answer: asyncio.Future[Answer]) -> None:
-        self.clips = clips
-        self.answer = answer
-        self.arrived = time.perf_counter()
-        self.started: float | None = None
-        self.taken = 0
-        self.rows: list[tuple[NDArray[np.float32], NDArray[np.float32]] | None] = [None] * len(
-            clips
-        )
-        self.missing = len(clips)
+class Engine(Protocol):
+    """The part of a `Runtime` that batches need."""
 
     @property
-    def waiting(self) -> int:
-        return len(self.clips) - self.taken
+    def slots(self) -> int:
+        """Batches that `run` can have on their way at once, from as many threads."""
 
-    def finish(self) -> None:
-        now = time.perf_counter()
-        started = self.started or now
-        logits, embedding = zip(*(row for row in self.rows if row is not None), strict=True)
-        self.answer.set_result(
-            Answer(np.stack(logits), np.stack(embedding), started - self.arrived, now - started)
-        )
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes that it was built for, rising, with the largest last; empty: any."""
+
+    def run(self, frames: NDArray[np.uint8]) -> Outputs:
+        """uint8 (batch, time, height, width, 3) to `Outputs`."""
 
 
-class _Slot(NamedTuple):
-    """One clip of a batch."""
+class Events:
+    """Is told what happens in a batcher; by itself does nothing. Called from several threads."""
 
-    request: _Request
-    clip: int
+    def batch_started(self, engine: int, clips: int) -> None:
+        """A batch is about to run."""
+
+    def batch_ended(self, engine: int, seconds: float) -> None:
+        """`seconds`: that the engine was at it, without those it spent on the batch before."""
+
+    def request_answered(self, priority: Priority, queue_s: float) -> None:
+        """The first batch with clips of it came after `queue_s`."""
+
+    def request_dropped(self, reason: str) -> None:
+        """Clips of it were waiting and will not be run; the reason is one of `DROPPED`."""
+
+    def engine_removed(self, engine: int) -> None:
+        """It fails on what others can do, and gets no more work."""
+
+
+class _Batch(NamedTuple):
+    """Clips that go through an engine together."""
+
+    slots: Sequence[Slot]
+    tried: frozenset[int] = frozenset()
+    """Engines that failed on them; they are of one request then."""
+
+
+class _Piece(NamedTuple):
+    """A batch or a part of one, with what came of it; None: the engine failed on it."""
+
+    batch: _Batch
+    outputs: Outputs | None
+
+
+class _Worker:
+    """An engine, its threads, and what it is at."""
+
+    def __init__(self, index: int, engine: Engine, most: int, threads: Executor) -> None:
+        self.index = index
+        self.run = engine.run
+        self.most = min(most, *engine.batches[-1:]) if engine.batches else most
+        self.sizes = tuple(size for size in engine.batches if 1 < size < self.most)
+        self.threads = threads
+        self.jobs = 0
+        """Batches that it was given and has not brought back."""
+        self.previous = 0
+        """Clips of its last batch."""
+        self.settling: asyncio.TimerHandle | None = None
+        self.free_since = 0.0
+        self.failures = 0
+        self.removed = False
+
+    @property
+    def healthy(self) -> bool:
+        return not self.removed and self.failures < _FAILURES
+
+    def size(self, waiting: int) -> int:
+        """How many of so many clips it takes: all it can, but a number just above a size that it
+        was built for is cut down to it; the rest would run on what was made for many more.
+        """
+        if waiting >= self.most:
+            return self.most
+        lower = max((size for size in self.sizes if size <= waiting), default=0)
+        upper = min((size for size in self.sizes if size > waiting), default=self.most)
+        return lower if lower and 2 * waiting < lower + upper else waiting
 
 
 class Batcher:
-    """The queue before one engine.
+    """The queue before one or more engines with the same network.
 
     Args:
-        run: the engine; called in a thread of the batcher's own, one batch at a time, with uint8
-            (batch, time, height, width, 3).
+        engines: what runs batches.
         max_batch: most clips in a batch.
         max_queue: most clips that wait.
         settle_s: see the module's text.
-        on_batch: told the size of each batch as it starts.
-        on_seconds: told how long each batch took.
-        on_queue: told the number of waiting clips whenever it changes.
+        events: is told what happens.
+        threads: makes the threads of an engine, so many.
     """
 
     def __init__(
         self,
-        run: Callable[[NDArray[np.uint8]], Outputs],
+        engines: Sequence[Engine],
         *,
         max_batch: int,
         max_queue: int,
         settle_s: float = 0.002,
-        on_batch: Callable[[int], None] = lambda clips: None,
-        on_seconds: Callable[[float], None] = lambda seconds: None,
-        on_queue: Callable[[int], None] = lambda clips: None,
+        events: Events | None = None,
+        threads: Callable[[int], Executor] = lambda slots: ThreadPoolExecutor(
+            slots, thread_name_prefix="engine"
+        ),
     ) -> None:
-        self._run = run
-        self._max_batch = max_batch
+        self._workers = [
+            _Worker(index, engine, max_batch, threads(min(_DEPTH, engine.slots)))
+            for index, engine in enumerate(engines)
+        ]
         self._max_queue = max_queue
         self._settle_s = settle_s
-        self._on_batch = on_batch
-        self._on_seconds = on_seconds
-        self._on_queue = on_queue
-        self._requests: deque[_Request] = deque()
-        self._unanswered: set[asyncio.Future[Answer]] = set()
-        self._waiting = 0
-        self._arrived = asyncio.Event()
+        self._events = events or Events()
+        self._lock = threading.Lock()  # over turns, promised and retries
+        self._turns = Turns()
+        self._promised = 0
+        """Clips that batches will take which have been started and have not taken theirs."""
+        self._retries: list[_Batch] = []
+        """What one engine failed on, for one that has not tried it."""
+        self._unanswered: set[Request] = set()
         self._seconds_per_clip = 0.0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._loop_task: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
 
     def start(self) -> None:
         """Begins to serve; needs a running event loop."""
-        self._loop_task = asyncio.create_task(self._serve(), name="batcher")
+        self._loop = asyncio.get_running_loop()
 
     async def close(self) -> None:
-        """Stops after the batch that runs; whoever has no answer yet gets `CancelledError`."""
-        if self._loop_task is not None:
-            self._loop_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._loop_task
-        for answer in list(self._unanswered):
-            answer.cancel()
-        self._drop_abandoned()
-        self._thread.shutdown(wait=True)
+        """Stops after the batches that run; whoever has no answer yet gets `CancelledError`."""
+        self._closed = True
+        for request in list(self._unanswered):
+            request.answer.cancel()
+        for worker in self._workers:
+            self._stop_settling(worker)
+            await asyncio.to_thread(worker.threads.shutdown, wait=True)
 
-    async def submit(self, clips: NDArray[np.uint8]) -> Answer:
+    async def submit(
+        self,
+        clips: NDArray[np.uint8],
+        priority: Priority = "normal",
+        deadline: float | None = None,
+    ) -> Answer:
         """Runs clips through the network, in company; cancelling it drops what still waits.
 
         Args:
             clips: uint8 (clips, time, height, width, 3), one clip at least.
+            deadline: by the clock of the event loop; what waits then is dropped.
 
         Raises:
             QueueFullError: too many clips wait already.
+            DeadlineUnreachableError: so many wait that it could not be done in time.
+            DeadlineExceededError: it was not done in time.
             InternalError: the engine failed on these clips.
         """
-        self._drop_abandoned()
-        if self._waiting + len(clips) > self._max_queue:
-            raise QueueFullError(self._retry_after_s())
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._unanswered.add(answer)
-        answer.add_done_callback(self._unanswered.discard)
-        self._requests.append(_Request(clips, answer))
-        self._count(len(clips))
-        self._arrived.set()
-        return await answer
+        now = self._loop.time()
+        if deadline is not None and deadline <= now:
+            raise DeadlineExceededError("The time that was given is over.")
+        request = Request(clips, self._loop.create_future(), now, priority, deadline)
+        self._admit(request)
+        if deadline is not None:
+            request.timer = self._loop.call_at(deadline, self._expire, request)
+        self._unanswered.add(request)
+        self._start_batches()
+        try:
+            answer = await request.answer
+        except asyncio.CancelledError:
+            self._drop(request, "left")
+            raise
+        finally:
+            self._unanswered.discard(request)
+            if request.timer is not None:
+                request.timer.cancel()
+        self._events.request_answered(priority, answer.queue_s)
+        return answer
+
+    async def idle(self) -> None:
+        """Waits until no clip waits and no batch runs."""
+        await self._idle.wait()
+
+    @property
+    def waiting(self) -> int:
+        """Clips that wait for an engine."""
+        return self._turns.waiting
+
+    @property
+    def running(self) -> tuple[int, ...]:
+        """Batches that each engine has."""
+        return tuple(worker.jobs for worker in self._workers)
+
+    @property
+    def healthy(self) -> tuple[bool, ...]:
+        """For each engine, whether it is in use and does not fail on everything."""
+        return tuple(worker.healthy for worker in self._workers)
 
     def queue_age_s(self) -> float:
         """How long the oldest request with waiting clips has been here; 0 if none waits."""
-        now = time.perf_counter()
-        ages = (now - item.arrived for item in self._requests if not item.answer.done())
-        return max(ages, default=0.0)
+        with self._lock:
+            oldest = self._turns.oldest()
+        return 0.0 if oldest is None else self._loop.time() - oldest
 
-    async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        previous = 0
-        while True:
-            await self._wait_for(1)
-            if previous > 1:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._settle_s):
-                        await self._wait_for(previous)
-            slots = self._take()
-            previous = len(slots)
-            if not slots:
-                continue
-            self._on_batch(len(slots))
-            started = time.perf_counter()
-            await self._answer(loop, slots)
-            seconds = time.perf_counter() - started
-            self._on_seconds(seconds)
-            self._note_rate(seconds / len(slots))
+    def _admit(self, request: Request) -> None:
+        """Puts a request into the queue, or says why not."""
+        clips, now, deadline = len(request.clips), request.arrived, request.deadline
+        with self._lock:
+            waiting = self._turns.waiting
+            displaced = self._turns.room_for(clips, request.priority, self._max_queue)
+            if displaced is None:
+                raise self._full()
+            # Never refused while nothing waits: a rate that was measured in bad times has to mend.
+            if deadline is not None and waiting:
+                ahead = self._turns.ahead_of(clips, request.priority)
+                needed = ahead * self._seconds_per_clip
+                if now + needed > deadline:
+                    raise DeadlineUnreachableError(needed, math.ceil(now + needed - deadline))
+            for other in displaced:
+                self._turns.drop(other)
+            self._turns.add(request)
+        for other in displaced:
+            self._events.request_dropped("displaced")
+            if other.wanted:
+                other.answer.set_exception(self._full())
 
-    async def _wait_for(self, clips: int) -> None:
-        while self._waiting < clips:
-            self._arrived.clear()
-            await self._arrived.wait()
+    def _full(self) -> QueueFullError:
+        """With the seconds until half the queue is done, at the present rate."""
+        return QueueFullError(max(1, math.ceil(self._turns.waiting / 2 * self._seconds_per_clip)))
 
-    def _take(self) -> list[_Slot]:
-        """The next batch: waiting requests take turns, one clip each, oldest first."""
-        self._drop_abandoned()
-        now = time.perf_counter()
-        slots: list[_Slot] = []
-        while self._requests and len(slots) < self._max_batch:
-            request = self._requests.popleft()
-            request.started = request.started or now
-            slots.append(_Slot(request, request.taken))
-            request.taken += 1
-            if request.waiting:
-                self._requests.append(request)
-        self._count(-len(slots))
-        return slots
-
-    async def _answer(self, loop: asyncio.AbstractEventLoop, slots: Sequence[_Slot]) -> None:
-        try:
-            outputs = await loop.run_in_executor(self._thread, self._infer, slots)
-        except Exception:
-            requests = list(dict.fromkeys(slot.request for slot in slots))
-            if len(requests) > 1:
-                # One poisoned request must not fail its neighbours: each on its own.
-                for request in requests:
-                    await self._answer(loop, [slot for slot in slots if slot.request is request])
-                return
-            logger.exception("the engine failed on a batch", extra={"clips": len(slots)})
-            self._fail(requests[0])
-            return
-        self._deliver(slots, outputs)
-
-    def _infer(self, slots: Sequence[_Slot]) -> Outputs:
-        outputs = self._run(np.stack([slot.request.clips[slot.clip] for slot in slots]))
-        if not np.isfinite(outputs.logits).all():
-            raise FloatingPointError("the network's logits are not finite")
-        return outputs
-
-    def _deliver(self, slots: Sequence[_Slot], outputs: Outputs) -> None:
-        for slot, logits, embedding in zip(slots, outputs.logits, outputs.embedding, strict=True):
-            request = slot.request
-            request.rows[slot.clip] = (logits, embedding)
-            request.missing -= 1
-            # The caller may have gone: setting a result on its future would kill this task.
-            if request.missing == 0 and not request.answer.done():
-                request.finish()
-
-    def _fail(self, request: _Request) -> None:
-        if not request.answer.done():
-            request.answer.set_exception(InternalError("The network failed on this video."))
-        self._drop_abandoned()
-
-    def _drop_abandoned(self) -> None:
-        """Forgets the requests that nobody waits for, before they cost anything."""
-        gone = [request for request in self._requests if request.answer.done()]
-        if gone:
-            self._requests = deque(
-                request for request in self._requests if not request.answer.done()
+    def _expire(self, request: Request) -> None:
+        self._drop(request, "deadline")
+        if request.wanted:
+            request.answer.set_exception(
+                DeadlineExceededError("There was no answer in the time that was given.")
             )
-            self._count(-sum(request.waiting for request in gone))
 
-    def _count(self, change: int) -> None:
-        self._waiting += change
-        self._on_queue(self._waiting)
+    def _drop(self, request: Request, reason: str) -> None:
+        with self._lock:
+            waited = self._turns.drop(request)
+        # A batch may have met it first, and dropped it for the same reason.
+        if waited or request.waiting:
+            self._events.request_dropped(reason)
+            self._note_idle()
+
+    def _start_batches(self) -> None:
+        """Gives work to engines that may have some; idle ones come first."""
+        workers = self._workers
+        if len(workers) > 1:
+            workers = sorted(workers, key=lambda worker: worker.jobs)
+        for worker in workers:
+            self._start_batch(worker)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if self._turns.waiting or any(worker.jobs for worker in self._workers):
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    def _start_batch(self, worker: _Worker) -> None:
+        if worker.removed or self._closed or worker.jobs >= _DEPTH:
+            return
+        free = self._turns.waiting - self._promised
+        if worker.jobs:
+            if free < worker.most:
+                return
+            promised = 0
+        elif self._retries and self._has_retry(worker):
+            promised = 0
+        else:
+            if free < 1 or not self._has_settled(worker, free):
+                return
+            promised = worker.size(free)
+        self._stop_settling(worker)
+        with self._lock:
+            self._promised += promised
+        least = worker.most if worker.jobs else 1
+        worker.jobs += 1
+        worker.threads.submit(self._work, worker, promised, least)
+
+    def _has_retry(self, worker: _Worker) -> bool:
+        with self._lock:
+            return any(worker.index not in batch.tried for batch in self._retries)
+
+    def _has_settled(self, worker: _Worker, waiting: int) -> bool:
+        """Whether the wait for as many clips as the last batch had is over, or needless."""
+        if waiting >= min(worker.previous, worker.most) or worker.previous <= 1:
+            return True
+        if worker.settling is None:
+            worker.settling = self._loop.call_later(self._settle_s, self._settled, worker)
+        return False
+
+    def _settled(self, worker: _Worker) -> None:
+        worker.settling, worker.previous = None, 0
+        self._start_batches()
+
+    def _stop_settling(self, worker: _Worker) -> None:
+        if worker.settling is not None:
+            worker.settling.cancel()
+            worker.settling = None
+
+    def _work(self, worker: _Worker, promised: int, least: int) -> None:
+        """One batch, in a thread of the engine's."""
+        batch = self._take(worker, promised, least)
+        started = self._loop.time()
+        pieces: list[_Piece] = []
+        if batch.slots:
+            self._events.batch_started(worker.index, len(batch.slots))
+            pieces = self._infer(worker, batch)
+        self._tell(self._finish, worker, pieces, started, self._loop.time())
+
+    def _tell(self, callback: Callable[..., None], *arguments: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def _take(self, worker: _Worker, promised: int, least: int) -> _Batch:
+        with self._lock:
+            self._promised -= promised
+            for batch in self._retries:
+                if worker.index not in batch.tried:
+                    self._retries.remove(batch)
+                    return batch
+            waiting = self._turns.waiting
+            if waiting < least:
+                return _Batch(())
+            return _Batch(self._turns.take(worker.size(waiting), self._loop.time()))
+
+    def _infer(self, worker: _Worker, batch: _Batch) -> list[_Piece]:
+        try:
+            outputs = worker.run(_frames(batch.slots))
+            if not np.isfinite(outputs.logits).all():
+                raise FloatingPointError("the network's logits are not finite")
+            return [_Piece(batch, outputs)]
+        except Exception:
+            requests = list(dict.fromkeys(slot.request for slot in batch.slots))
+            if len(requests) == 1:
+                logger.exception(
+                    "the engine failed on a batch",
+                    extra={"clips": len(batch.slots), "engine": worker.index},
+                )
+                return [_Piece(batch, None)]
+        # One poisoned request must not fail its neighbours: each on its own.
+        alone = [
+            _Batch([slot for slot in batch.slots if slot.request is request])
+            for request in requests
+            if request.wanted
+        ]
+        return [piece for own in alone for piece in self._infer(worker, own)]
+
+    def _finish(self, worker: _Worker, pieces: list[_Piece], started: float, ended: float) -> None:
+        worker.jobs -= 1
+        if pieces:
+            worker.previous = sum(len(piece.batch.slots) for piece in pieces)
+            # With two batches on their way, the time of one includes some of the other.
+            seconds = ended - max(started, worker.free_since)
+            worker.free_since = ended
+            self._events.batch_ended(worker.index, seconds)
+            self._note_rate(seconds / worker.previous)
+        for batch, outputs in pieces:
+            if outputs is None:
+                self._retry(worker, batch)
+                continue
+            worker.failures = 0
+            for slot, *rows in zip(batch.slots, *outputs, strict=True):
+                slot.request.give(slot.clip, rows, ended)
+            for index in batch.tried:
+                self._blame(self._workers[index])
+        self._start_batches()
+
+    def _retry(self, worker: _Worker, batch: _Batch) -> None:
+        """Leaves clips on which an engine failed to another one, if there is one left."""
+        worker.failures += 1
+        batch = _Batch(batch.slots, batch.tried | {worker.index})
+        if self._can_be_tried(batch):
+            with self._lock:
+                self._retries.append(batch)
+        else:
+            self._fail(batch)
+
+    def _can_be_tried(self, batch: _Batch) -> bool:
+        return any(
+            not worker.removed and worker.index not in batch.tried for worker in self._workers
+        )
+
+    def _fail(self, batch: _Batch) -> None:
+        request = batch.slots[0].request
+        with self._lock:
+            self._turns.drop(request)
+        if request.wanted:
+            request.answer.set_exception(InternalError("The network failed on this video."))
+
+    def _blame(self, worker: _Worker) -> None:
+        """Another engine did what this one could not: the fault was not the clips'."""
+        if worker.removed or worker.failures < _FAILURES:
+            return
+        worker.removed = True
+        self._stop_settling(worker)
+        logger.error("engine taken out: it fails on what others do", extra={"engine": worker.index})
+        self._events.engine_removed(worker.index)
+        with self._lock:
+            hopeless = [batch for batch in self._retries if not self._can_be_tried(batch)]
+            self._retries = [batch for batch in self._retries if batch not in hopeless]
+        for batch in hopeless:
+            self._fail(batch)
 
     def _note_rate(self, seconds_per_clip: float) -> None:
+        """Of all engines together."""
+        seconds_per_clip /= max(1, sum(not worker.removed for worker in self._workers))
         if self._seconds_per_clip == 0:
             self._seconds_per_clip = seconds_per_clip
         self._seconds_per_clip += _RATE_WEIGHT * (seconds_per_clip - self._seconds_per_clip)
 
-    def _retry_after_s(self) -> int:
-        """Seconds until half the queue is done, at the present rate."""
-        return max(1, math.ceil(self._waiting / 2 * self._seconds_per_clip))
+
+def _frames(slots: Sequence[Slot]) -> NDArray[np.uint8]:
+    """The clips of a batch as one array; a view of a request's own if they are all from it."""
+    first, last = slots[0], slots[-1]
+    if first.request is last.request and last.clip - first.clip == len(slots) - 1:
+        return first.request.clips[first.clip : last.clip + 1]
+    return np.stack([slot.request.clips[slot.clip] for slot in slots])

@@ -15,13 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import Bundle, BundleError, BundleStore, Candidate
-from service.batcher import Answer
-from service.errors import BundleRefusedError, InternalError, QueueFullError, ServiceError
+from service.errors import (
+    BundleRefusedError,
+    DeadlineUnreachableError,
+    InternalError,
+    QueueFullError,
+    ServiceError,
+)
 from service.metrics import Metrics
 from service.served import UNUSABLE, ServedModel
 from service.trials import Trial
+from service.turns import Answer
 
 logger = logging.getLogger(__name__)
+# What another version may do better.
+_OF_THE_VERSION = (InternalError, QueueFullError, DeadlineUnreachableError)
 
 
 class Candidates:
@@ -82,7 +90,7 @@ class Candidates:
 
         An engine that failed ends the trial, a full queue does not.
         """
-        if not model.is_candidate or not isinstance(error, InternalError | QueueFullError):
+        if not model.is_candidate or not isinstance(error, _OF_THE_VERSION):
             return False
         if self.trial is not None and self.trial.model is model:
             failed = isinstance(error, InternalError)

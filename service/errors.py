@@ -14,10 +14,12 @@ ServiceError
 |- VideoRejectedError        4xx  what `model.video` says of the file, see VIDEO_STATUS
 |- ClientDisconnectedError   499  nobody is there to read it; for the metrics
 |- QueueFullError            503  with Retry-After
+|- DeadlineUnreachableError  503  with Retry-After: it would not be done in time, so it is not begun
 |- SpoolFullError            503  with Retry-After
 |- NotReadyError             503
 |- ModelUnavailableError     503  it could not be loaded; other models serve
-|- RequestTimeoutError       504
+|- RequestTimeoutError       504  the service's own limit
+|- DeadlineExceededError     504  the limit that the request gave itself
 `- InternalError             500  a defect of ours; the log has the traceback
 """
 
@@ -151,6 +153,21 @@ class NotReadyError(ServiceError):
 
 class ModelUnavailableError(ServiceError):
     status, code = 503, "model_unavailable"
+
+
+class DeadlineUnreachableError(ServiceError):
+    status, code = 503, "deadline_unreachable"
+
+    def __init__(self, needed_s: float, retry_after_s: int) -> None:
+        super().__init__(
+            f"With what waits already it would take about {needed_s:.3g} s, longer than the "
+            "request may take.",
+            headers={"Retry-After": str(retry_after_s)},
+        )
+
+
+class DeadlineExceededError(ServiceError):
+    status, code = 504, "deadline_exceeded"
 
 
 class RequestTimeoutError(ServiceError):

@@ -68,7 +68,9 @@ class ModelHost:
         )
         metrics.add_model(name)
         metrics.queue_limit_clips.labels(name).set(settings.max_queue_clips)
+        metrics.queue_clips.labels(name).set_function(self._queue_clips)
         metrics.queue_age_seconds.labels(name).set_function(self._queue_age_s)
+        metrics.engines_healthy.labels(name).set_function(self._engines_healthy)
 
     @property
     def current(self) -> ServedModel:
@@ -331,6 +333,12 @@ class ModelHost:
                 if self.current.bundle.version == bundle.version:
                     self._tell(TensorRtState("failed", str(error)))
         self._building = None
+
+    def _queue_clips(self) -> int:
+        return self._current.batcher.waiting if self._current else 0
+
+    def _engines_healthy(self) -> int:
+        return sum(self._current.batcher.healthy) if self._current else 0
 
     def _queue_age_s(self) -> float:
         return self._current.batcher.queue_age_s() if self._current else 0.0

@@ -16,6 +16,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from service.gpu import GpuCollector
+from service.turns import DROPPED
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _MIB = 1024 * 1024
@@ -65,6 +66,38 @@ class Metrics:
             "Time that the engine took for a batch; the rate of its sum is how busy the engine is.",
             ["model"],
             buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.batches_running = Gauge(
+            "timesformer_batches_running",
+            "Batches that an engine is at, by the engine's number; two overlap where it can.",
+            ["model", "engine"],
+            registry=self.registry,
+        )
+        self.engines_healthy = Gauge(
+            "timesformer_engines_healthy",
+            "Engines that are in use and do not fail on every request.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.engines_removed = Counter(
+            "timesformer_engines_removed",
+            "Engines taken out because they failed on requests that others could do.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.queue_seconds = Histogram(
+            "timesformer_queue_seconds",
+            "Time that an answered request waited for the engine, by its priority.",
+            ["priority"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.dropped = Counter(
+            "timesformer_dropped",
+            "Requests whose waiting clips were not run: the client left, the deadline passed, or "
+            "requests of another priority displaced them from a full queue.",
+            ["reason"],
             registry=self.registry,
         )
         self.queue_clips = Gauge(
@@ -244,6 +277,8 @@ class Metrics:
             "timesformer_ready", "1 while the service accepts work.", registry=self.registry
         )
         self.registry.register(GpuCollector())
+        for reason in DROPPED:
+            self.dropped.labels(reason)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
@@ -258,7 +293,7 @@ class Metrics:
             self.candidate_refused,
             self.candidate_score_difference,
             self.candidate_seconds,
-            self.queue_clips,
+            self.engines_removed,
         ):
             metric.labels(name)
 

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 from export.bundle import Bundle
 from model.video import Clips
 from model.video.opening import CODECS
-from service.batcher import Answer
 from service.decoding import Job
 from service.errors import (
     PROBLEM_TYPE,
@@ -27,7 +26,9 @@ from service.schemas import Problem, Timings, ViewParameters, inlined_schema
 from service.served import ServedModel
 from service.state import State
 from service.tracing import record_stages
+from service.turns import Answer
 from service.uploads import FILE_FIELD, Upload, receive
+from service.urgency import Urgency, urgency_of, within
 
 T = TypeVar("T")
 P = TypeVar("P", bound=ViewParameters)
@@ -106,12 +107,16 @@ async def answer_video(request: Request, state: State, query: P) -> VideoAnswer[
     """
     started = time.perf_counter()
     settings = state.settings
+    urgency = urgency_of(request)
     state.models.find(query.model)  # now, so that a name that is wrong costs nobody an upload
-    async with receive(
-        request, state.spool, settings.max_upload_bytes, settings.upload_timeout_s
-    ) as upload:
+    async with (
+        within(urgency.deadline),
+        receive(
+            request, state.spool, settings.max_upload_bytes, settings.upload_timeout_s
+        ) as upload,
+    ):
         parameters = merge_parameters(query, upload.fields, settings.max_clips_per_request)
-        work = _process(state, upload, parameters, request.headers.get(CANARY_KEY))
+        work = _process(state, upload, parameters, urgency, request.headers.get(CANARY_KEY))
         bundle, clips, decode_s, answer = await answer_in_time(
             request, settings.request_timeout_s, work
         )
@@ -178,7 +183,7 @@ def merge_parameters(query: P, fields: dict[str, str], max_clips: int) -> P:
 
 
 async def _process(
-    state: State, upload: Upload, parameters: ViewParameters, key: str | None
+    state: State, upload: Upload, parameters: ViewParameters, urgency: Urgency, key: str | None
 ) -> tuple[Bundle, Clips, float, Answer]:
     """Decodes, then infers, in the model that the request names.
 
@@ -187,19 +192,23 @@ async def _process(
     candidates = state.models.find(parameters.model).candidates
     model = candidates.pick(key)
     try:
-        found = await _run(state, model, upload, parameters)
+        found = await _run(state, model, upload, parameters, urgency)
     except ServiceError as error:
         if not candidates.gives_way(model, error):
             raise
         model = candidates.serving
-        found = await _run(state, model, upload, parameters)
+        found = await _run(state, model, upload, parameters, urgency)
     clips, decode_s, answer = found
     candidates.answered(model, clips.frames, answer)
     return model.bundle, clips, decode_s, answer
 
 
 async def _run(
-    state: State, model: ServedModel, upload: Upload, parameters: ViewParameters
+    state: State,
+    model: ServedModel,
+    upload: Upload,
+    parameters: ViewParameters,
+    urgency: Urgency,
 ) -> tuple[Clips, float, Answer]:
     started = time.perf_counter()
     # One version from sampling to labels, also when another takes over meanwhile.
@@ -209,7 +218,8 @@ async def _run(
             Job(upload.path, preprocessing, parameters.views, parameters.crops)
         )
         decode_s = time.perf_counter() - started
-        return clips, decode_s, await model.batcher.submit(clips.frames)
+        answer = await model.batcher.submit(clips.frames, urgency.priority, urgency.deadline)
+        return clips, decode_s, answer
 
 
 async def answer_in_time(request: Request, timeout_s: float, work: Awaitable[T]) -> T:

@@ -390,7 +390,11 @@ class InferParameters(_Lenient):
     timeout: int = Field(
         default=0,
         ge=0,
-        description="Microseconds until the answer is of no use; 0: no limit of its own.",
+        description="Microseconds from the request's head until the answer is of no use; 0: no "
+        "limit of its own.",
+    )
+    priority: int = Field(
+        default=0, ge=0, le=3, description="1 high, 2 normal, 3 low; 0: as `X-Request-Priority`."
     )
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 from export.bundle import BundleError
 from export.runtime import RuntimeUnavailableError
-from service.batcher import Batcher
+from service.batcher import Batcher, Events
 from service.loading import LoadedModel, max_batch
 from service.metrics import Metrics
 from service.settings import Settings
+from service.turns import DROPPED, PRIORITIES, Priority
 
 UNUSABLE = (BundleError, RuntimeUnavailableError)
 """What loading a version may raise."""
@@ -26,27 +27,18 @@ class ServedModel:
         """Whether the metrics of the model's queue and batches are of this version."""
         self.is_candidate = False
         """Whether it is tried, or was and has not served since."""
-        name = self.bundle.name
-        self._batch_clips = metrics.batch_clips.labels(name)
-        self._batch_seconds = metrics.batch_seconds.labels(name)
-        self._queue_clips = metrics.queue_clips.labels(name)
         self.max_batch = max_batch(settings, self.runtime)
         self.batcher = Batcher(
-            loaded.runtime.run,
+            [loaded.runtime],
             max_batch=self.max_batch,
             max_queue=settings.max_queue_clips,
             settle_s=settings.batch_settle_ms / 1e3,
-            on_batch=self._batch_started,
-            on_seconds=self._batch_ended,
-            on_queue=self._queue_changed,
+            events=_Counted(self, metrics),
         )
         self.batcher.start()
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
-        self._batches, self._waiting = 0, 0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[ServedModel]:
@@ -60,36 +52,45 @@ class ServedModel:
             if self._users == 0:
                 self._unused.set()
 
-    async def idle(self) -> None:
-        """Waits until no clip waits for the engine and it runs none."""
-        await self._idle.wait()
-
     async def close(self) -> None:
         """Frees the engine, once nobody uses it any more."""
         await self._unused.wait()
         await self.batcher.close()
         await asyncio.to_thread(self.runtime.close)
 
-    def _batch_started(self, clips: int) -> None:
-        self._batches += 1
-        self._note_idle()
-        if self.is_serving:
+
+class _Counted(Events):
+    """What happens in the queue of a model, as metrics; but for what runs, of what serves only."""
+
+    def __init__(self, model: ServedModel, metrics: Metrics) -> None:
+        name = model.bundle.name
+        self._model = model
+        self._name = name
+        self._batch_clips = metrics.batch_clips.labels(name)
+        self._batch_seconds = metrics.batch_seconds.labels(name)
+        self._running = metrics.batches_running
+        self._queue_seconds = {
+            priority: metrics.queue_seconds.labels(priority) for priority in PRIORITIES
+        }
+        self._dropped = {reason: metrics.dropped.labels(reason) for reason in DROPPED}
+        self._removed = metrics.engines_removed.labels(name)
+
+    def batch_started(self, engine: int, clips: int) -> None:
+        self._running.labels(self._name, str(engine)).inc()
+        if self._model.is_serving:
             self._batch_clips.observe(clips)
 
-    def _batch_ended(self, seconds: float) -> None:
-        self._batches -= 1
-        self._note_idle()
-        if self.is_serving:
+    def batch_ended(self, engine: int, seconds: float) -> None:
+        self._running.labels(self._name, str(engine)).dec()
+        if self._model.is_serving:
             self._batch_seconds.observe(seconds)
 
-    def _queue_changed(self, clips: int) -> None:
-        self._waiting = clips
-        self._note_idle()
-        if self.is_serving:
-            self._queue_clips.set(clips)
+    def request_answered(self, priority: Priority, queue_s: float) -> None:
+        if self._model.is_serving:
+            self._queue_seconds[priority].observe(queue_s)
 
-    def _note_idle(self) -> None:
-        if self._batches or self._waiting:
-            self._idle.clear()
-        else:
-            self._idle.set()
+    def request_dropped(self, reason: str) -> None:
+        self._dropped[reason].inc()
+
+    def engine_removed(self, engine: int) -> None:
+        self._removed.inc()

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import Bundle, Candidate
-from service.batcher import Answer
 from service.classification import softmax
 from service.errors import ServiceError
 from service.metrics import CANDIDATE_RESULTS, Metrics
 from service.served import ServedModel
+from service.turns import Answer
 
 # Most clips that wait for a shadow: they take memory, and the newest traffic is as good as older.
 _MAX_WAITING = 64
@@ -147,7 +147,7 @@ class Trial:
         """The candidate's logits, a batch at a time, each while the serving engine rests."""
         rows = []
         for start in range(0, len(clips), self.model.max_batch):
-            await self._current().idle()
+            await self._current().batcher.idle()
             batch = clips[start : start + self.model.max_batch]
             answer = await self.model.batcher.submit(batch)
             self._observe(answer)

@@ -43,6 +43,16 @@ class Runtime(Protocol):
     def precision(self) -> str:
         """`float32` or `int8`: of the graph that is loaded."""
 
+    @property
+    def slots(self) -> int:
+        """Batches that may be on their way at once, each `run` in a thread of its own."""
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes that it was built for, rising; above the last, batches are cut. Empty: any
+        size is as good.
+        """
+
     def run(self, frames: NDArray[np.uint8]) -> Outputs:
         """Classifies clips: uint8 (batch, time, height, width, 3) to `Outputs`."""
 

@@ -48,6 +48,8 @@ class OnnxRuntime:
     """
 
     engine = "onnxruntime"
+    slots = 1
+    batches: tuple[int, ...] = ()
 
     def __init__(
         self, model: Path | bytes, *, cuda: bool, threads: int = 0, precision: str = "float32"

@@ -179,6 +179,7 @@ class TensorRtRuntime:
 
     engine = "tensorrt"
     device = "cuda"
+    slots = SLOTS
 
     def __init__(self, plan: Plan, cuda: Cuda, largest: int, trt: ModuleType) -> None:
         self.precision = plan.facts.key.precision
@@ -188,6 +189,8 @@ class TensorRtRuntime:
         self._log = log_of(trt)
         self._batches = profiles(plan.facts.key.batches)
         self._largest = min(largest, plan.facts.key.batches[-1])
+        tuned = (size for size in plan.facts.key.batches if size < self._largest)
+        self.batches = (*tuned, self._largest)
         self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         self._launching = threading.Lock()
         self._held = contextlib.ExitStack()  # frees in the opposite order

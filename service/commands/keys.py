@@ -35,6 +35,13 @@ def keys() -> None:
 )
 @click.option("--requests-per-minute", type=click.IntRange(min=1), help="By default no limit.")
 @click.option("--max-concurrent", type=click.IntRange(min=1), help="By default no limit.")
+@click.option(
+    "--priority",
+    type=click.Choice(["high", "normal", "low"]),
+    default="normal",
+    show_default=True,
+    help="Of its requests when many wait; they may ask for less, not for more.",
+)
 @_file_option
 def create(path: Path, name: str, **fields: Any) -> None:
     """Make a key for NAME and print it; it is kept as a hash, so this is the only time."""
@@ -63,10 +70,11 @@ def list_keys(path: Path) -> None:
     from service.auth import read_keys
     from service.progress import print_table
 
-    table = Table("name", "scopes", "requests a minute", "at once")
+    table = Table("name", "scopes", "priority", "requests a minute", "at once")
     for key in read_keys(path):
         limits = (key.requests_per_minute, key.max_concurrent)
-        table.add_row(key.name, ", ".join(key.scopes), *(str(limit or "") for limit in limits))
+        own = key.name, ", ".join(key.scopes), key.priority
+        table.add_row(*own, *(str(limit or "") for limit in limits))
     print_table(str(path), table)
 
 

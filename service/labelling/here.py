@@ -177,7 +177,7 @@ class Engine:
         self._parameters = parameters
         self._failures = 0
         self._batcher = Batcher(
-            model.runtime.run,
+            [model.runtime],
             max_batch=max_batch(settings, model.runtime),
             max_queue=most_waiting,
             settle_s=settings.batch_settle_ms / 1e3,

@@ -11,6 +11,7 @@ from service.logging import request_id
 from service.requests import PROBLEM_RESPONSES, answer_video, video_body
 from service.schemas import ClassifyParameters, ClassifyResponse
 from service.state import Running
+from service.urgency import HEADERS
 
 router = APIRouter(prefix="/v1", tags=["classify"])
 
@@ -19,7 +20,7 @@ router = APIRouter(prefix="/v1", tags=["classify"])
     "/classify",
     response_model=ClassifyResponse,
     responses=PROBLEM_RESPONSES,
-    openapi_extra={"requestBody": video_body(ClassifyParameters)},
+    openapi_extra={"requestBody": video_body(ClassifyParameters), "parameters": HEADERS},
     summary="Name the action in a video",
 )
 async def classify(

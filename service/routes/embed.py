@@ -13,6 +13,7 @@ from service.logging import request_id
 from service.requests import PROBLEM_RESPONSES, answer_video, video_body
 from service.schemas import EmbedResponse, ModelName, ViewParameters
 from service.state import Running
+from service.urgency import HEADERS
 
 router = APIRouter(prefix="/v1", tags=["embed"])
 
@@ -21,7 +22,7 @@ router = APIRouter(prefix="/v1", tags=["embed"])
     "/embed",
     response_model=EmbedResponse,
     responses=PROBLEM_RESPONSES,
-    openapi_extra={"requestBody": video_body(ViewParameters)},
+    openapi_extra={"requestBody": video_body(ViewParameters), "parameters": HEADERS},
     summary="Turn a video into a vector",
 )
 async def embed(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
+from service.errors import NotReadyError
 from service.metrics import CONTENT_TYPE, Metrics
 from service.requests import PROBLEM_RESPONSES
 from service.schemas import LiveResponse, ModelName, ModelState, ReadyResponse
@@ -29,7 +30,8 @@ async def ready(
     state: Running,
     model: Annotated[str | None, Query(description="Ask for this one of several models.")] = None,
 ) -> ReadyResponse:
-    """200 once the models are loaded and warm, 503 before and while the service stops.
+    """200 once the models are loaded and warm, 503 before, while the service stops and while every
+    engine fails.
 
     Of several models one that could not be loaded does not keep the others from serving, so that
     one is enough, unless `model` asks for a certain one.
@@ -37,6 +39,8 @@ async def ready(
     hosts = state.models.hosts
     host = state.models.find(model) if model else next(h for h in hosts if h.is_serving)
     bundle, runtime = host.current.bundle, host.current.runtime
+    if not any(host.current.batcher.healthy):
+        raise NotReadyError("Every engine fails on what it is given.")
     return ReadyResponse(
         model=ModelName(name=bundle.name, version=bundle.version),
         engine=runtime.engine,

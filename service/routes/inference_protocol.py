@@ -16,8 +16,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from export.bundle import Bundle
-from service.batcher import Answer
-from service.errors import ModelNotFoundError, RequestTimeoutError, ServiceError
+from service.errors import ModelNotFoundError, ServiceError
 from service.requests import CANARY_KEY, answer_in_time, observe
 from service.schemas import (
     InferRequest,
@@ -34,10 +33,14 @@ from service.schemas import (
 from service.served import ServedModel
 from service.state import Running, State
 from service.tensors import HEADER_LENGTH, Body, Inference, body_limit, decode, encode
+from service.turns import PRIORITIES, Answer, Priority
 from service.uploads import Limit, receive_tensors
+from service.urgency import HEADERS, Urgency, urgency_of, within
 
 # One: parsing keeps the interpreter to itself anyway, and one body at a time bounds the memory.
 _DECODER = ThreadPoolExecutor(1, thread_name_prefix="tensors")
+# As numbers of the protocol: 0 is what the header or the key says.
+_PRIORITIES: tuple[Priority | None, ...] = (None, *PRIORITIES)
 _DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
 
 
@@ -91,7 +94,7 @@ _HEADER = {
 
 
 def _infer_extra(path: dict[str, Any]) -> dict[str, Any]:
-    return {**_BODY, "parameters": [*path["parameters"], _HEADER]}
+    return {**_BODY, "parameters": [*path["parameters"], _HEADER, *HEADERS]}
 
 
 probes = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -193,6 +196,7 @@ async def infer(request: Request, state: Running) -> Response:
     """Joins the clips with those of other clients and answers with the network's outputs."""
     started = time.perf_counter()
     settings = state.settings
+    urgency = urgency_of(request)
     header_length = request.headers.get(HEADER_LENGTH)
     # Found before the body is read, and again afterwards: it may have been swapped meanwhile, and
     # a slow sender must not keep an old version open.
@@ -202,10 +206,11 @@ async def infer(request: Request, state: Running) -> Response:
             header_length, _clip_shape(_model(request, state)), settings.max_clips_per_request
         ),
     )
-    content = await receive_tensors(request, limit, settings.upload_timeout_s)
+    async with within(urgency.deadline):
+        content = await receive_tensors(request, limit, settings.upload_timeout_s)
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     uploaded = time.perf_counter()
-    work = _run(request, state, Body(content, encoding, header_length), limit)
+    work = _run(request, state, Body(content, encoding, header_length), limit, urgency)
     bundle, inference, answer = await answer_in_time(request, settings.request_timeout_s, work)
     names = {"model_name": bundle.name, "model_version": bundle.version}
     tensors = {"logits": answer.logits, "embedding": answer.embedding}
@@ -249,16 +254,14 @@ def _clip_shape(model: ServedModel) -> tuple[int, ...]:
 
 
 async def _run(
-    request: Request, state: State, body: Body, limit: Limit
+    request: Request, state: State, body: Body, limit: Limit, urgency: Urgency
 ) -> tuple[Bundle, Inference, Answer]:
     """Decodes the body and infers, within the time that it gives itself.
 
     Raises:
         ServiceError: as `decode` and `Batcher.submit`.
-        RequestTimeoutError: the request's own time is up.
     """
     loop = asyncio.get_running_loop()
-    started = loop.time()
     model = _model(request, state)
     with model.in_use():
         read = partial(
@@ -269,32 +272,34 @@ async def _run(
             limit=limit,
         )
         inference = read() if body.is_quick else await loop.run_in_executor(_DECODER, read)
-        timeout_s = inference.request.parameters.timeout / 1e6
-        try:
-            async with asyncio.timeout_at(started + timeout_s if timeout_s else None):
-                bundle, answer = await _infer(request, state, model, inference)
-                return bundle, inference, answer
-        except TimeoutError:
-            raise RequestTimeoutError(f"There was no answer after {timeout_s:g} s.") from None
+        asked = inference.request.parameters
+        urgency = urgency.asking(_PRIORITIES[asked.priority], asked.timeout / 1e6)
+        bundle, answer = await _infer(request, state, model, inference, urgency)
+        return bundle, inference, answer
 
 
 async def _infer(
-    request: Request, state: State, model: ServedModel, inference: Inference
+    request: Request,
+    state: State,
+    model: ServedModel,
+    inference: Inference,
+    urgency: Urgency,
 ) -> tuple[Bundle, Answer]:
     """Runs the clips through a version that was asked for, or through whichever is to answer."""
     candidates = state.models.find(request.path_params["model"]).candidates
+    work = inference.frames, urgency.priority, urgency.deadline
     if "version" in request.path_params:
-        return model.bundle, await model.batcher.submit(inference.frames)
+        return model.bundle, await model.batcher.submit(*work)
     if model is candidates.serving:  # else another took over meanwhile, and the clips are for this
         model = candidates.pick(request.headers.get(CANARY_KEY), same_clips=True)
     try:
         with model.in_use():
-            answer = await model.batcher.submit(inference.frames)
+            answer = await model.batcher.submit(*work)
     except ServiceError as error:
         if not candidates.gives_way(model, error):
             raise
         model = candidates.serving
         with model.in_use():
-            answer = await model.batcher.submit(inference.frames)
+            answer = await model.batcher.submit(*work)
     candidates.answered(model, inference.frames, answer)
     return model.bundle, answer

@@ -32,6 +32,9 @@ def values_of(logits: NDArray[np.float32]) -> list[int]:
 class Engine:
     """Answers each clip with its own number; can be held, slowed and made to fail."""
 
+    slots = 1
+    batches: tuple[int, ...] = ()
+
     def __init__(self, seconds: float = 0.0, poison: int | None = None) -> None:
         self.batches: list[list[int]] = []
         self.seconds = seconds
@@ -40,7 +43,7 @@ class Engine:
         self.gate.set()
         self.running = threading.Event()
 
-    def __call__(self, frames: Frames) -> Outputs:
+    def run(self, frames: Frames) -> Outputs:
         batch = [int(clip.flat[0]) for clip in frames]
         self.batches.append(batch)
         self.running.set()
@@ -53,12 +56,12 @@ class Engine:
 
 
 def run_with(
-    engine: Callable[[Frames], Outputs],
+    engine: Engine,
     body: Callable[[Batcher], object],
     **options: object,
 ) -> None:
     async def run() -> None:
-        batcher = Batcher(engine, **{"max_batch": 4, "max_queue": 1000, **options})
+        batcher = Batcher([engine], **{"max_batch": 4, "max_queue": 1000, **options})
         batcher.start()
         try:
             await body(batcher)
@@ -224,7 +227,6 @@ def test_the_wait_that_is_told_follows_the_rate_of_the_engine() -> None:
 
 def test_abandoned_work_never_reaches_the_engine_and_frees_its_place() -> None:
     engine = Engine()
-    depths: list[int] = []
 
     async def body(batcher: Batcher) -> None:
         first = await hold(batcher, engine)
@@ -237,9 +239,9 @@ def test_abandoned_work_never_reaches_the_engine_and_frees_its_place() -> None:
         engine.gate.set()
         await asyncio.gather(first, stays)
         assert engine.batches == [[255], [4, 5, 6]]
-        assert depths[-1] == 0
+        assert batcher.waiting == 0
 
-    run_with(engine, body, max_queue=3, on_queue=depths.append)
+    run_with(engine, body, max_queue=3)
 
 
 def test_a_caller_that_leaves_while_its_batch_runs_does_no_harm() -> None:
@@ -275,15 +277,16 @@ def test_one_poisoned_request_does_not_fail_its_neighbours() -> None:
 
 
 def test_logits_that_are_not_numbers_are_an_error_not_an_answer() -> None:
-    def engine(frames: Frames) -> Outputs:
-        nothing = np.full((len(frames), 1), np.nan, np.float32)
-        return Outputs(nothing, nothing)
+    class Broken(Engine):
+        def run(self, frames: Frames) -> Outputs:
+            nothing = np.full((len(frames), 1), np.nan, np.float32)
+            return Outputs(nothing, nothing)
 
     async def body(batcher: Batcher) -> None:
         with pytest.raises(InternalError):
             await batcher.submit(clips(1))
 
-    run_with(engine, body)
+    run_with(Broken(), body)
 
 
 def test_the_age_of_the_queue_grows_while_the_engine_hangs_and_leavers_do_not_count() -> None:
@@ -309,7 +312,7 @@ def test_closing_ends_those_who_wait() -> None:
     engine = Engine()
 
     async def run() -> None:
-        batcher = Batcher(engine, max_batch=4, max_queue=10)
+        batcher = Batcher([engine], max_batch=4, max_queue=10)
         batcher.start()
         running = await hold(batcher, engine)
         waiting = asyncio.create_task(batcher.submit(clips(1)))

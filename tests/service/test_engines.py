@@ -70,7 +70,8 @@ class FakeGpu:
             session.close()
 
         facts = {"engine": "tensorrt", "provider": "TensorRT 11", "device": "cuda"}
-        return SimpleNamespace(**facts, precision="float32", run=run, close=close)
+        shape = {"slots": 2, "batches": (1, 8, 16)}
+        return SimpleNamespace(**facts, **shape, precision="float32", run=run, close=close)
 
 
 def write_plan(job: BuildJob) -> Plan:

@@ -1,0 +1,369 @@
+"""Priorities, deadlines, batch sizes and several engines: one rule of the batcher a test.
+
+In virtual time, with engines that are stepped: see `stepped.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.batcher import Events
+from service.errors import (
+    DeadlineExceededError,
+    DeadlineUnreachableError,
+    InternalError,
+    QueueFullError,
+)
+from service.turns import Answer, Priority, Request, Turns
+from tests.service.stepped import Stepped, SteppedEngine, VirtualLoop, clips, run
+
+
+def submit(stepped: Stepped, *values: int, **options: Any) -> asyncio.Task[Answer]:
+    return asyncio.ensure_future(stepped.batcher.submit(clips(*values), **options))
+
+
+def logits(task: asyncio.Task[Answer]) -> list[int]:
+    return [int(row[0]) for row in task.result().logits]
+
+
+async def occupy(stepped: Stepped, engine: int = 0) -> None:
+    """Lets an engine begin a batch, so that what follows has to queue."""
+    submit(stepped, 9999)
+    assert await stepped.begin(engine)
+
+
+class Dropped(Events):
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.removed: list[int] = []
+
+    def request_dropped(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+    def engine_removed(self, engine: int) -> None:
+        self.removed.append(engine)
+
+
+def test_a_higher_priority_goes_first_and_a_low_one_is_not_left_behind() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        engine = SteppedEngine()
+        stepped = Stepped(loop, engine, max_batch=13)
+        await occupy(stepped)
+        for first, priority in ((300, "low"), (200, "normal"), (100, "high")):
+            for value in range(first, first + 40):
+                submit(stepped, value, priority=priority)
+        await stepped.end()
+        await stepped.step()
+        await stepped.step()
+        assert engine.ran[1][0] == 100, "the highest first, though it came last"
+        batch = engine.ran[2]
+        classes = [
+            sum(first <= value < first + 100 for value in batch) for first in (100, 200, 300)
+        ]
+        assert classes == [8, 4, 1]
+        await stepped.finish()
+
+    run(body)
+
+
+def test_turns_that_a_class_did_not_need_are_not_saved_up() -> None:
+    turns = Turns()
+    loop = asyncio.new_event_loop()
+
+    def add(priority: Priority, count: int) -> None:
+        for _ in range(count):
+            turns.add(Request(np.zeros((1, 1), np.uint8), loop.create_future(), 0.0, priority))
+
+    add("low", 100)
+    turns.take(100, 0.0)
+    add("high", 50)
+    add("low", 50)
+    taken = [slot.request.priority for slot in turns.take(18, 0.0)]
+    loop.close()
+    assert 15 <= taken.count("high") <= 17
+
+
+def test_what_is_late_is_not_run_and_its_caller_is_told_at_once() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        engine, events = SteppedEngine(), Dropped()
+        stepped = Stepped(loop, engine, events=events)
+        await occupy(stepped)
+        late = submit(stepped, 1, 2, deadline=loop.now + 0.5)
+        patient = submit(stepped, 3, deadline=loop.now + 2)
+        await stepped.turn()
+        await stepped.wait(1)
+        assert isinstance(late.exception(), DeadlineExceededError)
+        assert stepped.batcher.waiting == 1
+        assert events.reasons == ["deadline"]
+        await stepped.finish()
+        assert logits(patient) == [3]
+        assert engine.ran == [[9999], [3]]
+
+    run(body)
+
+
+def test_a_batch_that_starts_before_the_late_one_is_told_leaves_it_out_all_the_same() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        engine, events = SteppedEngine(), Dropped()
+        stepped = Stepped(loop, engine, events=events)
+        late = submit(stepped, 1, deadline=loop.now + 0.5)
+        await stepped.turn()
+        loop.now += 1
+        stepped.threads[0].begin()  # before the event loop's timer
+        await stepped.end()
+        assert isinstance(late.exception(), DeadlineExceededError)
+        assert engine.ran == []
+        assert events.reasons == ["deadline"]
+
+    run(body)
+
+
+def test_what_is_late_already_is_refused() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        stepped = Stepped(loop, SteppedEngine())
+        task = submit(stepped, 1, deadline=loop.now)
+        await stepped.turn()
+        assert isinstance(task.exception(), DeadlineExceededError)
+        assert stepped.batcher.waiting == 0
+
+    run(body)
+
+
+async def measure(stepped: Stepped, seconds: float) -> None:
+    """Lets one batch of one clip take so long, so that there is a drain rate."""
+    submit(stepped, 0)
+    await stepped.begin()
+    stepped.loop.now += seconds
+    await stepped.end()
+
+
+def test_what_cannot_be_done_in_time_is_refused_at_once_and_says_when_it_could() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        engine = SteppedEngine()
+        stepped = Stepped(loop, engine)
+        await measure(stepped, 1.0)
+        await occupy(stepped)
+        submit(stepped, *range(10))
+        await stepped.turn()
+        # Turns are taken clip by clip: one clip has one of the others before it, two have two.
+        fits = submit(stepped, 1, deadline=loop.now + 2.5)
+        too_late = submit(stepped, 1, 2, deadline=loop.now + 2.5)
+        ahead_of_them = submit(stepped, 1, priority="high", deadline=loop.now + 2.5)
+        behind_them = submit(stepped, 1, priority="low", deadline=loop.now + 2.5)
+        await stepped.turn()
+        refusal = too_late.exception()
+        assert isinstance(refusal, DeadlineUnreachableError)
+        assert int(refusal.headers["Retry-After"]) == 3
+        assert isinstance(behind_them.exception(), DeadlineUnreachableError)
+        await stepped.finish()
+        assert logits(fits) == logits(ahead_of_them) == [1]
+
+    run(body)
+
+
+def test_a_rate_from_bad_times_mends_since_nobody_is_refused_while_nothing_waits() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        stepped = Stepped(loop, SteppedEngine())
+        await measure(stepped, 1000.0)
+        task = submit(stepped, 1, deadline=loop.now + 1)
+        await stepped.step()
+        assert logits(task) == [1]
+
+    run(body)
+
+
+def test_a_full_queue_makes_room_for_a_priority_that_has_less_than_its_share() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        events = Dropped()
+        stepped = Stepped(loop, SteppedEngine(), max_queue=13, events=events)
+        await occupy(stepped)
+        lows = [submit(stepped, value, priority="low") for value in range(13)]
+        await stepped.turn()
+        refused = submit(stepped, 50, priority="low")
+        high = submit(stepped, *range(60, 65), priority="high")
+        await stepped.turn()
+        assert isinstance(refused.exception(), QueueFullError)
+        assert stepped.batcher.waiting == 13
+        assert events.reasons == ["displaced"] * 5
+        assert all(isinstance(task.exception(), QueueFullError) for task in lows[8:])
+        await stepped.finish()
+        assert logits(high) == list(range(60, 65))
+        assert [logits(task)[0] for task in lows[:8]] == list(range(8))
+
+    run(body)
+
+
+def test_a_flood_of_high_priority_leaves_the_others_their_share_of_the_queue() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        stepped = Stepped(loop, SteppedEngine(), max_queue=26)
+        await occupy(stepped)
+        highs = [submit(stepped, value, priority="high") for value in range(26)]
+        await stepped.turn()
+        lows = [submit(stepped, 100 + value, priority="low") for value in range(3)]
+        await stepped.turn()
+        assert [task.done() for task in lows] == [False, False, True]  # 2 of 26 are its share
+        assert sum(task.done() for task in highs) == 2
+        await stepped.finish()
+
+    run(body)
+
+
+def test_a_second_batch_is_lined_up_behind_the_running_one_only_when_it_is_full() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        engine = SteppedEngine()
+        stepped = Stepped(loop, engine)
+        await occupy(stepped)
+        few = [submit(stepped, value) for value in range(3)]
+        await stepped.turn()
+        assert not stepped.threads[0].jobs
+        few.append(submit(stepped, 3))
+        await stepped.turn()
+        assert len(stepped.threads[0].jobs) == 1
+        submit(stepped, 4, 5, 6, 7, 8)
+        await stepped.turn()
+        assert len(stepped.threads[0].jobs) == 1, "one is enough"
+        # What is in it is decided when it starts: a newcomer may overtake.
+        assert stepped.batcher.waiting == 9
+        submit(stepped, 100, priority="high")
+        await stepped.turn()
+        stepped.threads[0].end()  # before the event loop hears of it
+        stepped.threads[0].begin()
+        assert engine.ran == [[9999], [100, 0, 1, 2]]
+        await stepped.finish()
+
+    run(body)
+
+
+def test_a_batch_that_was_lined_up_and_is_not_full_any_more_is_not_run() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        engine = SteppedEngine()
+        stepped = Stepped(loop, engine)
+        await occupy(stepped)
+        few = [submit(stepped, value) for value in range(4)]
+        await stepped.turn()
+        few[0].cancel()
+        await stepped.turn()
+        stepped.threads[0].end()
+        stepped.threads[0].begin()
+        assert engine.ran == [[9999]]
+        await stepped.finish()
+        assert engine.ran == [[9999], [1, 2, 3]]
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "taken"), [(1, 1), (7, 7), (8, 8), (19, 8), (20, 20), (31, 31), (40, 32)]
+)
+def test_batches_fill_the_sizes_that_the_engine_was_built_for(waiting: int, taken: int) -> None:
+    async def body(loop: VirtualLoop) -> None:
+        engine = SteppedEngine(batches=(1, 8, 32))
+        stepped = Stepped(loop, engine, max_batch=64)
+        await occupy(stepped)
+        submit(stepped, *range(waiting))
+        await stepped.turn()
+        await stepped.end()
+        await stepped.step()
+        assert len(engine.ran[1]) == taken
+        await stepped.finish()
+
+    run(body)
+
+
+def test_an_idle_engine_takes_what_waits_while_another_runs() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        engines = SteppedEngine(), SteppedEngine()
+        stepped = Stepped(loop, *engines)
+        await occupy(stepped)
+        other = submit(stepped, 1)
+        await stepped.turn()
+        assert stepped.batcher.running == (1, 1)
+        await stepped.step(1)
+        assert logits(other) == [1]
+        third = submit(stepped, 2)
+        await stepped.step(1)
+        assert logits(third) == [2]
+        assert engines[1].ran == [[1], [2]]
+        await stepped.finish()
+
+    run(body)
+
+
+def test_an_engine_that_fails_on_what_another_can_do_is_taken_out_and_loses_nothing() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        broken, sound = SteppedEngine(fails=lambda batch: True), SteppedEngine()
+        events = Dropped()
+        stepped = Stepped(loop, broken, sound, events=events)
+        tasks = [submit(stepped, value) for value in range(8)]
+        await stepped.finish()
+        assert [logits(task) for task in tasks] == [[value] for value in range(8)]
+        assert stepped.batcher.healthy == (False, True)
+        assert events.removed == [0]
+        ran = len(broken.ran)
+        more = [submit(stepped, value) for value in range(8)]
+        await stepped.finish()
+        assert [logits(task) for task in more] == [[value] for value in range(8)]
+        assert len(broken.ran) == ran
+
+    run(body)
+
+
+def test_clips_that_no_engine_can_do_are_nobodys_fault_but_theirs() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        engines = [SteppedEngine(fails=lambda batch: 13 in batch) for _ in range(2)]
+        stepped = Stepped(loop, *engines)
+        for _ in range(5):
+            poisoned = submit(stepped, 13)
+            await stepped.finish()
+            assert isinstance(poisoned.exception(), InternalError)
+        good = [submit(stepped, value) for value in range(4)]
+        await stepped.finish()
+        assert [logits(task) for task in good] == [[0], [1], [2], [3]]
+        assert all(engine.ran for engine in engines)
+        assert not any(worker.removed for worker in stepped.batcher._workers)
+
+    run(body)
+
+
+def test_the_only_engine_is_kept_and_is_healthy_again_once_it_works() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        down = [True]
+        stepped = Stepped(loop, SteppedEngine(fails=lambda batch: down[0]))
+        for _ in range(3):
+            assert stepped.batcher.healthy == (True,)
+            submit(stepped, 1)
+            await stepped.finish()
+        assert stepped.batcher.healthy == (False,)
+        down[0] = False
+        task = submit(stepped, 2)
+        await stepped.finish()
+        assert logits(task) == [2]
+        assert stepped.batcher.healthy == (True,)
+
+    run(body)
+
+
+def test_the_time_of_a_batch_leaves_out_what_the_engine_spent_on_the_one_before() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        seconds: list[float] = []
+
+        class Timed(Events):
+            def batch_ended(self, engine: int, took: float) -> None:
+                seconds.append(took)
+
+        stepped = Stepped(loop, SteppedEngine(slots=2), max_batch=1, events=Timed())
+        submit(stepped, 1), submit(stepped, 2)
+        await stepped.begin()
+        loop.now += 1
+        await stepped.begin()
+        loop.now += 2
+        await stepped.end()
+        loop.now += 4
+        await stepped.end()
+        assert seconds == [3, 4]
+
+    run(body)

@@ -1,0 +1,283 @@
+"""Priorities, deadlines and clients that leave, over real sockets: what is dropped costs nothing.
+
+The engine and the decoder are real, and held where a test says so.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+
+from export.runtime.interface import Outputs
+from export.runtime.onnxruntime import OnnxRuntime
+from model.demo import SAMPLE_CLIP
+from service.auth import ApiKey, new_key, write_keys
+from service.decoding import DecoderPool
+from tests.service.conftest import Serve
+from tests.service.test_models import wait_until
+
+INFER = "/v2/models/demo/infer"
+SHAPE = (8, 64, 64, 3)
+
+
+class Held:
+    """Stands before a function that the service calls in threads: counts, and can hold it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.calls: list[tuple[Any, ...]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls.append(arguments)
+        assert self.gate.wait(60)
+        return self._function(*arguments)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    held = Held(OnnxRuntime.run)
+
+    def run(runtime: OnnxRuntime, frames: np.ndarray) -> Outputs:
+        return held(runtime, frames)
+
+    monkeypatch.setattr(OnnxRuntime, "run", run)
+    yield held
+    held.gate.set()
+
+
+@pytest.fixture
+def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    held = Held(DecoderPool._exchange)
+
+    def exchange(pool: DecoderPool, *arguments: Any) -> Any:
+        return held(pool, *arguments)
+
+    monkeypatch.setattr(DecoderPool, "_exchange", exchange)
+    yield held
+    held.gate.set()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+def tensor(value: int = 0, clips: int = 1, **parameters: int) -> dict[str, Any]:
+    """An inference request with clips of one colour, as keywords of httpx."""
+    frames = np.full((clips, *SHAPE), value, np.uint8).tobytes()
+    item = {"name": "frames", "datatype": "UINT8", "shape": [clips, *SHAPE]}
+    item["parameters"] = {"binary_data_size": len(frames)}
+    head = orjson.dumps({"inputs": [item], "parameters": parameters})
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    return {"content": head + frames, "headers": headers}
+
+
+def raw(client: httpx.Client, path: str, content: bytes, **headers: str) -> socket.socket:
+    """Sends a request and leaves its connection to the caller."""
+    connection = socket.create_connection((client.base_url.host, client.base_url.port))
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(content)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + content)
+    return connection
+
+
+def value(client: httpx.Client, metric: str) -> float:
+    """The sum of a metric over all its labels that the text names."""
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(metric))
+
+
+def occupy(client: httpx.Client, pool: ThreadPoolExecutor, engine: Held) -> Future[httpx.Response]:
+    """Holds the engine with a batch, so that what follows has to queue."""
+    engine.gate.clear()
+    before = len(engine.calls)
+    first = pool.submit(client.post, INFER, **tensor(255))
+    wait_until(lambda: len(engine.calls) > before)
+    return first
+
+
+def post(client: httpx.Client, path: str, **headers: str) -> httpx.Response:
+    names = {name.replace("_", "-"): text for name, text in headers.items()}
+    if path == INFER:
+        request = tensor(1)
+        return client.post(path, content=request["content"], headers=request["headers"] | names)
+    return client.post(path, content=SAMPLE_CLIP.read_bytes(), headers=names)
+
+
+PATHS = pytest.mark.parametrize("path", ["/v1/classify", "/v1/embed", INFER])
+
+
+@PATHS
+@pytest.mark.parametrize("text", ["", "soon", "-1", "0", "0.0", "nan", "1e3", "1 s", "9" * 30])
+def test_a_timeout_that_is_no_time_is_refused(client: httpx.Client, path: str, text: str) -> None:
+    answer = post(client, path, X_Request_Timeout=text)
+    assert answer.status_code == 400
+    assert "X-Request-Timeout" in answer.text
+
+
+@PATHS
+def test_a_priority_that_there_is_not_is_refused(client: httpx.Client, path: str) -> None:
+    answer = post(client, path, X_Request_Priority="urgent")
+    assert answer.status_code == 400
+    assert "high, normal, low" in answer.text
+
+
+@PATHS
+def test_a_request_that_has_time_is_answered(client: httpx.Client, path: str) -> None:
+    answer = post(client, path, X_Request_Timeout="60.5", X_Request_Priority="low")
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("parameters", [{"priority": 4}, {"priority": -1}])
+def test_the_protocols_priority_is_one_of_three(client: httpx.Client, parameters: Any) -> None:
+    answer = client.post(INFER, **tensor(**parameters))
+    assert answer.status_code == 400
+    assert "parameters.priority" in answer.json()["error"]
+
+
+@PATHS
+def test_what_is_late_in_the_queue_is_never_run(
+    serve: Serve, pool: ThreadPoolExecutor, engine: Held, path: str, tmp_path: Path
+) -> None:
+    with serve(spool_dir=tmp_path, watch_interval_s=0) as client:
+        first = occupy(client, pool, engine)
+        late = post(client, path, X_Request_Timeout="1.5")
+        assert late.status_code == 504
+        if path != INFER:
+            assert late.json()["code"] == "deadline_exceeded"
+        assert value(client, 'timesformer_rejected_total{code="deadline_exceeded"}') == 1
+        assert value(client, 'timesformer_dropped_total{reason="deadline"}') == 1
+        assert value(client, "timesformer_queue_clips{") == 0
+        ran = len(engine.calls)
+        engine.gate.set()
+        assert first.result().status_code == 200
+        assert client.post(INFER, **tensor(3)).status_code == 200
+        assert len(engine.calls) == ran + 1, "only the last one was run"
+
+
+def test_the_protocols_own_timeout_does_the_same(
+    serve: Serve, pool: ThreadPoolExecutor, engine: Held, tmp_path: Path
+) -> None:
+    with serve(spool_dir=tmp_path, watch_interval_s=0) as client:
+        first = occupy(client, pool, engine)
+        late = client.post(INFER, **tensor(1, timeout=300_000))
+        assert late.status_code == 504
+        assert value(client, 'timesformer_dropped_total{reason="deadline"}') == 1
+        engine.gate.set()
+        assert first.result().status_code == 200
+
+
+def test_what_is_late_before_a_decoder_is_free_is_never_decoded(
+    serve: Serve, pool: ThreadPoolExecutor, decoder: Held, tmp_path: Path
+) -> None:
+    with serve(spool_dir=tmp_path, decode_workers=1) as client:
+        decoder.gate.clear()
+        first = pool.submit(post, client, "/v1/classify")
+        wait_until(lambda: len(decoder.calls) == 1)
+        late = post(client, "/v1/classify", X_Request_Timeout="1.0")
+        assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
+        decoder.gate.set()
+        assert first.result().status_code == 200
+        assert post(client, "/v1/classify").status_code == 200
+        assert len(decoder.calls) == 2
+        assert list(tmp_path.rglob("timesformer-upload-*")) == []
+
+
+@PATHS
+def test_a_client_that_leaves_takes_its_clips_out_of_the_queue(
+    serve: Serve, pool: ThreadPoolExecutor, engine: Held, path: str, tmp_path: Path
+) -> None:
+    with serve(spool_dir=tmp_path, watch_interval_s=0) as client:
+        first = occupy(client, pool, engine)
+        request = tensor(1) if path == INFER else {"content": SAMPLE_CLIP.read_bytes()}
+        leaving = raw(client, path, request["content"], **request.get("headers", {}))
+        wait_until(lambda: value(client, "timesformer_queue_clips{") == 1)
+        leaving.close()
+        wait_until(lambda: value(client, "timesformer_queue_clips{") == 0)
+        assert value(client, 'timesformer_dropped_total{reason="left"}') == 1
+        assert value(client, 'timesformer_rejected_total{code="client_disconnected"}') == 1
+        ran = len(engine.calls)
+        engine.gate.set()
+        assert first.result().status_code == 200
+        assert client.post(INFER, **tensor(3)).status_code == 200
+        assert len(engine.calls) == ran + 1
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/embed"])
+def test_a_client_that_leaves_before_a_decoder_is_free_costs_no_decoding(
+    serve: Serve, pool: ThreadPoolExecutor, decoder: Held, path: str, tmp_path: Path
+) -> None:
+    with serve(spool_dir=tmp_path, decode_workers=1) as client:
+        decoder.gate.clear()
+        first = pool.submit(post, client, path)
+        wait_until(lambda: len(decoder.calls) == 1)
+        leaving = raw(client, path, SAMPLE_CLIP.read_bytes())
+        wait_until(lambda: value(client, "timesformer_decode_waiting") == 1)
+        leaving.close()
+        wait_until(lambda: value(client, "timesformer_decode_waiting") == 0)
+        decoder.gate.set()
+        assert first.result().status_code == 200
+        time.sleep(0.05)
+        assert len(decoder.calls) == 1
+
+
+def test_a_higher_priority_overtakes_what_waits(
+    serve: Serve, pool: ThreadPoolExecutor, engine: Held, tmp_path: Path
+) -> None:
+    with serve(spool_dir=tmp_path, watch_interval_s=0, max_batch_clips=1) as client:
+        first = occupy(client, pool, engine)
+        waiting = []
+        for number, kind in enumerate(["normal", "low", "header", "parameter"]):
+            request = tensor(10 * number + 10, priority=1 if kind == "parameter" else 0)
+            name = "high" if kind == "header" else "low" if kind == "low" else "normal"
+            request["headers"]["X-Request-Priority"] = name
+            waiting.append(pool.submit(client.post, INFER, **request))
+            wanted = number + 1
+            wait_until(lambda: value(client, "timesformer_queue_clips{") == wanted)  # noqa: B023
+        before = len(engine.calls)
+        engine.gate.set()
+        assert all(task.result().status_code == 200 for task in (first, *waiting))
+        order = [int(frames.flat[0]) for _, frames in engine.calls[before:]]
+        assert order.index(30) < order.index(10)
+        assert order.index(40) < order.index(10)
+        assert value(client, 'timesformer_queue_seconds_count{priority="high"}') == 2
+
+
+def test_a_keys_priority_is_what_its_requests_have_and_the_most_they_may_ask_for(
+    serve: Serve, tmp_path: Path
+) -> None:
+    file, keys = tmp_path / "keys.json", {}
+    entries = []
+    for priority in ("high", "low"):
+        keys[priority], digest = new_key()
+        entries.append(
+            ApiKey(name=priority, sha256=digest, scopes=("infer",), priority=priority)  # type: ignore[arg-type]
+        )
+    write_keys(file, tuple(entries))
+    with serve(spool_dir=tmp_path, api_keys_file=file) as client:
+
+        def ask(key: str, **headers: str) -> int:
+            return post(client, INFER, X_API_Key=keys[key], **headers).status_code
+
+        assert ask("high") == ask("low") == ask("high", X_Request_Priority="normal") == 200
+        assert ask("low", X_Request_Priority="high") == 403
+        assert ask("low", X_Request_Priority="low") == 200
+        request = tensor(priority=1)
+        request["headers"]["X-API-Key"] = keys["low"]
+        assert client.post(INFER, **request).status_code == 403
+        for priority in ("high", "normal", "low"):
+            count = value(client, f'timesformer_queue_seconds_count{{priority="{priority}"}}')
+            assert count == {"high": 1, "normal": 1, "low": 2}[priority]
