@@ -126,6 +126,8 @@ def test_the_description_of_the_api_is_whole(client: httpx.Client) -> None:
         "crops",
         "threshold",
         "model",
+        "X-Request-Priority",
+        "X-Request-Timeout",
     }
     assert description["components"]["schemas"]["ClassifyResponse"]["examples"]
 
