@@ -21,8 +21,12 @@ RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM ${BASE_IMAGE} AS install-cpu
 WORKDIR /build
 RUN python3 -m venv /opt/timesformer
-COPY requirements.lock .
+COPY requirements.lock requirements-objectstore.lock ./
 RUN /opt/timesformer/bin/pip install --no-cache-dir --no-deps --require-hashes --requirement requirements.lock
+# For bundles at s3:// and gs://.
+ARG OBJECTSTORE=no
+RUN if [ "${OBJECTSTORE}" = yes ]; then /opt/timesformer/bin/pip install --no-cache-dir --no-deps \
+    --require-hashes --requirement requirements-objectstore.lock; fi
 COPY --from=wheel /wheels /wheels
 RUN /opt/timesformer/bin/pip install --no-cache-dir --no-deps /wheels/*.whl
 
@@ -57,8 +61,12 @@ RUN apt-get update && apt-get install --yes --no-install-recommends python3 pyth
 FROM cuda-python AS install-gpu
 WORKDIR /build
 RUN python3 -m venv /opt/timesformer
-COPY requirements-gpu.lock .
+COPY requirements-gpu.lock requirements-objectstore.lock ./
 RUN /opt/timesformer/bin/pip install --no-cache-dir --no-deps --require-hashes --requirement requirements-gpu.lock
+# For bundles at s3:// and gs://.
+ARG OBJECTSTORE=no
+RUN if [ "${OBJECTSTORE}" = yes ]; then /opt/timesformer/bin/pip install --no-cache-dir --no-deps \
+    --require-hashes --requirement requirements-objectstore.lock; fi
 COPY --from=wheel /wheels /wheels
 RUN /opt/timesformer/bin/pip install --no-cache-dir --no-deps /wheels/*.whl
 

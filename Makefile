@@ -50,9 +50,10 @@ test-images: .venv/.dev ## build the images for CPUs and training, run them hard
 RAY = build/ray
 test-ray: $(RAY)/.done ## label an archive on a local Ray cluster, kill a node of it; minutes
 	PYTHONPATH=. $(RAY)/bin/python -m tests.ray.check
-$(RAY)/.done: tests/ray/requirements.lock pyproject.toml
+$(RAY)/.done: requirements.lock deploy/ray/requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(RAY)
-	$(RAY)/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) $<
+	for lock in deploy/ray/requirements.lock requirements.lock; do \
+		$(RAY)/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) $$lock; done
 	$(RAY)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
 	touch $@
 
@@ -82,9 +83,11 @@ $(TOOLS)/.done: tests/deploy/requirements.lock
 
 lock: .venv/.dev
 	.venv/bin/uv pip compile tests/deploy/requirements.in $(LOCK) --output-file tests/deploy/requirements.lock
-	.venv/bin/uv pip compile pyproject.toml tests/ray/requirements.in --extra cpu --extra ray $(LOCK) \
-		--output-file tests/ray/requirements.lock
 	.venv/bin/uv pip compile pyproject.toml --extra cpu $(LOCK) --output-file requirements.lock
+	.venv/bin/uv pip compile pyproject.toml --extra objectstore --constraint requirements.lock $(LOCK) \
+		--output-file requirements-objectstore.lock
+	.venv/bin/uv pip compile pyproject.toml --extra ray --extra objectstore \
+		--constraint requirements.lock $(LOCK) --output-file deploy/ray/requirements.lock
 	.venv/bin/uv pip compile pyproject.toml --extra gpu $(LOCK) --output-file requirements-gpu.lock
 	echo "torch ; python_version < '3'" | .venv/bin/uv pip compile pyproject.toml --extra cpu \
 		--extra train --extra export --override - $(LOCK) --output-file requirements-train.lock

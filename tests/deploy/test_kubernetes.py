@@ -16,7 +16,14 @@ from tests.deploy.conftest import DEPLOY, Run, passed
 from tests.deploy.test_observability import exported, names
 
 KUBERNETES = DEPLOY / "kubernetes"
-OVERLAYS = ["overlays/cpu", "overlays/gpu", "overlays/scale", "overlays/scale-keda", "refresh"]
+OVERLAYS = [
+    "overlays/cpu",
+    "overlays/gpu",
+    "overlays/scale",
+    "overlays/scale-keda",
+    "overlays/objectstore",
+    "refresh",
+]
 # Their schemas come with their operators; here they are held by tests of our own.
 CUSTOM = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|Ki|Mi|Gi|Ti)?")
@@ -205,6 +212,21 @@ def test_what_is_set_are_settings(manifests: list[Manifest], monkeypatch: Any) -
     load_settings()
     # Or Kubernetes sets TIMESFORMER_PORT for the Service of that name.
     assert all(pod["enableServiceLinks"] is False for pod, _ in containers(manifests))
+
+
+def test_bundles_from_an_object_store_need_no_volume_but_a_way_out(run: Run) -> None:
+    manifests = build("overlays/objectstore", run)
+    assert of_kind(manifests, "PersistentVolumeClaim") == []
+    values = settings_of(manifests)
+    assert values["TIMESFORMER_STORE_URL"].startswith("s3://")
+    pod = only(manifests, "Deployment")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert mounts[values["TIMESFORMER_STORE"]]["readOnly"] is False
+    (bundles,) = [volume for volume in pod["volumes"] if volume["name"] == "bundles"]
+    assert bundles.keys() == {"name", "emptyDir"}
+    (rule,) = only(manifests, "NetworkPolicy")["spec"]["egress"]
+    assert {port["port"] for port in rule["ports"]} == {53, 443}
 
 
 @pytest.mark.parametrize("overlay", ["overlays/cpu", "overlays/gpu"])
