@@ -7,8 +7,7 @@ answer otherwise, and only running it there can show that.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -16,17 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import GRAPHS, ONNX_FLOAT32, Bundle, BundleError, Parity
-from export.runtime.interface import Device, Outputs, Runtime, RuntimeUnavailableError
+from export.artefacts import Artefact, LeftOut, find_artefacts
+from export.bundle import ONNX_FLOAT32, Bundle, BundleError, Parity
+from export.runtime.interface import Device, Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
-from export.runtime.plans import Plan, engines_folder, plans_in
-from export.runtime.tensorrt import TensorRt
 from export.verify import LARGEST_BATCH, LIMITS, compare, run_in_batches
 
-logger = logging.getLogger(__name__)
-
-CPU_ONLY = frozenset({"int8"})
-"""Precisions whose graphs no GPU takes."""
 _EXPORT_PACKAGES = frozenset({"torch", "safetensors", "huggingface_hub", "onnx"})
 
 
@@ -47,13 +41,6 @@ class Checked(NamedTuple):
         return self.parity is not None and self.parity.passed
 
 
-class LeftOut(NamedTuple):
-    """What was not run, and why."""
-
-    artefact: str
-    reason: str
-
-
 class Verdict(NamedTuple):
     reference: str
     """What the artefacts were compared with."""
@@ -64,12 +51,6 @@ class Verdict(NamedTuple):
     @property
     def passed(self) -> bool:
         return all(each.passed for each in self.checked)
-
-
-class _Candidate(NamedTuple):
-    artefact: str
-    precision: str
-    open: Callable[[], Runtime]
 
 
 def check_bundle(
@@ -98,12 +79,16 @@ def check_bundle(
         BundleError: the bundle has no artefact of a precision that was asked for.
         CheckpointError: the bundle's weights are not those of a network.
     """
-    left_out: list[LeftOut] = []
-    cuda = device != "cpu" and _cuda_runs(bundle, device == "cuda", threads)
-    candidates = [
-        *_graphs(bundle, cuda, threads, left_out),
-        *_plans(bundle, device, gpu, engines, left_out),
-    ]
+    found = find_artefacts(
+        bundle,
+        device=device,
+        gpu=gpu,
+        engines=[engines],
+        largest=LARGEST_BATCH,
+        threads=threads,
+        emulate=True,
+    )
+    candidates, left_out = list(found.artefacts), list(found.left_out)
     if precisions:
         candidates = [each for each in candidates if each.precision in precisions]
         missing = set(precisions) - {each.precision for each in candidates}
@@ -115,98 +100,14 @@ def check_bundle(
             )
     report("computing the float32 answers")
     reference, answers = _reference(bundle, clips, threads)
-    if reference.startswith(ONNX_FLOAT32) and not cuda:
-        candidates = [each for each in candidates if each.artefact != ONNX_FLOAT32]
+    if reference.startswith(ONNX_FLOAT32) and not found.cuda:
+        candidates = [each for each in candidates if each.name != ONNX_FLOAT32]
         left_out.append(LeftOut(ONNX_FLOAT32, "is itself what the others are compared with"))
     checked = []
     for each in candidates:
-        report(f"running {each.artefact}")
+        report(f"running {each.name}")
         checked.append(_check(each, answers, clips))
     return Verdict(reference, len(clips), tuple(checked), tuple(left_out))
-
-
-def open_graph(bundle: Bundle, precision: str, *, cuda: bool, threads: int = 0) -> Runtime:
-    """A graph in an engine that computes what the graph says.
-
-    FP16 on a CPU is computed in float32 and rounded as GPUs round; see `export.emulation`.
-
-    Raises:
-        RuntimeUnavailableError: it cannot be loaded here.
-        ModuleNotFoundError: FP16 on a CPU needs `onnx`.
-    """
-    path = bundle.file(GRAPHS[precision])
-    if precision != "fp16" or cuda:
-        return OnnxRuntime(path, cuda=cuda, threads=threads, precision=precision)
-    import onnx
-
-    from export.emulation import emulate
-
-    runtime = OnnxRuntime(emulate(onnx.load(path)), cuda=False, threads=threads, precision="fp16")
-    runtime.provider += ", FP16 rounding emulated"
-    return runtime
-
-
-def _cuda_runs(bundle: Bundle, needed: bool, threads: int) -> bool:
-    try:
-        OnnxRuntime(bundle.file(ONNX_FLOAT32), cuda=True, threads=threads).close()
-    except RuntimeUnavailableError as error:
-        if needed:
-            raise
-        logger.info("graphs run on the CPU: %s", error)
-        return False
-    return True
-
-
-def _graphs(
-    bundle: Bundle, cuda: bool, threads: int, left_out: list[LeftOut]
-) -> Iterator[_Candidate]:
-    for precision, file in GRAPHS.items():
-        if file not in bundle.manifest.files:
-            continue
-        on_gpu = cuda and precision not in CPU_ONLY
-
-        def load(precision: str = precision, on_gpu: bool = on_gpu) -> Runtime:
-            return open_graph(bundle, precision, cuda=on_gpu, threads=threads)
-
-        if precision == "fp16" and not on_gpu and not _importable("onnx"):
-            reason = "on a CPU it takes the package onnx to round as GPUs do: install `export`"
-            left_out.append(LeftOut(file, reason))
-        else:
-            yield _Candidate(file, precision, load)
-
-
-def _plans(
-    bundle: Bundle, device: Device, gpu: int, engines: Path | None, left_out: list[LeftOut]
-) -> Iterator[_Candidate]:
-    """Plans in the bundle's folder of this GPU, this TensorRT and these graphs."""
-    found = list(plans_in(engines_folder(bundle, engines)))
-    if not found:
-        return
-    if device == "cpu":
-        left_out += [LeftOut(plan.path.name, "runs on GPUs only") for plan in found]
-        return
-    try:
-        here = TensorRt(gpu, engines)
-    except RuntimeUnavailableError as error:
-        if device == "cuda":
-            raise
-        left_out += [LeftOut(plan.path.name, str(error)) for plan in found]
-        return
-    graphs = {entry.sha256 for entry in bundle.manifest.files.values()}
-    for plan in found:
-        key = plan.facts.key
-        present = (*here.cuda.gpu, str(here.module.__version__))
-        if plan.facts.graph_sha256 not in graphs:
-            left_out.append(LeftOut(plan.path.name, "was built from another export"))
-        elif (key.gpu, key.compute_capability, key.tensorrt) != present:
-            reason = f"is for {key.gpu} with TensorRT {key.tensorrt}; here is {' '.join(present)}"
-            left_out.append(LeftOut(plan.path.name, reason))
-        else:
-
-            def load(plan: Plan = plan) -> Runtime:
-                return here.load(plan, LARGEST_BATCH)
-
-            yield _Candidate(plan.path.name, key.precision, load)
 
 
 def _reference(bundle: Bundle, clips: NDArray[np.uint8], threads: int) -> tuple[str, Outputs]:
@@ -227,11 +128,11 @@ def _reference(bundle: Bundle, clips: NDArray[np.uint8], threads: int) -> tuple[
     return f"the network in PyTorch {version('torch')} float32 on the CPU", answers
 
 
-def _check(candidate: _Candidate, answers: Outputs, clips: NDArray[np.uint8]) -> Checked:
+def _check(candidate: Artefact, answers: Outputs, clips: NDArray[np.uint8]) -> Checked:
     try:
         runtime = candidate.open()
     except RuntimeUnavailableError as error:
-        return Checked(candidate.artefact, candidate.precision, "", "", "", None, str(error))
+        return Checked(candidate.name, candidate.precision, "", "", "", None, str(error))
     where = (runtime.engine, runtime.provider, runtime.device)
     parity, problem = None, None
     try:
@@ -241,12 +142,4 @@ def _check(candidate: _Candidate, answers: Outputs, clips: NDArray[np.uint8]) ->
         problem = f"fails on clips: {error}"
     finally:
         runtime.close()
-    return Checked(candidate.artefact, candidate.precision, *where, parity, problem)
-
-
-def _importable(package: str) -> bool:
-    try:
-        __import__(package)
-    except ImportError:
-        return False
-    return True
+    return Checked(candidate.name, candidate.precision, *where, parity, problem)

@@ -17,6 +17,7 @@ from typing import Any, get_args
 import click
 
 from model.config import ATTENTION_TYPES, VARIANTS
+from service.commands.bench import bench
 from service.commands.bundles import bundles
 from service.commands.data import data
 from service.commands.engines import engines
@@ -110,6 +111,7 @@ def cli() -> None:
 
 
 for _command in (
+    bench,
     bundles,
     data,
     engines,

@@ -63,6 +63,11 @@ class Cuda:
         """Address of `size` bytes of the device's memory."""
         return int(self._call("cudaMalloc", size))
 
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody has taken."""
+        free, _ = self._call_for_all("cudaMemGetInfo")
+        return int(free)
+
     def free(self, address: int) -> None:
         self._call("cudaFree", address)
 
@@ -134,8 +139,13 @@ class Cuda:
         self._call("cudaGraphExecDestroy", graph)
 
     def _call(self, name: str, *arguments: Any) -> Any:
+        values = self._call_for_all(name, *arguments)
+        return values[0] if values else None
+
+    def _call_for_all(self, name: str, *arguments: Any) -> list[Any]:
+        values: list[Any]
         error, *values = getattr(self._cuda, name)(*arguments)
         if int(error):
             _, text = self._cuda.cudaGetErrorString(error)
             raise CudaError(f"{name}: {text.decode() if isinstance(text, bytes) else text}")
-        return values[0] if values else None
+        return values

@@ -6,11 +6,18 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from service.commands.options import PATH, find_bundles, json_option, print_rows, store_option
+from service.commands.options import (
+    PATH,
+    Sizes,
+    find_bundles,
+    json_option,
+    print_rows,
+    store_option,
+)
 
 if TYPE_CHECKING:
     from export.runtime.plans import Plan
@@ -24,26 +31,6 @@ engines_option = click.option(
     envvar="TIMESFORMER_ENGINES",
     help="Folder of plans; by default each bundle's own `engines`.",
 )
-
-
-class _Batches(click.ParamType[tuple[int, ...]]):
-    """Rising batch sizes, such as `1,8,32`."""
-
-    name = "sizes"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        from export.runtime.plans import PlanError, profiles
-
-        if isinstance(value, tuple):
-            return value
-        try:
-            batches = tuple(int(part) for part in str(value).split(","))
-            profiles(batches)
-        except (ValueError, PlanError):
-            self.fail(f"{value!r} is not a list of rising sizes such as 1,8,32.", param, ctx)
-        return batches
 
 
 @click.group()
@@ -64,7 +51,7 @@ def engines() -> None:
 )
 @click.option(
     "--batches",
-    type=_Batches(),
+    type=Sizes(),
     default="1,8,32",
     show_default=True,
     help="Batch sizes to be fastest at. The plan takes every batch up to the last of them.",

@@ -165,8 +165,8 @@ def evaluate(
 def _load_bundle(
     path: Path, labels: tuple[str, ...] | None, device: Device, precisions: tuple[str, ...]
 ) -> _Loaded:
+    from export.artefacts import open_graph
     from export.bundle import GRAPHS, Bundle
-    from export.gate import open_graph
     from export.runtime import Precision, load_runtime
 
     bundle = Bundle(path)

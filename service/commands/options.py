@@ -36,6 +36,26 @@ class Source(click.ParamType[str]):
         return str(value)
 
 
+class Sizes(click.ParamType[tuple[int, ...]]):
+    """Rising batch sizes, such as `1,8,32`."""
+
+    name = "sizes"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        from export.runtime.plans import PlanError, profiles
+
+        if isinstance(value, tuple):
+            return value
+        try:
+            batches = tuple(int(part) for part in str(value).split(","))
+            profiles(batches)
+        except (ValueError, PlanError):
+            self.fail(f"{value!r} is not a list of rising sizes such as 1,8,32.", param, ctx)
+        return batches
+
+
 EXIT_PARTLY_FAILED = 3
 
 SOURCE = Source()

@@ -1,51 +1,41 @@
-"""What the export gains on a CPU: ONNX Runtime on the original network's graph and on ours, in
-float32 and in INT8.
+"""What each exact rewrite gains on a CPU: ONNX Runtime on the plain export of the network as it is
+published, on our graph, on our graph without each of its rewrites in turn, and in INT8.
 
     python -m tests.benchmarks.cpu_inference [--variant base] [--rounds 7] [--threads 0] [--without]
 
-Batch 1, random weights, whose answers are compared too. The graphs take turns and each round gives
-a ratio to the naive graph in the same round, since the machine may be shared: believe the median of
-the ratios, not the seconds. Processor time is given beside wall time: with `--threads 1`, where no
-thread spins, it hardly sees the neighbours. `--without` measures one graph more for each rewrite,
-all of them but that one.
+Batch 1, random weights. The graphs take turns, and ratios are of one round each, since the machine
+may be shared. Processor time is given beside wall time: with `--threads 1`, where no thread spins,
+it hardly sees the neighbours. `--without` measures a graph more for each rewrite, all of them but
+that one. A bundle's engines are measured by `timesformer bench`.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from export.bench import Entrant, speed_up, take_turns, timing
 from export.onnx import export_onnx
 from export.precision import quantize
 from export.reference import run_reference
 from export.rewrite import REWRITES, InferenceTimeSformer, multiply_adds, rewrite
-from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verify import compare
+from export.yardsticks import NAIVE, AsPublished
 from model.config import VARIANTS, ModelConfig
 from model.cost import cost
 from model.timesformer import TimeSformer
 
-NAIVE = "naive"
-
-
-class Seconds(NamedTuple):
-    """What one run took: by the clock, and of all processors together."""
-
-    wall: float
-    cpu: float
+OURS_DROPPED = "the same, last MLP dropped"
+REWRITTEN = "rewritten"
 
 
 def main() -> None:
-    """Prints a line per graph: ratio to the naive graph, and how far its answers are off."""
+    """Prints a line per graph: ratio to the plain export, and how far its answers are off."""
     options = parse()
     config = VARIANTS[options.variant]
     model = random_model(config)
@@ -55,19 +45,20 @@ def main() -> None:
     reference = run_reference(model, clip)
     with tempfile.TemporaryDirectory() as folder:
         engines = load(model, Path(folder), options.threads, options.without)
-    seconds = measure(engines, clip, options.rounds)
+    entrants = [Entrant(name, engine.run, None) for name, engine in engines.items()]
+    turns = take_turns(entrants, clip, [1], options.rounds, turn_seconds=0)
     before, after = cost(config).multiply_adds, multiply_adds(rewrite(model))
     print(f"{options.variant}: {before / 1e9:.2f} G multiply-adds, rewritten {after / 1e9:.2f} G")
-    print(
-        "graph                       wall s   speed-up   (quartiles)  by cpu time  off by   cosine"
-    )
-    for name, times in seconds.items():
-        wall, cpu = (ratios(seconds[NAIVE], times, clock) for clock in ("wall", "cpu"))
-        answers = engines[name].run(clip)
+    print(f"{'graph':30s}   p50 s  speed-up  (quartiles)  by cpu time  off by   cosine")
+    for name, engine in engines.items():
+        mine, naive = turns[name, 1], turns[NAIVE, 1]
+        wall, cpu = speed_up(mine, naive), speed_up(mine, naive, cpu=True)
+        parity = compare(reference, engine.run(clip))
+        off_by = parity.max_difference / np.abs(reference.logits).max()
         print(
-            f"{name:26s} {statistics.median(t.wall for t in times):7.3f}   {wall[1]:8.3f}   "
-            f"({wall[0]:.2f}, {wall[2]:.2f})  {cpu[1]:11.3f}  "
-            f"{error(reference, answers):.1e}  {compare(reference, answers).centred_cosine:.6f}"
+            f"{name:30s} {timing(mine, 1, None).p50_ms / 1000:7.3f}  {wall.median:8.3f}  "
+            f"({wall.low:.2f}, {wall.high:.2f})  {cpu.median:11.3f}  "
+            f"{off_by:.1e}  {parity.centred_cosine:.6f}"
         )
 
 
@@ -93,8 +84,9 @@ def random_model(config: ModelConfig) -> TimeSformer:
 def load(model: TimeSformer, folder: Path, threads: int, without: bool) -> dict[str, OnnxRuntime]:
     """The graphs to compare, loaded; their files are not needed any more."""
     graphs: dict[str, TimeSformer | InferenceTimeSformer] = {
-        NAIVE: model,
-        "rewritten": rewrite(model),
+        NAIVE: AsPublished.of(model),
+        OURS_DROPPED: model,
+        REWRITTEN: rewrite(model),
     }
     for left_out in REWRITES if without else ():
         rest = [rewriting for rewriting in REWRITES if rewriting is not left_out]
@@ -104,38 +96,10 @@ def load(model: TimeSformer, folder: Path, threads: int, without: bool) -> dict[
     for name, network in graphs.items():
         export_onnx(network, path)
         engines[name] = OnnxRuntime(path, cuda=False, threads=threads)
-        if name == "rewritten":
+        if name == REWRITTEN:
             quantize(path, rounded)
             engines["rewritten, int8"] = OnnxRuntime(rounded, cuda=False, threads=threads)
     return engines
-
-
-def measure(
-    engines: dict[str, OnnxRuntime], clip: NDArray[np.uint8], rounds: int
-) -> dict[str, list[Seconds]]:
-    """Times the clip on each engine in turn, round by round, after one round to warm up."""
-    seconds: dict[str, list[Seconds]] = {name: [] for name in engines}
-    for round_number in range(rounds + 1):
-        for name, engine in engines.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            engine.run(clip)
-            if round_number:
-                seconds[name].append(Seconds(time.perf_counter() - wall, time.process_time() - cpu))
-    return seconds
-
-
-def ratios(naive: list[Seconds], times: list[Seconds], clock: str) -> list[float]:
-    """How many times faster than the naive graph, as quartiles over the rounds."""
-    return statistics.quantiles(
-        (getattr(n, clock) / getattr(t, clock) for n, t in zip(naive, times, strict=True)),
-        method="inclusive",
-    )
-
-
-def error(reference: Outputs, outputs: Outputs) -> float:
-    """Largest difference of two logits, relative to the largest logit."""
-    difference = np.abs(reference.logits - outputs.logits).max()
-    return float(difference / np.abs(reference.logits).max())
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_on_a_gpu_all_but_int8_runs_there(
             opened.append((model.name, cuda))
             super().__init__(model, cuda=False, **more)
 
-    monkeypatch.setattr("export.gate.OnnxRuntime", Recorded)
+    monkeypatch.setattr("export.artefacts.OnnxRuntime", Recorded)
     check_bundle(whole, clips, device="cuda", threads=1)
     assert opened[1:] == [(ONNX_FLOAT32, True), (ONNX_FP16, True), (ONNX_INT8, False)]
 
@@ -176,8 +176,8 @@ class TestPlans:
             return Loaded(copy.file(ONNX_FLOAT32), cuda=False, threads=1)
 
         here = SimpleNamespace(cuda=gpu, module=SimpleNamespace(__version__="11.4"), load=load)
-        monkeypatch.setattr("export.gate.TensorRt", lambda index, engines: here)
-        monkeypatch.setattr("export.gate._cuda_runs", lambda *arguments: False)
+        monkeypatch.setattr("export.artefacts.TensorRt", lambda index, engines: here)
+        monkeypatch.setattr("export.artefacts._cuda_runs", lambda *arguments: False)
         return gpu
 
     def write_plan(self, bundle: Bundle, name: str, graph: str, gpu: Gpu = H200) -> str:
@@ -235,8 +235,8 @@ class TestPlans:
         def refuse(index: int, engines: Path | None) -> None:
             raise RuntimeUnavailableError("there is no NVIDIA driver")
 
-        monkeypatch.setattr("export.gate.TensorRt", refuse)
-        monkeypatch.setattr("export.gate._cuda_runs", lambda *arguments: False)
+        monkeypatch.setattr("export.artefacts.TensorRt", refuse)
+        monkeypatch.setattr("export.artefacts._cuda_runs", lambda *arguments: False)
         name = self.write_plan(copy, "fits", copy.manifest.files[ONNX_FLOAT32].sha256)
         for device, reason in (("auto", "there is no NVIDIA driver"), ("cpu", "GPUs only")):
             (left_out,) = check_bundle(copy, clips, device=device, threads=1).left_out  # type: ignore[arg-type]
