@@ -25,6 +25,7 @@ ServiceError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -32,6 +33,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from model.video import VideoError
 from service.logging import request_id
@@ -242,10 +244,23 @@ def install(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        known = ServiceError(str(error.detail), headers=dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(_allowed_methods(request))
+        known = ServiceError(str(error.detail), headers=headers)
         known.status = error.status_code
         known.code = _title(error.status_code).lower().replace(" ", "_")
         return refuse(request, known)
+
+
+def _allowed_methods(request: Request) -> Iterator[str]:
+    """What the request's path may be asked with. The framework names the methods of one route,
+    where several may share a path.
+    """
+    for method in ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"):
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
+            yield method
 
 
 def _invalid(detail: str) -> ServiceError:

@@ -26,7 +26,7 @@ from service.state import Running, State
 router = APIRouter(
     prefix="/v1/admin/models",
     tags=["admin"],
-    responses={status: PROBLEM_RESPONSES[status] for status in (401, 403, 404, 429, 503)},
+    responses={status: PROBLEM_RESPONSES[status] for status in (400, 401, 403, 404, 422, 429, 503)},
 )
 _REFUSED: dict[int | str, dict[str, Any]] = {
     409: problem_response("The version cannot be served; store and service are as they were.")

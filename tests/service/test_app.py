@@ -225,3 +225,9 @@ def test_no_page_of_elsewhere_may_call_it_unless_its_origin_is_named(
 def test_what_is_no_origin_is_refused_at_start(origins: str) -> None:
     with pytest.raises(SettingsError, match="TIMESFORMER_CORS_ORIGINS"):
         load_settings(cors_origins=origins)
+
+
+def test_a_path_of_several_routes_names_the_methods_of_all(client: httpx.Client) -> None:
+    answer = client.patch("/v1/admin/models/demo/candidate")
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "DELETE, PUT"
