@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Coroutine
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -47,6 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
+    app.state.stopping = False
     app.state.keyring = Keyring(settings.api_keys_file) if settings.api_keys_file else None
     errors.install(app, app.state.metrics)
     app.state.tracer = open_tracer(settings.tracing)
@@ -55,12 +58,30 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
     for group in (classify, embed, timeline, inference_protocol, model_list):
         app.include_router(group.router, dependencies=[Depends(allow("infer"))])
-    app.include_router(admin.router, dependencies=[Depends(allow("admin"))])
     for router in (health.router, inference_protocol.probes):
         app.include_router(router)
     if settings.pages == "on":
         app.include_router(page.router)
+    if settings.admin_port is None:
+        _administrate(app)
     return app
+
+
+def create_admin_app(app: FastAPI) -> FastAPI:
+    """Administration and metrics of a running app, to be served apart from it."""
+    title = "TimeSformer administration"
+    apart = FastAPI(title=title, version=app.version, openapi_url=None)
+    apart.state = app.state
+    errors.install(apart, app.state.metrics)
+    apart.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
+    apart.include_router(health.router)
+    _administrate(apart)
+    return apart
+
+
+def _administrate(app: FastAPI) -> None:
+    app.include_router(admin.router, dependencies=[Depends(allow("admin"))])
+    app.include_router(health.metrics_router)
 
 
 def _allow_origins(app: FastAPI, origins: str) -> None:
@@ -90,8 +111,12 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
     mirror = Mirror(settings, metrics)
     try:
         models = Models(settings, metrics)
-        await mirror.start()
-        await asyncio.gather(models.start(), decoders.start(), streams.start())
+        await _timed("store", mirror.start(), metrics)
+        await asyncio.gather(
+            _timed("models", models.start(), metrics),
+            _timed("decoders", decoders.start(), metrics),
+            streams.start(),
+        )
         tell_of_sandbox(settings, metrics, decoders)
         _watch(metrics, settings, decoders)
         metrics.timelines_waiting.set_function(lambda: streams.waiting)
@@ -110,6 +135,12 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
         streams.close()
         spool.close()
         await asyncio.to_thread(app.state.tracer.close)
+
+
+async def _timed(stage: str, start: Coroutine[Any, Any, None], metrics: Metrics) -> None:
+    started = time.perf_counter()
+    await start
+    metrics.start_seconds.labels(stage).set(time.perf_counter() - started)
 
 
 def _watch(metrics: Metrics, settings: Settings, decoders: DecoderPool) -> None:

@@ -276,6 +276,13 @@ class Metrics:
         self.ready = Gauge(
             "timesformer_ready", "1 while the service accepts work.", registry=self.registry
         )
+        self.start_seconds = Gauge(
+            "timesformer_start_seconds",
+            "What the start took, by stage: imports, store (a copy of one at a URL), then models "
+            "and decoders side by side; total is from the start of the process until it listened.",
+            ["stage"],
+            registry=self.registry,
+        )
         self.registry.register(GpuCollector())
         for reason in DROPPED:
             self.dropped.labels(reason)
@@ -296,6 +303,11 @@ class Metrics:
             self.engines_removed,
         ):
             metric.labels(name)
+
+    def start_stages(self) -> dict[str, float]:
+        """Seconds of each stage of the start."""
+        (family,) = self.start_seconds.collect()
+        return {sample.labels["stage"]: sample.value for sample in family.samples}
 
     def watch_disk(self, volume: str, folder: Path) -> None:
         """Reports the file system of `folder` as `volume`."""

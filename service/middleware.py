@@ -58,6 +58,9 @@ class RequestContext:
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = identifier
                 _add_security_headers(message["headers"])
+                if scope["app"].state.stopping:
+                    # So that the client's next request goes elsewhere.
+                    MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
         with spanned(span):

@@ -52,6 +52,14 @@ class Settings(BaseSettings):
         description="Address to listen on. Set 0.0.0.0 in a container or behind a proxy.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    admin_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port for `/v1/admin` and `/metrics`, which are then not on the other one; 0 "
+        "takes a free one. Without it they are on the same port. Administration needs a key with "
+        "the scope `admin` on either.",
+    )
     store: Path | None = Field(
         None,
         description="Folder of bundles, as `timesformer export --store` writes it. Without it the "
@@ -170,8 +178,17 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(
         120.0, gt=0, description="Longest time from a complete upload to its answer; then 504."
     )
+    shutdown_delay_s: float = Field(
+        0.0,
+        ge=0,
+        description="After SIGTERM, how long the service goes on taking requests while it says "
+        "that it is not ready, so that load balancers notice before it refuses.",
+    )
     shutdown_grace_s: float = Field(
-        30.0, ge=0, description="After SIGTERM, how long requests in progress may take to finish."
+        30.0,
+        ge=0,
+        description="After that, how long requests in progress may take to finish. What is not "
+        "done then, a stalled upload too, is cut off.",
     )
     max_long_upload_bytes: int = Field(
         2048 * MIB,
@@ -281,6 +298,12 @@ class Settings(BaseSettings):
                 f"max_spool_bytes ({self.max_spool_bytes}) is below max_upload_bytes "
                 f"({self.max_upload_bytes}): the largest upload would never fit"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Settings:
+        if self.admin_port == self.port != 0:
+            raise ValueError(f"admin_port is {self.port} as port is: give it another, or none")
         return self
 
 

@@ -35,5 +35,16 @@ def _running(request: Request) -> State:
     return state
 
 
+def _accepting(request: Request, state: Annotated[State, Depends(_running)]) -> State:
+    if request.app.state.stopping:
+        raise NotReadyError("The service is stopping.")
+    return state
+
+
 Running = Annotated[State, Depends(_running)]
 """The state, for endpoints that need a service that is ready; else they answer 503."""
+
+Accepting = Annotated[State, Depends(_accepting)]
+"""The same for readiness: it is gone as soon as the service is to stop, while it serves on a little
+for those who have not heard yet.
+"""

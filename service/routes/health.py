@@ -10,9 +10,10 @@ from service.errors import NotReadyError
 from service.metrics import CONTENT_TYPE, Metrics
 from service.requests import PROBLEM_RESPONSES
 from service.schemas import LiveResponse, ModelName, ModelState, ReadyResponse
-from service.state import Running
+from service.state import Accepting
 
 router = APIRouter(tags=["health"])
+metrics_router = APIRouter(tags=["health"])
 
 
 @router.get("/health/live", summary="Is the process alive?")
@@ -27,11 +28,11 @@ async def live() -> LiveResponse:
     responses={status: PROBLEM_RESPONSES[status] for status in (404, 503)},
 )
 async def ready(
-    state: Running,
+    state: Accepting,
     model: Annotated[str | None, Query(description="Ask for this one of several models.")] = None,
 ) -> ReadyResponse:
-    """200 once the models are loaded and warm, 503 before, while the service stops and while every
-    engine fails.
+    """200 once the models are loaded and warm; 503 before, as soon as the service is to stop, and
+    while every engine fails.
 
     Of several models one that could not be loaded does not keep the others from serving, so that
     one is enough, unless `model` asks for a certain one.
@@ -59,7 +60,7 @@ async def ready(
     )
 
 
-@router.get(
+@metrics_router.get(
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,

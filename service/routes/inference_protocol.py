@@ -31,7 +31,7 @@ from service.schemas import (
     inlined_schema,
 )
 from service.served import ServedModel
-from service.state import Running, State
+from service.state import Accepting, Running, State
 from service.tensors import HEADER_LENGTH, Body, Inference, body_limit, decode, encode
 from service.turns import PRIORITIES, Answer, Priority
 from service.uploads import Limit, receive_tensors
@@ -108,8 +108,8 @@ async def server_live() -> LiveResponse:
 
 
 @probes.get("/health/ready", summary="Can the server take requests?", responses=_problems(503))
-async def server_ready(state: Running) -> ServerReady:
-    """200 once the model is loaded and warm, 503 before and while the service stops."""
+async def server_ready(state: Accepting) -> ServerReady:
+    """200 once the models are loaded and warm; 503 before, and as soon as it is to stop."""
     return ServerReady()
 
 

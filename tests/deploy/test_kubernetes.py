@@ -192,12 +192,12 @@ def test_a_rollout_loses_no_request(manifests: list[Manifest]) -> None:
         assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
         pod = deployment["spec"]["template"]["spec"]
         (container,) = pod["containers"]
-        command, pause = container["lifecycle"]["preStop"]["exec"]["command"]
-        grace = float(settings_of(manifests)["TIMESFORMER_SHUTDOWN_GRACE_S"])
-        assert command == "sleep"
-        assert pod["terminationGracePeriodSeconds"] >= float(pause) + grace + 5
+        settings = settings_of(manifests)
+        delay = float(settings["TIMESFORMER_SHUTDOWN_DELAY_S"])
+        grace = float(settings["TIMESFORMER_SHUTDOWN_GRACE_S"])
+        assert pod["terminationGracePeriodSeconds"] >= delay + grace + 5
         readiness = container["readinessProbe"]
-        assert float(pause) > readiness["periodSeconds"] * readiness["failureThreshold"]
+        assert delay > readiness["periodSeconds"] * readiness["failureThreshold"]
 
 
 def test_what_is_set_are_settings(manifests: list[Manifest], monkeypatch: Any) -> None:

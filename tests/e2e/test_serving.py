@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import httpx
 import pytest
 
 from model.demo import SAMPLE_CLIP
+from service.auth import ApiKey, new_key, write_keys
 from tests.e2e.conftest import TIMESFORMER
 
 
@@ -80,6 +83,96 @@ def test_on_sigterm_it_finishes_what_runs_and_exits_with_0(start_service: Any) -
         assert left_after_a_moment(workers) == set()
 
 
+def test_on_sigterm_it_is_not_ready_first_serves_on_for_the_delay_and_then_refuses(
+    start_service: Any,
+) -> None:
+    with start_service("--shutdown-delay-s", "6") as service:
+        client, content = service.client, SAMPLE_CLIP.read_bytes()
+        assert client.get("/health/ready").status_code == 200
+        service.process.send_signal(signal.SIGTERM)
+        while client.get("/health/ready").status_code != 503:
+            time.sleep(0.01)
+        assert client.get("/v2/health/ready").status_code == 503
+        assert client.get("/health/live").status_code == 200
+        assert "timesformer_ready 0.0" in client.get("/metrics").text
+        answer = client.post("/v1/classify", content=content)
+        assert answer.status_code == 200
+        assert answer.headers["connection"] == "close"
+        assert service.process.wait(60) == 0
+        with pytest.raises(httpx.ConnectError):
+            client.get("/health/live")
+
+
+def stall(service: Any, spool: Path) -> socket.socket:
+    """A client that begins an upload and goes no further; back once the service has begun too."""
+    sender = socket.create_connection((service.client.base_url.host, service.client.base_url.port))
+    sender.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nabc")
+    while not any(path.is_file() for path in spool.rglob("*")):
+        time.sleep(0.01)
+    return sender
+
+
+def test_a_stalled_upload_does_not_hold_up_the_stop_beyond_the_grace(
+    start_service: Any, tmp_path: Path
+) -> None:
+    flags = ("--shutdown-grace-s", "1", "--upload-timeout-s", "600", "--spool-dir", str(tmp_path))
+    with start_service(*flags) as service, stall(service, tmp_path):
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(60) == 0
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(
+    start_service: Any, tmp_path: Path, second: signal.Signals
+) -> None:
+    flags = ("--shutdown-delay-s", "600", "--shutdown-grace-s", "600", "--spool-dir", str(tmp_path))
+    with start_service(*flags) as service, stall(service, tmp_path):
+        workers = children_of(service.process.pid)
+        service.process.send_signal(signal.SIGTERM)
+        while service.client.get("/health/ready").status_code != 503:
+            time.sleep(0.01)
+        service.process.send_signal(second)
+        assert service.process.wait(60) == 128 + second
+        assert left_after_a_moment(workers) == set()
+
+
+def test_it_says_what_its_start_took(service: Any) -> None:
+    (line,) = [line for line in service.log if line.startswith("ready at ")]
+    total = float(line.split(" after ")[1].split()[0])
+    metrics = service.client.get("/metrics").text
+    found = dict(re.findall(r'timesformer_start_seconds\{stage="(\w+)"\} (\S+)', metrics))
+    assert set(found) == {"imports", "store", "models", "decoders", "total"}
+    assert float(found["total"]) == pytest.approx(total, abs=0.06)
+    assert 0 < float(found["imports"]) < total
+    assert 0 < max(float(found["models"]), float(found["decoders"])) < total
+
+
+def test_administration_and_metrics_may_have_a_port_of_their_own(
+    start_service: Any, tmp_path: Path
+) -> None:
+    key, digest = new_key()
+    write_keys(tmp_path / "keys", (ApiKey(name="root", sha256=digest, scopes=("admin",)),))
+    headers = {"Authorization": f"Bearer {key}"}
+    flags = ("--admin-port", "0", "--api-keys-file", str(tmp_path / "keys"))
+    with start_service(*flags) as service, contextlib.ExitStack() as stack:
+        (line,) = [line for line in service.log if line.startswith("administration and metrics at")]
+        admin = stack.enter_context(httpx.Client(base_url=line.split()[-1], timeout=60))
+        for path in ("/metrics", "/v1/admin/models"):
+            assert service.client.get(path, headers=headers).status_code == 404
+        assert "timesformer_ready 1.0" in admin.get("/metrics").text
+        assert admin.get("/health/ready").status_code == 200
+        assert admin.get("/v1/admin/models").status_code == 401
+        (model,) = admin.get("/v1/admin/models", headers=headers).json()["models"]
+        assert model["serving"] == "1"
+        assert admin.post("/v1/classify", headers=headers, content=b"x").status_code == 404
+        content = SAMPLE_CLIP.read_bytes()
+        answer = service.client.post("/v1/classify", content=content, headers=headers)
+        assert answer.status_code == 200
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(60) == 0
+
+
 def test_after_kill_9_no_decoder_stays_behind_and_the_next_start_clears_the_spool(
     start_service: Any, tmp_path: Path
 ) -> None:
@@ -122,6 +215,7 @@ def test_requests_survive_the_death_of_a_decoder(service: Any) -> None:
         (["--max-queue-clips", "1"], 2, "max_queue_clips"),
         (["--store", "/nowhere"], 1, "is empty"),
         (["--model", "nobody"], 1, "nobody"),
+        (["--port", "8000", "--admin-port", "8000"], 2, "admin_port"),
         (["--device", "cuda"], 1, "CUDAExecutionProvider"),
     ],
 )
