@@ -19,43 +19,18 @@ from export.artefacts import LeftOut
 from export.bench import Entrant
 from export.bundle import ONNX_FLOAT32, Bundle
 from export.onnx import export_onnx
+from export.published import AsPublished
 from export.reference import load_network
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from model.checkpoints import save_huggingface
 from model.cost import cost
-from model.timesformer import TimeSformer
 
 NAIVE = "naive export, ONNX Runtime"
 EAGER = "original, PyTorch eager"
 COMPILED = "original, torch.compile"
 HUGGING_FACE = "Hugging Face transformers"
 OPENVINO = "rewritten graph, OpenVINO"
-
-
-class AsPublished(TimeSformer):
-    """The network as its published implementations write it: class token and patches in one row
-    all the way, normed together, and then the first of them taken.
-
-    Ours keeps the two apart, so that an exporter or compiler sees that the last block's MLP of the
-    patches is never read, and drops it. Who exports a published one does not get that.
-    """
-
-    @classmethod
-    def of(cls, model: TimeSformer) -> AsPublished:
-        """The same weights."""
-        published = cls(model.config).eval()
-        published.load_state_dict(model.state_dict())
-        return published
-
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        token, patches = self._embed(frames)
-        for block in self.blocks:
-            token, patches = block(token, patches)
-        if self.config.attention_type == "space_only":
-            return super().forward(frames)  # a token a frame: there is no row
-        embedding = self.norm(torch.cat([token, patches.flatten(1, 3)], dim=1))[:, 0]
-        return self.head(embedding), embedding
 
 
 def open_yardsticks(

@@ -16,19 +16,20 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from export.bench import Entrant, speed_up, take_turns, timing
 from export.onnx import export_onnx
 from export.precision import quantize
+from export.published import AsPublished
 from export.reference import run_reference
 from export.rewrite import REWRITES, InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verify import compare
-from export.yardsticks import NAIVE, AsPublished
-from model.config import VARIANTS, ModelConfig
+from export.yardsticks import NAIVE
+from model.config import VARIANTS
 from model.cost import cost
 from model.timesformer import TimeSformer
+from tests.benchmarks.networks import random_model
 
 OURS_DROPPED = "the same, last MLP dropped"
 REWRITTEN = "rewritten"
@@ -69,16 +70,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--without", action="store_true")
     return parser.parse_args()
-
-
-def random_model(config: ModelConfig) -> TimeSformer:
-    """No weight is zero; the scale is that of trained weights, so that attention is not uniform."""
-    generator = torch.Generator().manual_seed(0)
-    model = TimeSformer(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.03)
-    return model
 
 
 def load(model: TimeSformer, folder: Path, threads: int, without: bool) -> dict[str, OnnxRuntime]:

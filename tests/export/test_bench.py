@@ -19,9 +19,10 @@ from export.machine import machine_facts, resident_bytes, versions
 from export.measure import measure_bundle
 from export.onnx import ExportError, export_onnx
 from export.precision import quantize
+from export.published import AsPublished
 from export.rewrite import rewrite
 from export.runtime.onnxruntime import OnnxRuntime
-from export.yardsticks import COMPILED, EAGER, HUGGING_FACE, NAIVE, OPENVINO, AsPublished
+from export.yardsticks import COMPILED, EAGER, HUGGING_FACE, NAIVE, OPENVINO
 from model.config import ATTENTION_TYPES, AttentionType
 from model.cost import cost
 from tests.model.conftest import random_model, tiny_config
