@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from export.bundle import GRAPHS, ONNX_FLOAT32, Bundle
+from export.bundle import GPU_KINDS, GRAPHS, ONNX_FLOAT32, Bundle
 from export.runtime.interface import Device, Runtime, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import Plan, engines_folder, plans_in
@@ -19,8 +19,8 @@ from export.runtime.tensorrt import TensorRt
 
 logger = logging.getLogger(__name__)
 
-CPU_ONLY = frozenset({"int8"})
-"""Precisions whose graphs no GPU takes."""
+CPU_ONLY = frozenset({"int8", "int8-qdq", "fp8"})
+"""Graphs that ONNX Runtime does not take to a GPU: of 8 bits, which there are TensorRT's."""
 
 
 class Artefact(NamedTuple):
@@ -71,7 +71,7 @@ def find_artefacts(
         largest: most clips in a batch.
         threads: on the CPU; 0 for one per usable core.
         cuda: whether ONNX Runtime has a usable GPU; None tries it, which takes seconds.
-        emulate: FP16 graphs run on CPUs too, slowly, rounding as GPUs do; else they are left out.
+        emulate: graphs for GPUs run on CPUs too, slowly, rounding as GPUs do; else they are left out.
 
     Raises:
         RuntimeUnavailableError: the device that was asked for cannot be used.
@@ -94,21 +94,24 @@ def find_artefacts(
 def open_graph(bundle: Bundle, precision: str, *, cuda: bool, threads: int = 0) -> Runtime:
     """A graph in an engine that computes what the graph says.
 
-    FP16 on a CPU is computed in float32 and rounded as GPUs round; see `export.emulation`.
+    What is for GPUs is computed in float32 on a CPU and rounded as GPUs round; see
+    `export.emulation`. ONNX Runtime on a GPU takes FP16 of it; INT8 and FP8 are TensorRT's there.
 
     Raises:
         RuntimeUnavailableError: it cannot be loaded here.
-        ModuleNotFoundError: FP16 on a CPU needs `onnx`.
+        ModuleNotFoundError: rounding on a CPU needs `onnx`.
     """
     path = bundle.file(GRAPHS[precision])
-    if precision != "fp16" or cuda:
+    cuda = cuda and precision not in CPU_ONLY
+    if precision not in GPU_KINDS or cuda:
         return OnnxRuntime(path, cuda=cuda, threads=threads, precision=precision)
     import onnx
 
     from export.emulation import emulate
 
-    runtime = OnnxRuntime(emulate(onnx.load(path)), cuda=False, threads=threads, precision="fp16")
-    runtime.provider += ", FP16 rounding emulated"
+    model = emulate(onnx.load(path))
+    runtime = OnnxRuntime(model, cuda=False, threads=threads, precision=precision)
+    runtime.provider += ", rounding emulated"
     return runtime
 
 
@@ -130,7 +133,7 @@ def _graphs(
         if file not in bundle.manifest.files:
             continue
         on_gpu = cuda and precision not in CPU_ONLY
-        if precision == "fp16" and not on_gpu:
+        if precision in GPU_KINDS and not on_gpu:
             if not emulate:
                 yield LeftOut(file, "is for GPUs")
                 continue

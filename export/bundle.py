@@ -41,8 +41,20 @@ WEIGHTS = "weights.safetensors"
 ONNX_FLOAT32 = "model.onnx"
 ONNX_INT8 = "model.int8.onnx"
 ONNX_FP16 = "model.fp16.onnx"
-GRAPHS = {"float32": ONNX_FLOAT32, "fp16": ONNX_FP16, "int8": ONNX_INT8}
-"""The file of each precision."""
+ONNX_INT8_QDQ = "model.int8-qdq.onnx"
+ONNX_FP8 = "model.fp8.onnx"
+GRAPHS = {
+    "float32": ONNX_FLOAT32,
+    "fp16": ONNX_FP16,
+    "int8": ONNX_INT8,
+    "int8-qdq": ONNX_INT8_QDQ,
+    "fp8": ONNX_FP8,
+}
+"""The file of each kind of graph. INT8 is two: rounded at run time for CPUs, by calibrated ranges
+for TensorRT."""
+GPU_KINDS = frozenset({"fp16", "int8-qdq", "fp8"})
+"""Graphs that no CPU computes as they say; `export.emulation` shows there what a GPU does."""
+REPORT = "report.html"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _STAGING = ".staging-"
 
@@ -111,12 +123,40 @@ class ProductReport(_Model):
     """A matrix product of a graph of lower precision."""
 
     name: str = Field(description="the module of the network and the operator")
-    precision: Literal["float32", "fp16"]
+    precision: Literal["float32", "fp16", "int8", "fp8"]
     inputs: tuple[float, float] = Field(
         description="largest magnitude of each factor on the calibration clips"
     )
     output: float = Field(description="the same of the result, before a bias is added")
-    reason: str | None = Field(None, description="why it stays in float32")
+    error: float | None = Field(
+        default=None,
+        description="by how much of its length 8 bits put the result off on the calibration clips",
+    )
+    reason: str | None = Field(None, description="why it is not of the graph's own precision")
+
+
+class CalibrationReport(_Model):
+    """What ranges were measured on, and how those of 8 bits were chosen."""
+
+    source: str = Field(description="name of the folder or list of videos, or `rendered`")
+    clips: int = Field(ge=1)
+    methods: dict[str, str] = Field(
+        default_factory=dict, description="how much of the activations' range each graph covers"
+    )
+    agreement: dict[str, dict[str, float]] = Field(
+        default_factory=dict,
+        description="what decided that: least cosine on calibration clips, by graph and method",
+    )
+
+
+class Choice(_Model):
+    """What `auto` takes on a kind of device."""
+
+    order: tuple[str, ...] = Field(min_length=1, description="precisions, the fastest first")
+    reason: str
+    milliseconds: dict[str, float] | None = Field(
+        default=None, description="a clip's, by precision, where they were measured"
+    )
 
 
 class Manifest(_Model):
@@ -140,6 +180,13 @@ class Manifest(_Model):
     verification: dict[str, Parity]
     products: dict[str, tuple[ProductReport, ...]] = Field(
         default_factory=dict, description="of each graph whose precision was chosen by calibration"
+    )
+    calibration: CalibrationReport | None = None
+    fastest: dict[Literal["cpu", "gpu"], Choice] = Field(
+        default_factory=dict, description="what `auto` takes, where the export was to find out"
+    )
+    rejected: dict[str, str] = Field(
+        default_factory=dict, description="graphs that `auto` tried and that failed, and why"
     )
     temperature: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="what logits are divided by to become scores"

@@ -3,7 +3,8 @@
 ONNX Runtime's CPU provider computes FP16 operators in float32 and drops the casts between them: an
 overflow would not show. The graph that is made here computes in float32 throughout and rounds to
 FP16 by a pair of casts wherever the original gives an FP16 number; such pairs are kept. Sums within
-a product are not rounded, as on tensor cores.
+a product are not rounded, as on tensor cores. INT8 and FP8 are in the graph as nodes that round,
+which ONNX Runtime computes as they are.
 """
 
 from __future__ import annotations

@@ -138,9 +138,11 @@ class _Converter:
                 self._nodes.append(node)
         read = {name for node in self._nodes for name in node.input}
         halves = [
-            numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), _half(name))
+            numpy_helper.from_array(
+                numpy_helper.to_array(tensor).astype(np.float16), half_name(name)
+            )
             for name, tensor in self._weights.items()
-            if _half(name) in read
+            if half_name(name) in read
         ]
         kept = [tensor for name, tensor in self._weights.items() if name in read]
         del graph.node[:], graph.initializer[:], graph.value_info[:]
@@ -155,7 +157,7 @@ class _Converter:
         del typed.input[:]
         typed.input.extend(inputs)
         if kind == HALF:
-            typed.output[0] = _half(node.output[0])
+            typed.output[0] = half_name(node.output[0])
         for attribute in typed.attribute:
             if node.op_type == "Cast" and attribute.name == "to":
                 attribute.i = kind
@@ -195,7 +197,7 @@ class _Converter:
         """The name of a tensor in a type, cast here if it is not there yet."""
         if name not in self._floats:
             return name
-        wanted, other = (_half(name), name) if kind == HALF else (name, _half(name))
+        wanted, other = (half_name(name), name) if kind == HALF else (name, half_name(name))
         if name not in self._weights and kind not in self._made[name]:
             self._nodes.append(
                 helper.make_node("Cast", [other], [wanted], name=f"{wanted}/Cast", to=kind)
@@ -218,7 +220,8 @@ class _Converter:
         return self._wanted[name]
 
 
-def _half(name: str) -> str:
+def half_name(name: str) -> str:
+    """What the FP16 form of a float32 tensor is called."""
     return f"{name}_fp16"
 
 
@@ -275,6 +278,8 @@ def _allowed(
         return {FLOAT, HALF} if adds_bias and not half_products.isdisjoint(node.input) else {FLOAT}
     if node.op_type in _FLOAT32_ONLY:
         return {FLOAT}
+    if node.op_type in {"QuantizeLinear", "DequantizeLinear"}:
+        return {HALF}
     if node.op_type in _MOVES | {"Cast", "Gelu"}:
         return {FLOAT, HALF}
     raise ExportError(f"the FP16 graph has an operator that nothing is known of: {node.op_type}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from export.bundle import (
+    GPU_KINDS,
     GRAPHS,
     LABELS,
     ONNX_FLOAT32,
-    ONNX_FP16,
-    ONNX_INT8,
     WEIGHTS,
     Bundle,
     BundleError,
@@ -30,12 +29,11 @@ from export.bundle import (
     TensorSpec,
     sha256_of,
 )
+from export.choice import choose
 from export.clips import calibration_clips, verification_clips
 from export.emulation import emulate
-from export.fp16 import export_fp16
+from export.graphs import Clips, Precision, kinds_of, write_graphs
 from export.onnx import INPUT_NAME, OUTPUT_NAMES, ExportError, export_onnx
-from export.precision import quantize
-from export.products import record_magnitudes
 from export.reference import run_reference
 from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.interface import Outputs
@@ -51,9 +49,7 @@ from model.training.errors import DataError
 from model.training.evaluation import predict
 from model.training.sources import VideoList
 
-Precision = Literal["float32", "fp16", "int8"]
-
-_LIMITS = {file: LIMITS[precision] for precision, file in GRAPHS.items()}
+_KINDS = {file: kind for kind, file in GRAPHS.items()}
 _PREPROCESSING_FIELDS = tuple(Preprocessing.__dataclass_fields__)
 _SOFTWARE = (
     "torch",
@@ -90,9 +86,10 @@ def export_bundle(
     Args:
         labels: one a class; by default the checkpoint's own, else `class 0`, `class 1`, ...
         videos: files whose clips the artefacts are compared on.
-        precisions: what the bundle shall hold besides float32, which it always holds.
-        calibration: videos to measure on how large the network's numbers become, which decides
-            what of it is in FP16; see `calibration_clips`.
+        precisions: what the bundle shall hold besides float32, which it always holds. `auto` tries
+            all, leaves out what fails, and notes which is the fastest of the rest.
+        calibration: videos to measure on how the network's numbers are spread, which decides what
+            of it is in FP16, INT8 and FP8; see `calibration_clips`.
         training: metrics to be kept in the manifest.
         temperature: what logits are to be divided by before the softmax.
         calibrate_on: videos to fit the temperature on instead, with the float32 graph; not those
@@ -111,10 +108,15 @@ def export_bundle(
     names = _labels(labels or checkpoint.labels, config.num_classes)
     model = checkpoint.build()
     clips = verification_clips(config, videos)
-    ranges_on = clips
-    if "fp16" in precisions:
+    kinds = kinds_of(precisions)
+    # Those that are named must pass; what `auto` adds may be left out.
+    optional = set(kinds) - set(kinds_of([each for each in precisions if each != "auto"]))
+    measured_on = None
+    if not GPU_KINDS.isdisjoint(kinds):
         report("preparing the clips to calibrate on")
-        ranges_on = np.concatenate([clips, calibration_clips(config, calibration)])
+        ranges_on = calibration_clips(config, calibration)
+        source = calibration.name if calibration else "rendered"
+        measured_on = Clips(np.concatenate([clips, ranges_on]), ranges_on, source)
     with store.staging(name) as staging:
         report("writing the weights")
         _write_weights(model, staging / WEIGHTS, names)
@@ -122,20 +124,14 @@ def export_bundle(
         report("exporting to ONNX")
         network = rewrite(model)
         export_onnx(network, staging / ONNX_FLOAT32)
-        products = {}
-        if "fp16" in precisions:
-            report(f"measuring ranges on {len(ranges_on)} clips")
-            magnitudes = record_magnitudes(staging / ONNX_FLOAT32, ranges_on)
-            report("rounding to FP16")
-            products[ONNX_FP16] = export_fp16(
-                staging / ONNX_FLOAT32, staging / ONNX_FP16, magnitudes
-            )
-        if "int8" in precisions:
-            report("rounding to INT8")
-            quantize(staging / ONNX_FLOAT32, staging / ONNX_INT8)
+        written = write_graphs(staging, kinds, measured_on, optional, report)
         graphs = [staging / file for file in GRAPHS.values() if (staging / file).is_file()]
-        report(f"verifying on {len(clips)} clips")
-        verification = _verify(model, graphs, clips)
+        verification, failed = _verify(model, graphs, clips, optional, report)
+        written.rejected.update(failed)
+        fastest = {}
+        if "auto" in precisions:
+            report("timing")
+            fastest = choose(staging, verification, clips[:1])
         if calibrate_on is not None:
             report(f"calibrating on {len(calibrate_on.samples)} videos")
             temperature = _fit_temperature(graphs[0], config.preprocessing, calibrate_on)
@@ -163,7 +159,12 @@ def export_bundle(
             network_cost=_network_cost(config),
             graph_cost=_graph_cost(network),
             verification=verification,
-            products=products,
+            products={
+                file: found for file, found in written.products.items() if file in verification
+            },
+            calibration=written.calibration(measured_on),
+            fastest=fastest,
+            rejected=written.rejected,
             temperature=temperature,
             training=dict(training) if training else None,
             parent=parent,
@@ -179,29 +180,44 @@ def _write_weights(model: TimeSformer, path: Path, labels: Sequence[str]) -> Non
 
 
 def _verify(
-    model: TimeSformer, graphs: Sequence[Path], clips: NDArray[np.uint8]
-) -> dict[str, Parity]:
-    """Each graph's parity with the network, which it has passed, by file name."""
+    model: TimeSformer,
+    graphs: Sequence[Path],
+    clips: NDArray[np.uint8],
+    optional: Collection[str],
+    report: Callable[[str], None],
+) -> tuple[dict[str, Parity], dict[str, str]]:
+    """Each graph's parity with the network, which it has passed, by file name; and why an optional
+    one has not, which is removed."""
     reference = run_reference(model, clips)
-    return {graph.name: _verify_graph(graph, reference, clips) for graph in graphs}
+    passed, failed = {}, {}
+    for graph in graphs:
+        report(f"verifying {graph.name} on {len(clips)} clips")
+        try:
+            passed[graph.name] = _verify_graph(graph, reference, clips)
+        except VerificationError as error:
+            if _KINDS[graph.name] not in optional:
+                raise VerificationError(f"{error}: nothing was published") from error
+            failed[graph.name] = str(error)
+            graph.unlink()
+    return passed, failed
 
 
 def _verify_graph(graph: Path, reference: Outputs, clips: NDArray[np.uint8]) -> Parity:
-    emulated = graph.name == ONNX_FP16  # for GPUs, which round where the graph says
-    runtime = OnnxRuntime(emulate(onnx.load(graph)) if emulated else graph, cuda=False)
+    kind = _KINDS[graph.name]
+    model = emulate(onnx.load(graph)) if kind in GPU_KINDS else graph
+    runtime = OnnxRuntime(model, cuda=False)
     try:
-        parity = compare(reference, run_in_batches(runtime, clips), _LIMITS[graph.name])
+        parity = compare(reference, run_in_batches(runtime, clips), LIMITS[kind])
     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
         raise VerificationError(
-            f"{graph.name} does not run as the network does: {error}; nothing was published"
+            f"{graph.name} does not run as the network does: {error}"
         ) from error
     finally:
         runtime.close()
     if not parity.passed:
         raise VerificationError(
             f"{graph.name} differs from the network by {parity.max_difference:.3g} in its logits "
-            f"and {parity.embedding_max_difference:.3g} in its embedding, {_verdict(parity)}: "
-            "nothing was published"
+            f"and {parity.embedding_max_difference:.3g} in its embedding, {_verdict(parity)}"
         )
     return parity
 

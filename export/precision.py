@@ -38,7 +38,7 @@ def quantize(source: Path, target: Path) -> None:
     model = shape_inference.infer_shapes(onnx.load(source), strict_mode=True)
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    chosen = {node.output[0] for node in _large_products(graph, weights)}
+    chosen = {node.output[0] for node in large_products(graph, weights)}
     if not chosen:
         raise ExportError(f"{source.name} has no product of a size that INT8 would make faster")
     nodes, quantized, seen = [], {}, set()
@@ -78,7 +78,7 @@ def round_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray
     return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
 
 
-def _large_products(graph: onnx.GraphProto, weights: dict[str, TensorProto]) -> Iterator[NodeProto]:
+def large_products(graph: onnx.GraphProto, weights: dict[str, TensorProto]) -> Iterator[NodeProto]:
     """Products of many tokens with a matrix of weights, but for the one that reads the pixels."""
     shapes = {
         value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]

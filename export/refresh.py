@@ -22,11 +22,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from export.bundle import GRAPHS, WEIGHTS, Bundle, BundleError, BundleStore
+from export.artefacts import open_graph
+from export.bundle import GPU_KINDS, WEIGHTS, Bundle, BundleError, BundleStore
 from export.comparison import Comparison, Decision, Rule, compare, decide
-from export.pipeline import Precision, export_bundle
+from export.graphs import Precision, precisions_of
+from export.pipeline import export_bundle
 from export.runtime import Device, load_runtime
 from export.runtime.interface import Precision as ServedPrecision
 from model.checkpoints import Checkpoint, load_checkpoint
@@ -197,8 +199,7 @@ def _plan(task: Task) -> _Plan:
         hold_out = task.hold_out or _parents_hold_out(task.parent)
         training, held_out = data.split(*hold_out)
     # A service may be told to want what the parent has.
-    had = {each for each in get_args(Precision) if GRAPHS[each] in task.parent.manifest.files}
-    precisions = task.precisions | had - {"float32"}
+    precisions = task.precisions | precisions_of(task.parent)
     return _Plan(task, labels, training, held_out, hold_out, precisions)
 
 
@@ -384,7 +385,11 @@ def _predictions(
 
 def _predict(bundle: Bundle, plan: _Plan, device: Device, processes: int) -> Predictions:
     """What the bundle says of the hold-out, by the engine that serves it."""
-    runtime = load_runtime(bundle, device, precision=plan.task.served)
+    served = plan.task.served
+    if served in GPU_KINDS:
+        runtime = open_graph(bundle, served, cuda=False)
+    else:
+        runtime = load_runtime(bundle, device, precision=served)
     try:
         found = predict(
             plan.held_out,

@@ -57,6 +57,7 @@ _PLUMBING = {
     "SQUEEZE",
     "UNSQUEEZE",
 }
+_COUNTING = {"INT32", "INT64"}
 # Kinds of layers that compute different things, and the class that says which.
 _OPERATIONS = {
     "ELEMENTWISE": "IElementWiseLayer",
@@ -297,7 +298,7 @@ def layer_types(network: Any) -> dict[str, dict[str, int]]:
     counted: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for layer in _layers(network):
         kind, given = layer.type.name, layer.get_output(0).dtype.name
-        if kind not in _PLUMBING and not given.startswith("INT"):
+        if kind not in _PLUMBING and given not in _COUNTING:
             counted[kind][given] += 1
     return {kind: dict(counted[kind]) for kind in sorted(counted)}
 

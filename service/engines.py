@@ -6,6 +6,7 @@ chose other kernels than any other one, and a plan may have been refitted.
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import threading
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from export.verify import LIMITS, compare, run_in_batches
 from model.demo import SAMPLE_CLIP
 from model.video import load_clips
 from service.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 class TensorRtState(NamedTuple):
@@ -43,11 +46,13 @@ def find_tensorrt(settings: Settings) -> tuple[TensorRt | None, TensorRtState]:
     """TensorRT on this machine's GPU, or None and why not."""
     if settings.tensorrt == "off":
         return None, OFF
-    if settings.device == "cpu" or settings.precision == "int8":
+    if settings.device == "cpu":
         return None, TensorRtState("off", "the CPU is to be used")
     try:
         return TensorRt(settings.gpu, settings.engines), BUILDING
     except RuntimeUnavailableError as error:
+        if settings.precision in ("fp16", "fp8"):
+            logger.warning("precision %s needs TensorRT: %s", settings.precision, error)
         return None, TensorRtState("unavailable", str(error))
 
 

@@ -102,7 +102,10 @@ def load_model(bundle: Bundle, settings: Settings, engines: Engines | None = Non
     bundle.verify()
     runtime, tensorrt = _load_plan(bundle, engines) if engines else (None, OFF)
     if runtime is None:
-        runtime = load_runtime(bundle, settings.device, settings.engine_threads, settings.precision)
+        precision = settings.precision
+        if engines is not None and precision != "auto":
+            precision = "float32"  # stands in for a plan with answers as near as they come
+        runtime = load_runtime(bundle, settings.device, settings.engine_threads, precision)
     try:
         _warm_up(bundle, runtime, max_batch(settings, runtime))
     except Exception as error:  # engines' exceptions share no base but Exception

@@ -324,7 +324,7 @@ class ModelFacts(_Schema):
     engine: str
     provider: str
     device: str = Field(description="`cpu` or `cuda`.")
-    precision: str = Field(description="`float32` or `int8`.")
+    precision: str = Field(description="`float32`, `fp16`, `int8` or `fp8`.")
     tensorrt: str = Field(description=_TENSORRT)
     temperature: float = Field(description="What logits are divided by before the softmax.")
     training: dict[str, object] | None
@@ -509,7 +509,7 @@ class ReadyResponse(_Schema):
     engine: str
     provider: str
     device: str
-    precision: str = Field(description="`float32` or `int8`.")
+    precision: str = Field(description="`float32`, `fp16`, `int8` or `fp8`.")
     tensorrt: str = Field(description=_TENSORRT)
     models: tuple[ModelState, ...]
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "float32", "int8"]
+Precision = Literal["auto", "float32", "fp16", "int8", "fp8"]
 
 
 class RuntimeUnavailableError(RuntimeError):
@@ -41,7 +41,7 @@ class Runtime(Protocol):
 
     @property
     def precision(self) -> str:
-        """`float32` or `int8`: of the graph that is loaded."""
+        """`float32`, `fp16`, `int8` or `fp8`: of the graph that is loaded."""
 
     @property
     def slots(self) -> int:

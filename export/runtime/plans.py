@@ -18,13 +18,29 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from export.bundle import ONNX_FLOAT32, Bundle, FileEntry, sha256_of
+from export.bundle import (
+    ONNX_FLOAT32,
+    ONNX_FP8,
+    ONNX_FP16,
+    ONNX_INT8_QDQ,
+    Bundle,
+    FileEntry,
+    sha256_of,
+)
 
 FOLDER = "engines"
 # Batches that profiles are tuned for, unless told otherwise.
 BATCHES = (1, 8, 32)
-# The graphs that TensorRT can take, the fastest first.
-GRAPHS = {"fp16": "model.fp16.onnx", "float32": ONNX_FLOAT32}
+GPU_GRAPHS = {
+    "fp8": ONNX_FP8,
+    "int8": ONNX_INT8_QDQ,
+    "fp16": ONNX_FP16,
+    "float32": ONNX_FLOAT32,
+}
+"""The file that TensorRT takes for each precision, by the rate of matrix products the fastest
+first: FP8 and INT8 have twice that of FP16."""
+# The first GPUs with a type, by compute capability: Ada for FP8.
+_NEEDS = {"fp8": (8, 9)}
 
 
 class PlanError(RuntimeError):
@@ -111,22 +127,37 @@ def engines_folder(bundle: Bundle, engines: Path | None = None) -> Path:
     return engines / bundle.name / bundle.version if engines else bundle.path / FOLDER
 
 
-def graph_of(bundle: Bundle, precision: str) -> tuple[str, Path, str]:
+def graph_of(bundle: Bundle, precision: str, compute_capability: str) -> tuple[str, Path, str]:
     """Precision, path and hash of the graph that a plan is to be built from.
 
     Args:
-        precision: one of `GRAPHS`; `auto` takes the first that the bundle has.
+        precision: one of `GPU_GRAPHS`; `auto` takes the fastest that the bundle has and the GPU can
+            compute in, in the order that the export found, if it was to find one.
+        compute_capability: of the GPU, such as `9.0`.
 
     Raises:
-        PlanError: the bundle has no such graph, or it cannot go to TensorRT.
+        PlanError: the bundle has no such graph, or the GPU does not compute in this precision.
     """
-    for name, file in GRAPHS.items():
-        if precision in ("auto", name) and file in bundle.manifest.files:
+    found = bundle.manifest.fastest.get("gpu")
+    order = found.order if found else tuple(GPU_GRAPHS)
+    for name in order if precision == "auto" else (precision,):
+        file = GPU_GRAPHS.get(name, "")
+        can = _version(compute_capability) >= _NEEDS.get(name, (0,))
+        if not can and precision != "auto":
+            raise PlanError(
+                f"a GPU of compute capability {compute_capability} has no {name}: it takes "
+                f"{'.'.join(map(str, _NEEDS[name]))}; set the precision to auto"
+            )
+        if can and file in bundle.manifest.files:
             return name, bundle.file(file), bundle.manifest.files[file].sha256
     raise PlanError(
         f"bundle {bundle.name} version {bundle.version} has no graph of precision {precision} "
-        "that TensorRT takes"
+        f"that TensorRT takes: export it with --precision {precision}"
     )
+
+
+def _version(dotted: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in dotted.split("."))
 
 
 def plans_in(folder: Path) -> Iterator[Plan]:

@@ -87,10 +87,10 @@ class TensorRt:
         """Key and place of the plan of a bundle.
 
         Raises:
-            PlanError: the bundle has no graph of that precision for TensorRT.
+            PlanError: the bundle has no graph of that precision, or the GPU lacks it.
         """
-        precision, graph, sha256 = graph_of(bundle, precision)
         gpu = self.cuda.gpu
+        precision, graph, sha256 = graph_of(bundle, precision, gpu.compute_capability)
         key = PlanKey(
             gpu=gpu.name,
             compute_capability=gpu.compute_capability,

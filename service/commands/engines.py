@@ -44,10 +44,11 @@ def engines() -> None:
 @engines_option
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp16", "float32"]),
+    type=click.Choice(["auto", "fp8", "int8", "fp16", "float32"]),
     default="auto",
     show_default=True,
-    help="Which graph of the bundle; `auto` takes fp16 where there is one.",
+    help="Which graph of the bundle; `auto` takes the first of these that the bundle has and the "
+    "GPU can compute in. What the service is to serve: set TIMESFORMER_PRECISION to the same.",
 )
 @click.option(
     "--batches",

@@ -63,10 +63,11 @@ class _Loaded:
 @click.option(
     "--precision",
     "precisions",
-    type=click.Choice(["float32", "fp16", "int8", "all"]),
+    type=click.Choice(["float32", "fp16", "int8", "int8-qdq", "fp8", "all"]),
     multiple=True,
     help="Which of a bundle's artefacts; repeatable, compared in one table. By default float32. "
-    "On a CPU, fp16 is rounded as GPUs round, which takes the package `onnx`.",
+    "int8-qdq is the INT8 of TensorRT. On a CPU, what is for GPUs is rounded as they round, which "
+    "takes the package `onnx`.",
 )
 @click.option(
     "--temperature",

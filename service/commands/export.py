@@ -14,7 +14,7 @@ from service.commands.options import json_option, read_object
 
 if TYPE_CHECKING:
     from export.bundle import Parity
-    from export.pipeline import Precision
+    from export.graphs import Precision
 
 _COUNT = click.IntRange(min=1)
 
@@ -54,16 +54,17 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--precision",
     "precisions",
-    type=click.Choice(["float32", "fp16", "int8"]),
+    type=click.Choice(["float32", "fp16", "int8", "fp8", "auto"]),
     multiple=True,
-    help="What the bundle shall hold besides float32, which it always holds; repeatable. fp16 is "
-    "for GPUs; int8 is for CPUs and is served with TIMESFORMER_PRECISION.",
+    help="What the bundle shall hold besides float32, which it always holds; repeatable. int8 is "
+    "for CPUs and TensorRT, fp16 and fp8 are for TensorRT; TIMESFORMER_PRECISION serves them. auto "
+    "tries all, leaves out what is not the network's answers, and notes which is the fastest.",
 )
 @click.option(
     "--calibration",
     type=click.Path(exists=True, path_type=Path),
-    help="Videos to measure on which products fit into fp16: a folder, labelled or not, or a list; "
-    "by default clips that are rendered.",
+    help="Videos to measure the ranges of fp16, int8 and fp8 on: a folder, labelled or not, or a "
+    "list; by default clips that are rendered.",
 )
 @click.option(
     "--training",
@@ -167,15 +168,22 @@ def export(
             file: [product.model_dump() for product in found]
             for file, found in bundle.manifest.products.items()
         }
-        click.echo(
-            json.dumps({**summary, "active": active, "verification": parity, "products": products})
-        )
+        choices = {
+            device: choice.model_dump() for device, choice in bundle.manifest.fastest.items()
+        }
+        chosen = {"auto": choices, "rejected": bundle.manifest.rejected}
+        found = {"active": active, "verification": parity, "products": products, **chosen}
+        click.echo(json.dumps({**summary, **found}))
         return
     for file, result in bundle.manifest.verification.items():
         click.echo(f"{file}: {_agreement(result)}")
         for product in bundle.manifest.products.get(file, ()):
             if product.reason:
                 click.echo(f"  {product.name} stays in {product.precision}: {product.reason}")
+    for file, reason in bundle.manifest.rejected.items():
+        click.echo(f"{file} is left out: {reason}")
+    for device, choice in bundle.manifest.fastest.items():
+        click.echo(f"auto on a {device.upper()}: {choice.order[0]}, {choice.reason}")
     click.echo(f"temperature of the scores: {bundle.manifest.temperature:g}")
     where = shlex.quote(str(store))
     click.echo(f"published {name} version {bundle.version} in {bundle.path}")

@@ -26,7 +26,7 @@ from service.commands.train import given, preset_option, recipe_options, trainin
 
 if TYPE_CHECKING:
     from export.bundle import Bundle, BundleStore
-    from export.pipeline import Precision
+    from export.graphs import Precision
     from export.refresh import Refreshed
     from export.runtime import Device
     from export.runtime.interface import Precision as ServedPrecision
@@ -97,17 +97,18 @@ EXIT_NOT_ACTIVATED = 4
 @click.option(
     "--precision",
     "precisions",
-    type=click.Choice(["float32", "fp16", "int8"]),
+    type=click.Choice(["float32", "fp16", "int8", "fp8", "auto"]),
     multiple=True,
     help="What the bundle shall hold besides float32 and what the parent holds; repeatable.",
 )
 @click.option(
     "--served-precision",
-    type=click.Choice(["float32", "int8", "auto"]),
+    type=click.Choice(["float32", "fp16", "int8", "fp8", "auto"]),
     envvar="TIMESFORMER_PRECISION",
     default="float32",
     show_default=True,
-    help="In which precision both are compared: what the service is set to.",
+    help="In which precision both are compared: what the service is set to. fp16 and fp8 are "
+    "computed on the CPU, rounded as a GPU rounds.",
 )
 @click.option("--no-activate", is_flag=True, help="Only publish.")
 @click.option(
@@ -170,8 +171,8 @@ def refresh(
         judged = _read(validation, names, known, root, columns)
     seed = (record(bundle).get("hold_out") or {}).get("seed") or 0
     wanted: set[Precision] = set(precisions) - {"float32"}
-    if served_precision == "int8":
-        wanted.add("int8")
+    if served_precision not in ("float32", "auto"):
+        wanted.add(served_precision)
     task = Task(
         store=bundles,
         parent=bundle,

@@ -17,7 +17,17 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from export.bundle import ONNX_FLOAT32, ONNX_FP16, ONNX_INT8, Bundle, BundleError, BundleStore
+from export.bundle import (
+    GRAPHS,
+    ONNX_FLOAT32,
+    ONNX_FP8,
+    ONNX_FP16,
+    ONNX_INT8,
+    ONNX_INT8_QDQ,
+    Bundle,
+    BundleError,
+    BundleStore,
+)
 from export.bundle import FileEntry as Entry
 from export.clips import verification_clips
 from export.gate import check_bundle
@@ -34,7 +44,9 @@ H200 = Gpu("NVIDIA H200", "9.0")
 def whole(checkpoint: Checkpoint, video: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle of all precisions: do not change its files."""
     store = BundleStore(tmp_path_factory.mktemp("whole"))
-    return export_bundle(checkpoint, "tiny", store, videos=[video], precisions=["fp16", "int8"])
+    return export_bundle(
+        checkpoint, "tiny", store, videos=[video], precisions=["fp16", "int8", "fp8"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +77,7 @@ def test_every_artefact_runs_and_measures_what_the_export_did(
     assert verdict.passed
     assert verdict.reference.startswith("the network in PyTorch ")
     assert verdict.left_out == ()
-    assert [each.artefact for each in verdict.checked] == [ONNX_FLOAT32, ONNX_FP16, ONNX_INT8]
+    assert [each.artefact for each in verdict.checked] == list(GRAPHS.values())
     for each in verdict.checked:
         published = whole.manifest.verification[each.artefact]
         assert each.parity is not None
@@ -75,7 +87,7 @@ def test_every_artefact_runs_and_measures_what_the_export_did(
     assert verdict.checked[1].parity.max_difference > verdict.checked[0].parity.max_difference  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("file", [ONNX_FLOAT32, ONNX_FP16, ONNX_INT8])
+@pytest.mark.parametrize("file", GRAPHS.values())
 def test_an_artefact_that_answers_otherwise_fails_alone(
     copy: Bundle, clips: NDArray[np.uint8], file: str
 ) -> None:
@@ -91,7 +103,8 @@ def test_a_graph_that_cannot_be_loaded_is_a_failure_with_its_reason(
     (copy.path / ONNX_INT8).write_bytes(b"no graph")
     verdict = check_bundle(copy, clips, device="cpu", threads=1)
     assert not verdict.passed
-    assert "cannot load" in (verdict.checked[-1].problem or "")
+    (failed,) = (each for each in verdict.checked if not each.passed)
+    assert "cannot load" in (failed.problem or "")
 
 
 def test_a_precision_can_be_asked_for_and_one_that_is_not_there_is_an_error(
@@ -127,7 +140,13 @@ def test_on_a_gpu_all_but_int8_runs_there(
 
     monkeypatch.setattr("export.artefacts.OnnxRuntime", Recorded)
     check_bundle(whole, clips, device="cuda", threads=1)
-    assert opened[1:] == [(ONNX_FLOAT32, True), (ONNX_FP16, True), (ONNX_INT8, False)]
+    assert opened[1:] == [
+        (ONNX_FLOAT32, True),
+        (ONNX_FP16, True),
+        (ONNX_INT8, False),
+        (ONNX_INT8_QDQ, False),
+        (ONNX_FP8, False),
+    ]
 
 
 def test_without_torch_the_float32_graph_stands_for_the_network(whole: Bundle, video: Path) -> None:

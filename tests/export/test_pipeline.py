@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from export.bundle import (
+    GRAPHS,
     LABELS,
     MANIFEST,
     ONNX_FLOAT32,
+    ONNX_FP8,
     ONNX_FP16,
     ONNX_INT8,
+    ONNX_INT8_QDQ,
     WEIGHTS,
     Bundle,
     BundleError,
@@ -36,6 +39,7 @@ from export.pipeline import VerificationError, export_bundle
 from export.precision import round_weight
 from export.reference import run_reference
 from export.runtime.onnxruntime import OnnxRuntime
+from export.verify import LIMITS, Limits
 from model.checkpoints import Checkpoint, load_checkpoint
 from model.cost import cost
 from model.timesformer import TimeSformer
@@ -211,11 +215,11 @@ class TestExporting:
         assert steps == [
             "writing the weights",
             "exporting to ONNX",
-            "verifying on 4 clips",
+            "verifying model.onnx on 4 clips",
             "publishing",
         ]
 
-    def test_int8_is_verified_and_published_beside_float32(
+    def test_int8_is_two_graphs_verified_and_published_beside_float32(
         self, checkpoint: Checkpoint, store: BundleStore, video: Path
     ) -> None:
         steps: list[str] = []
@@ -223,13 +227,97 @@ class TestExporting:
             checkpoint, "tiny", store, videos=[video], precisions=["int8"], report=steps.append
         )
         bundle.verify()
-        assert steps[2] == "rounding to INT8"
-        assert bundle.manifest.verification.keys() == {ONNX_FLOAT32, ONNX_INT8}
-        exact, rounded = (bundle.manifest.verification[f] for f in (ONNX_FLOAT32, ONNX_INT8))
-        assert exact.cosine_limit is rounded.limit is None
-        assert rounded.centred_cosine is not None
-        assert 0.995 <= rounded.centred_cosine < 0.999999
-        assert rounded.max_difference > 10 * exact.max_difference
+        assert steps[3] == "rounding to INT8"
+        graphs = {ONNX_FLOAT32, ONNX_INT8, ONNX_INT8_QDQ}
+        assert bundle.manifest.verification.keys() == graphs
+        exact = bundle.manifest.verification[ONNX_FLOAT32]
+        for file in (ONNX_INT8, ONNX_INT8_QDQ):
+            rounded = bundle.manifest.verification[file]
+            assert exact.cosine_limit is rounded.limit is None
+            assert rounded.centred_cosine is not None
+            assert 0.995 <= rounded.centred_cosine < 0.999999
+            assert rounded.max_difference > 10 * exact.max_difference
+        assert {path.name for path in bundle.path.glob("*.onnx")} == graphs
+
+    def test_fp8_is_published_with_what_it_was_calibrated_on_and_what_stayed_fp16(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "taken").mkdir()
+        for colour in ("green", "blue"):
+            write_video(tmp_path / "taken" / f"{colour}.mp4", colour)
+        bundle = export_bundle(
+            checkpoint,
+            "tiny",
+            store,
+            videos=[video],
+            precisions=["fp8"],
+            calibration=tmp_path / "taken",
+        )
+        bundle.verify()
+        manifest = bundle.manifest
+        assert manifest.verification.keys() == {ONNX_FLOAT32, ONNX_FP8}
+        assert manifest.calibration is not None
+        assert (manifest.calibration.source, manifest.calibration.clips) == ("taken", 2)
+        agreement = manifest.calibration.agreement[ONNX_FP8]
+        assert manifest.calibration.methods[ONNX_FP8] == max(agreement, key=agreement.__getitem__)
+        products = manifest.products[ONNX_FP8]
+        assert {product.precision for product in products} <= {"fp8", "fp16"}
+        assert any(product.precision == "fp8" for product in products)
+        for product in products:
+            assert (product.precision == "fp16" and product.error is not None) == bool(
+                product.reason
+            )
+
+    def test_auto_holds_what_passes_and_says_what_is_fastest(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path
+    ) -> None:
+        bundle = export_bundle(checkpoint, "tiny", store, videos=[video], precisions=["auto"])
+        bundle.verify()
+        manifest = bundle.manifest
+        assert manifest.rejected == {}
+        assert manifest.verification.keys() == set(GRAPHS.values())
+        assert manifest.fastest["gpu"].order == ("fp8", "int8", "fp16", "float32")
+        on_cpu = manifest.fastest["cpu"]
+        assert on_cpu.milliseconds is not None
+        first, second = (on_cpu.milliseconds[precision] for precision in on_cpu.order)
+        assert 0 < first <= second
+        assert set(on_cpu.order) == {"float32", "int8"}
+
+    def test_auto_leaves_out_what_fails_where_the_same_by_name_is_an_error(
+        self,
+        checkpoint: Checkpoint,
+        store: BundleStore,
+        video: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        limits = {**LIMITS, "int8": Limits(None, 0.9999999)}
+        monkeypatch.setattr("export.pipeline.LIMITS", limits)
+        bundle = export_bundle(checkpoint, "tiny", store, videos=[video], precisions=["auto"])
+        bundle.verify()
+        assert bundle.manifest.rejected.keys() == {ONNX_INT8}
+        assert "0.9999999 is needed" in bundle.manifest.rejected[ONNX_INT8]
+        assert "published" not in bundle.manifest.rejected[ONNX_INT8]
+        assert ONNX_INT8 not in bundle.manifest.files
+        assert ONNX_INT8_QDQ in bundle.manifest.files
+        assert bundle.manifest.fastest["cpu"].order == ("float32",)
+        with pytest.raises(VerificationError, match=r"0\.9999999 is needed.*nothing was published"):
+            export_bundle(checkpoint, "tiny", store, videos=[video], precisions=["auto", "int8"])
+        assert store.versions("tiny") == ["1"]
+
+    def test_8_bits_that_spoil_every_product_are_an_error_and_auto_goes_on_without_them(
+        self,
+        checkpoint: Checkpoint,
+        store: BundleStore,
+        video: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("export.qdq._PRODUCT_ERROR", 0.0)
+        with pytest.raises(ExportError, match="FP8 puts every product off"):
+            export_bundle(checkpoint, "tiny", store, videos=[video], precisions=["fp8"])
+        assert store.versions("tiny") == []
+        bundle = export_bundle(checkpoint, "tiny", store, videos=[video], precisions=["auto"])
+        assert bundle.manifest.rejected.keys() == {ONNX_INT8_QDQ, ONNX_FP8}
+        assert bundle.manifest.fastest["gpu"].order == ("fp16", "float32")
 
     def test_fp16_is_verified_and_published_with_what_its_products_reach(
         self, checkpoint: Checkpoint, store: BundleStore, video: Path, tmp_path: Path

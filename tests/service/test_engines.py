@@ -18,10 +18,11 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import ONNX_FLOAT32, Bundle, BundleStore, FileEntry
+from export.bundle import ONNX_FLOAT32, Bundle, BundleStore, Choice, FileEntry
 from export.runtime.interface import Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import (
+    GPU_GRAPHS,
     Plan,
     PlanError,
     PlanFacts,
@@ -33,6 +34,7 @@ from export.runtime.plans import (
 from export.runtime.tensorrt import Wanted
 from export.tensorrt import BuildJob, build_plan
 from service.engines import BUILDING, find_tensorrt
+from service.loading import load_model
 from service.settings import load_settings
 from tests.service.test_models import metric, publish, serving, wait_until
 
@@ -47,7 +49,7 @@ class FakeGpu:
         self.closed = 0
 
     def wanted(self, bundle: Bundle, precision: str, batches: tuple[int, ...]) -> Wanted:
-        found, graph, sha256 = graph_of(bundle, precision)
+        found, graph, sha256 = graph_of(bundle, precision, "9.0")
         key = PlanKey(
             gpu="Fake",
             compute_capability="9.0",
@@ -266,7 +268,6 @@ def test_what_turns_tensorrt_off() -> None:
     for settings in (
         load_settings(tensorrt="off"),
         load_settings(device="cpu"),
-        load_settings(precision="int8"),
     ):
         found, why = find_tensorrt(settings)
         assert (found, why.state) == (None, "off")
@@ -286,3 +287,70 @@ def test_a_machine_without_a_gpu_says_what_is_missing(monkeypatch: pytest.Monkey
 def test_on_the_cpu_the_service_says_that_tensorrt_is_off(client: httpx.Client) -> None:
     assert state(client) == ("onnxruntime", "off: the CPU is to be used")
     assert metric(client, 'timesformer_tensorrt{model="demo",state="off"}') == 1
+
+
+class TestWhichGraph:
+    """Of a bundle that holds one of each kind."""
+
+    @pytest.fixture
+    def bundle(self, store: BundleStore) -> Bundle:
+        bundle = store.open("demo")
+        entry = bundle.manifest.files[ONNX_FLOAT32]
+        files = {**bundle.manifest.files, **dict.fromkeys(GPU_GRAPHS.values(), entry)}
+        bundle.manifest = bundle.manifest.model_copy(update={"files": files})
+        return bundle
+
+    @pytest.mark.parametrize(
+        ("capability", "taken"), [("9.0", "fp8"), ("8.9", "fp8"), ("8.6", "int8"), ("10.0", "fp8")]
+    )
+    def test_auto_takes_the_fastest_that_the_gpu_computes_in(
+        self, bundle: Bundle, capability: str, taken: str
+    ) -> None:
+        precision, path, _ = graph_of(bundle, "auto", capability)
+        assert (precision, path.name) == (taken, GPU_GRAPHS[taken])
+
+    def test_auto_keeps_to_the_order_that_the_export_found(self, bundle: Bundle) -> None:
+        choice = Choice(order=("fp16", "float32"), reason="measured", milliseconds=None)
+        bundle.manifest = bundle.manifest.model_copy(update={"fastest": {"gpu": choice}})
+        assert graph_of(bundle, "auto", "9.0")[0] == "fp16"
+        assert graph_of(bundle, "int8", "9.0")[0] == "int8"
+
+    def test_fp8_on_a_gpu_without_it_is_an_error(self, bundle: Bundle) -> None:
+        with pytest.raises(PlanError, match=r"8\.6 has no fp8: it takes 8\.9"):
+            graph_of(bundle, "fp8", "8.6")
+
+    def test_a_precision_that_was_not_exported_is_an_error_that_says_how(
+        self, store: BundleStore
+    ) -> None:
+        for precision in ("fp8", "int8", "fp16"):
+            with pytest.raises(PlanError, match=f"export it with --precision {precision}"):
+                graph_of(store.open("demo"), precision, "9.0")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "fp16"])
+def test_float32_stands_in_for_a_plan_that_is_yet_to_be_built(
+    precision: str, store: BundleStore, gpu: FakeGpu
+) -> None:
+    settings = load_settings(store=store.root, precision=precision, device="auto")
+    engines: Any = SimpleNamespace(find=lambda bundle: None)
+    model = load_model(store.open("demo"), settings, engines)
+    assert (model.runtime.precision, model.tensorrt) == ("float32", BUILDING)
+    model.runtime.close()
+
+
+def test_int8_looks_for_tensorrt_and_serves_on_the_cpu_where_there_is_none(
+    store: BundleStore,
+) -> None:
+    here, found = find_tensorrt(load_settings(store=store.root, precision="int8"))
+    assert here is None
+    assert found.state == "unavailable"
+
+
+def test_fp8_without_tensorrt_is_refused_and_the_log_says_what_is_missing(
+    store: BundleStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = load_settings(store=store.root, precision="fp8")
+    find_tensorrt(settings)
+    assert "precision fp8 needs TensorRT: cuda-bindings" in caplog.text
+    with pytest.raises(RuntimeUnavailableError, match="set the precision to auto"):
+        load_model(store.open("demo"), settings)

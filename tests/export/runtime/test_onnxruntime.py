@@ -12,8 +12,17 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from export.bundle import LABELS, ONNX_FLOAT32, ONNX_INT8, WEIGHTS, Bundle, BundleError, BundleStore
-from export.runtime import Runtime, RuntimeUnavailableError, load_runtime
+from export.bundle import (
+    LABELS,
+    ONNX_FLOAT32,
+    ONNX_INT8,
+    WEIGHTS,
+    Bundle,
+    BundleError,
+    BundleStore,
+    Choice,
+)
+from export.runtime import Device, Precision, Runtime, RuntimeUnavailableError, load_runtime
 from export.runtime.onnxruntime import OnnxRuntime
 from tests.export.conftest import (
     COLOURS,
@@ -180,9 +189,21 @@ class TestPrecision:
         assert load_runtime(both, "auto", precision="int8").device == "cpu"
         assert not caplog.records
 
-    def test_int8_on_a_gpu_is_an_error(self, both: Bundle) -> None:
-        with pytest.raises(RuntimeUnavailableError, match="INT8 graph is for CPUs"):
-            load_runtime(both, "cuda", precision="int8")
+    def test_auto_takes_what_the_export_measured_to_be_faster(self, both: Bundle) -> None:
+        for order in (("float32", "int8"), ("int8", "float32")):
+            choice = Choice(order=order, reason="measured", milliseconds=None)
+            both.manifest = both.manifest.model_copy(update={"fastest": {"cpu": choice}})
+            assert load_runtime(both, "cpu", precision="auto").precision == order[0]
+
+    @pytest.mark.parametrize(
+        ("device", "precision"),
+        [("cuda", "int8"), ("cuda", "fp16"), ("auto", "fp8"), ("cpu", "fp16")],
+    )
+    def test_what_is_tensorrts_alone_is_an_error(
+        self, both: Bundle, device: Device, precision: Precision
+    ) -> None:
+        with pytest.raises(RuntimeUnavailableError, match=f"{precision} on a GPU is TensorRT's"):
+            load_runtime(both, device, precision=precision)
 
     def test_a_bundle_without_int8_is_an_error_that_names_the_file(self, bundle: Bundle) -> None:
         with pytest.raises(BundleError, match=r"has no model\.int8\.onnx"):

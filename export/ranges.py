@@ -1,0 +1,192 @@
+"""How a network's numbers are spread on calibration clips, and the range that 8 bits cover of them.
+
+Numbers are counted in bins that each are 1/64 of a power of two, so that one pass is enough: where
+the largest lies need not be known before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from onnx import shape_inference as inference
+
+from export.onnx import INPUT_NAME, OUTPUT_NAMES
+from export.runtime.cores import usable_cores
+from export.runtime.interface import Outputs
+
+Float32 = NDArray[np.float32]
+Method = Literal["max", "percentile", "mse"]
+
+METHODS: tuple[Method, ...] = ("max", "percentile", "mse")
+# A number in ten thousand may be cut off; of one clip's tokens that is a channel in one of a few.
+_PERCENTILE = 0.9999
+# Rows of each tensor that are counted, of one clip: the largest number is measured on all of them.
+_ROWS = 512
+_SAMPLED = 32
+_SHIFT = 17  # of float32's bits: sign and exponent and six bits of the mantissa are left
+_BINS = 1 << (31 - _SHIFT)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A type of eight bits."""
+
+    name: Literal["int8", "fp8"]
+    element: int
+    """In ONNX."""
+    largest: float
+    round: Callable[[Float32], NDArray[np.generic]]
+    """Numbers divided by their scale to this type; what is beyond `largest` becomes that."""
+
+    def scale(self, largest: float | Float32) -> NDArray[np.float16]:
+        """What numbers of up to `largest` are divided by, as the FP16 that the graph holds.
+
+        Rounded up, so that the largest is not cut off; never 0.
+        """
+        exact = np.asarray(largest, np.float32) / np.float32(self.largest)
+        near = exact.astype(np.float16)
+        up = np.where(near < exact, np.nextafter(near, np.float16(np.inf)), near)
+        return np.where(up > 0, up, np.float16(1)).astype(np.float16)
+
+    def rounded(self, values: Float32, scale: NDArray[np.floating]) -> Float32:
+        """The numbers that are left of `values`."""
+        wide = scale.astype(np.float32)
+        return np.asarray(self.round(values / wide).astype(np.float32) * wide, np.float32)
+
+
+FORMATS = {
+    "int8-qdq": Format(
+        "int8",
+        TensorProto.INT8,
+        127,
+        lambda values: np.clip(np.rint(values), -127, 127).astype(np.int8),
+    ),
+    "fp8": Format(
+        "fp8",
+        TensorProto.FLOAT8E4M3FN,
+        448,
+        lambda values: np.clip(values, -448, 448).astype(ml_dtypes.float8_e4m3fn),
+    ),
+}
+"""By kind of graph."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The numbers of one tensor."""
+
+    counts: NDArray[np.int64]
+    """Of absolute values, by bin."""
+    rows: Float32
+    """Some of its rows, (rows, channels)."""
+
+    def largest(self, method: Method, form: Format) -> float:
+        """The end of the range that is to be covered; what lies beyond is cut off."""
+        if not self.counts[1:].any():
+            return 0.0
+        end = float(_UPPER[np.flatnonzero(self.counts)[-1]])
+        if method == "max":
+            return end
+        if method == "percentile":
+            share = np.cumsum(self.counts) / self.counts.sum()
+            return float(_UPPER[np.searchsorted(share, _PERCENTILE)])
+        return min(
+            (end * 2 ** (-step / 8) for step in range(49)),
+            key=lambda candidate: self._error(candidate, form),
+        )
+
+    def _error(self, largest: float, form: Format) -> float:
+        """Sum of the squares of what rounding takes or adds."""
+        there = np.flatnonzero(self.counts)
+        off = form.rounded(_CENTRES[there], form.scale(largest)) - _CENTRES[there]
+        return float((self.counts[there] * off.astype(np.float64) ** 2).sum())
+
+
+_EDGES = (np.arange(_BINS, dtype=np.uint32) << _SHIFT).view(np.float32)
+_CENTRES = ((np.arange(_BINS, dtype=np.uint32) << _SHIFT) + (1 << (_SHIFT - 1))).view(np.float32)
+_UPPER = np.append(_EDGES[1:], np.float32(np.inf))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a float32 graph computes on the calibration clips."""
+
+    clips: NDArray[np.uint8]
+    spreads: Mapping[str, Spread]
+    """Of each tensor that was asked for."""
+    answers: Outputs
+
+
+def record_spreads(path: Path, names: Iterable[str], clips: NDArray[np.uint8]) -> Calibration:
+    """Runs a float32 graph and counts the numbers of some of its tensors.
+
+    Args:
+        path: as `export_onnx` wrote it.
+        names: tensors whose last axis are channels.
+        clips: uint8 (clips, time, height, width, 3); they go through one at a time.
+    """
+    names = tuple(names)
+    session = _session(path, names)
+    counts = {name: np.zeros(_BINS, np.int64) for name in names}
+    rows: dict[str, list[Float32]] = {name: [] for name in names}
+    answers = []
+    for clip in clips:
+        found = session.run(None, {INPUT_NAME: clip[None]})
+        answers.append(found[: len(OUTPUT_NAMES)])
+        for name, values in zip(names, found[len(OUTPUT_NAMES) :], strict=True):
+            counts[name] += count(values)
+            rows[name].append(values[:_SAMPLED].copy())
+    logits, embedding = (np.concatenate(part) for part in zip(*answers, strict=True))
+    spreads = {name: Spread(counts[name], np.concatenate(rows[name])) for name in names}
+    return Calibration(clips, spreads, Outputs(logits, embedding))
+
+
+def count(values: Float32) -> NDArray[np.int64]:
+    """How many numbers lie in each bin, whatever their sign."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).ravel()
+    return np.bincount((bits & 0x7FFFFFFF) >> _SHIFT, minlength=_BINS)[:_BINS]
+
+
+def _session(path: Path, names: tuple[str, ...]) -> onnxruntime.InferenceSession:
+    """The graph for one clip, with rows of the named tensors as outputs after its own."""
+    model = onnx.load(path)
+    graph = model.graph
+    graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    shapes = {
+        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in inference.infer_shapes(
+            model, strict_mode=True, data_prop=True
+        ).graph.value_info
+    }
+    random = np.random.default_rng(0)
+    for index, name in enumerate(names):
+        *before, channels = shapes[name]
+        total = int(np.prod(before))
+        chosen = random.permutation(total)[:_ROWS]
+        constants = {"flat": np.array([-1, channels]), "rows": chosen}
+        for what, value in constants.items():
+            tensor = numpy_helper.from_array(value.astype(np.int64), f"{what}_{index}")
+            graph.initializer.append(tensor)
+        graph.node.append(helper.make_node("Reshape", [name, f"flat_{index}"], [f"all_{index}"]))
+        graph.node.append(
+            helper.make_node("Gather", [f"all_{index}", f"rows_{index}"], [f"some_{index}"])
+        )
+        graph.output.append(
+            helper.make_tensor_value_info(
+                f"some_{index}", TensorProto.FLOAT, [len(chosen), channels]
+            )
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = usable_cores()
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )

@@ -1,0 +1,311 @@
+"""INT8 and FP8 for TensorRT: what is rounded, that it is near, and that TensorRT takes it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from export.bundle import ProductReport
+from export.emulation import emulate
+from export.fp16 import export_fp16
+from export.onnx import ExportError, export_onnx
+from export.pipeline import run_reference
+from export.products import record_magnitudes
+from export.qdq import Linear, Quantized, check_quantized, export_qdq, linears
+from export.ranges import FORMATS, Calibration, record_spreads
+from export.rewrite import rewrite
+from export.runtime.interface import Outputs
+from export.runtime.onnxruntime import OnnxRuntime
+from export.verify import LIMITS, compare
+from model.config import ATTENTION_TYPES
+from model.schemes import SCHEMES
+from model.timesformer import TimeSformer
+from tests.model.conftest import random_frames, random_model, tiny_config
+
+KINDS = tuple(FORMATS)
+
+
+class Case(NamedTuple):
+    exported: Exported
+    path: Path
+    quantized: Quantized
+    kind: str
+
+    @property
+    def model(self) -> TimeSformer:
+        return self.exported.model
+
+    @property
+    def clips(self) -> NDArray[np.uint8]:
+        return self.exported.clips
+
+    @property
+    def fp16(self) -> Path:
+        return self.exported.fp16
+
+    @property
+    def graph(self) -> onnx.GraphProto:
+        return onnx.load(self.path).graph
+
+    def of(self, precision: str) -> set[str]:
+        return {each.name for each in self.quantized.products if each.precision == precision}
+
+
+Maker = Callable[..., Case]
+Change = Callable[[TimeSformer], None]
+
+
+@pytest.fixture(scope="module")
+def make_case(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Exports a network once, and each kind of it once."""
+
+    @functools.cache
+    def export(scheme: str, change: Change | None) -> Exported:
+        return _export(tmp_path_factory.mktemp("qdq"), scheme, change)
+
+    @functools.cache
+    def make(scheme: str, kind: str, change: Change | None = None) -> Case:
+        exported = export(scheme, change)
+        path = exported.fp16.with_name(f"{kind}.onnx")
+        return Case(exported, path, exported.quantize(kind, path), kind)
+
+    return make
+
+
+class Exported(NamedTuple):
+    model: TimeSformer
+    clips: NDArray[np.uint8]
+    linears: tuple[Linear, ...]
+    calibration: Calibration
+    fp16: Path
+    products: tuple[ProductReport, ...]
+
+    def quantize(self, kind: str, path: Path, report: Any = lambda step: None) -> Quantized:
+        return export_qdq(
+            *(self.fp16, path, FORMATS[kind], self.linears, self.products, self.calibration),
+            report,
+        )
+
+
+def _export(folder: Path, scheme: str, change: Change | None) -> Exported:
+    model = random_model(tiny_config(scheme, embed_dim=48, num_heads=4))
+    if change is not None:
+        with torch.no_grad():
+            change(model)
+    clips = random_frames(model.config, batch=4).numpy()
+    float32, fp16 = folder / "model.onnx", folder / "model.fp16.onnx"
+    export_onnx(rewrite(model), float32)
+    products = export_fp16(float32, fp16, record_magnitudes(float32, clips))
+    found = linears(float32)
+    names = dict.fromkeys(linear.activation for linear in found)
+    calibration = record_spreads(float32, names, clips)
+    return Exported(model, clips, found, calibration, fp16, products)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request: pytest.FixtureRequest, make_case: Maker) -> Case:
+    return make_case("divided_space_time", request.param)
+
+
+def evaluate(graph: onnx.ModelProto, clips: NDArray[np.uint8]) -> Outputs:
+    answers = ReferenceEvaluator(graph).run(None, {"frames": clips})
+    return Outputs(*(answer.astype(np.float32) for answer in answers))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", ATTENTION_TYPES)
+def test_answers_stay_near_the_networks_in_every_scheme(
+    scheme: str, kind: str, make_case: Maker
+) -> None:
+    """By ONNX's reference evaluator, which rounds for real."""
+    case = make_case(scheme, kind)
+    reference = run_reference(case.model, case.clips)
+    parity = compare(reference, evaluate(onnx.load(case.path), case.clips), LIMITS[kind])
+    assert parity.passed, parity
+    halves = compare(reference, evaluate(onnx.load(case.fp16), case.clips))
+    assert parity.max_difference > 2 * halves.max_difference, "else nothing was rounded to 8 bits"
+
+
+def test_the_emulation_rounds_as_the_reference_evaluator_does(case: Case) -> None:
+    rounded = evaluate(onnx.load(case.path), case.clips).logits
+    runtime = OnnxRuntime(emulate(onnx.load(case.path)), cuda=False)
+    emulated = runtime.run(case.clips).logits
+    exact = run_reference(case.model, case.clips).logits
+    ratio = np.abs(emulated - exact).mean() / np.abs(rounded - exact).mean()
+    assert 1 / 2 < ratio < 2
+
+
+def test_the_large_products_are_of_8_bits_and_no_other(case: Case) -> None:
+    config = case.model.config
+    before = len(SCHEMES[config.attention_type].before)
+    whole = config.depth - 1
+    candidates = whole * (4 * before + 6) + 4 * before
+    eight = case.of(FORMATS[case.kind].name)
+    given_up = [each for each in case.quantized.products if each.error is not None and each.reason]
+    assert len(eight) + len(given_up) == candidates
+    assert len(eight) > candidates / 2
+    makers = {name: node for node in case.graph.node for name in node.output}
+    for node in case.graph.node:
+        if node.op_type == "MatMul":
+            kinds = {makers[name].op_type if name in makers else "" for name in node.input}
+            assert (kinds == {"DequantizeLinear"}) == (node.name in eight), node.name
+
+
+def test_scales_are_symmetric_per_channel_for_weights_and_one_for_activations(case: Case) -> None:
+    constants = {tensor.name: tensor for tensor in case.graph.initializer}
+    element = FORMATS[case.kind].element
+    for node in case.graph.node:
+        if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
+            continue
+        scale, zero = (constants[name] for name in node.input[1:])
+        assert scale.data_type == TensorProto.FLOAT16
+        assert zero.data_type == element
+        assert not numpy_helper.to_array(zero).astype(float).any()
+        if node.input[0] in constants:
+            weight = constants[node.input[0]]
+            assert weight.data_type == element
+            assert list(scale.dims) == [weight.dims[1]]
+        else:
+            assert list(scale.dims) == []
+
+
+def test_query_key_and_value_share_one_rounding_of_their_input(case: Case) -> None:
+    rounded = [node.input[0] for node in case.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(rounded) == len(set(rounded))
+
+
+def test_the_graph_is_smaller_than_in_fp16_and_keeps_its_inputs_and_outputs(case: Case) -> None:
+    before = onnx.load(case.fp16).graph
+    assert list(case.graph.input) == list(before.input)
+    assert list(case.graph.output) == list(before.output)
+    assert case.path.stat().st_size < 0.8 * case.fp16.stat().st_size
+
+
+def test_the_way_that_agrees_best_is_taken(case: Case) -> None:
+    agreement = case.quantized.agreement
+    assert set(agreement) == {"max", "percentile", "mse"}
+    assert agreement[case.quantized.method] == max(agreement.values())
+
+
+def outlier_channel(model: TimeSformer) -> None:
+    """One input of one product reaches 300 times the others: 8 bits leave nothing of them."""
+    mlp = model.blocks[0].mlp
+    mlp.fc1.weight[7] *= 300
+    mlp.fc1.bias[7] = 30
+    mlp.fc2.weight[:, 7] *= 1e-3
+
+
+def test_a_product_that_8_bits_spoil_stays_fp16_and_the_report_says_why(make_case: Maker) -> None:
+    case = make_case("divided_space_time", "int8-qdq", outlier_channel)
+    (product,) = (each for each in case.quantized.products if "fc2" in each.name and each.reason)
+    assert product.precision == "fp16"
+    assert product.error is not None
+    assert product.error > 0.01
+    assert product.reason
+    reference = run_reference(case.model, case.clips)
+    parity = compare(reference, evaluate(onnx.load(case.path), case.clips), LIMITS["int8-qdq"])
+    assert parity.passed, parity
+
+
+def test_products_are_kept_until_the_answers_are_near_enough(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a limit that all of them together miss, those that cost most stay in FP16."""
+    form = FORMATS[case.kind]
+    strict = 1 - (1 - max(case.quantized.agreement.values())) / 2
+    limits = {form.name: LIMITS[form.name]._replace(cosine=1 - 2 * (1 - strict))}
+    monkeypatch.setattr("export.qdq.LIMITS", limits)
+    steps: list[str] = []
+    quantized = case.exported.quantize(case.kind, tmp_path / "q.onnx", steps.append)
+    kept = [each for each in quantized.products if each.reason and each.error is not None]
+    still = [each for each in quantized.products if each.precision == form.name]
+    assert kept
+    assert still
+    assert all(f"{form.name.upper()} there alone" in str(each.reason) for each in kept)
+    assert f"keeping {len(kept)} products from {form.name.upper()}" in steps
+    runtime = OnnxRuntime(emulate(onnx.load(tmp_path / "q.onnx")), cuda=False)
+    parity = compare(case.exported.calibration.answers, runtime.run(case.clips))
+    assert min(parity.centred_cosine or 0, parity.embedding_cosine or 0) >= strict
+
+
+class TestChecks:
+    """The pass that the exporter always ends with."""
+
+    def check(self, case: Case, model: onnx.ModelProto) -> None:
+        form = FORMATS[case.kind]
+        check_quantized(model, form, case.of(form.name))
+
+    def test_what_was_written_passes(self, case: Case) -> None:
+        self.check(case, onnx.load(case.path))
+
+    def test_a_product_that_is_not_rounded_is_found(self, case: Case) -> None:
+        model = onnx.load(case.path)
+        makers = {name: node for node in model.graph.node for name in node.output}
+        product = next(
+            node
+            for node in model.graph.node
+            if node.op_type == "MatMul" and makers[node.input[0]].op_type == "DequantizeLinear"
+        )
+        quantize = makers[makers[product.input[0]].input[0]]
+        product.input[0] = quantize.input[0]
+        with pytest.raises(ExportError, match=f"{product.name} is not"):
+            self.check(case, model)
+
+    def test_a_product_that_should_not_be_rounded_is_found(self, case: Case) -> None:
+        form = FORMATS[case.kind]
+        chosen = sorted(case.of(form.name))
+        with pytest.raises(ExportError, match=f"{chosen[0]} is {form.name.upper()}"):
+            check_quantized(onnx.load(case.path), form, chosen[1:])
+
+    def test_a_zero_point_that_is_not_zero_is_found(self, case: Case) -> None:
+        model = onnx.load(case.path)
+        zero = next(t for t in model.graph.initializer if t.name == "zero_point")
+        zero.CopyFrom(onnx.helper.make_tensor("zero_point", zero.data_type, [], [3]))
+        with pytest.raises(ExportError, match="is not symmetric"):
+            self.check(case, model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", ["divided_space_time", "space_only"])
+def test_tensorrt_parses_and_builds_it(
+    scheme: str, kind: str, make_case: Maker, tmp_path: Path
+) -> None:
+    """TensorRT-RTX, for real and without a GPU: every product's result is FP16, and as many
+    roundings are in the network as in the graph."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    from export.tensorrt import BuildJob, build_plan
+
+    case = make_case(scheme, kind)
+    form = FORMATS[kind]
+    key = {
+        "gpu": "NVIDIA L4",
+        "compute_capability": "8.9",
+        "tensorrt": "11.4",
+        "precision": form.name,
+        "batches": (1, 4),
+    }
+    job = BuildJob(
+        graph=case.path,
+        graph_sha256=hashlib.sha256(case.path.read_bytes()).hexdigest(),
+        folder=tmp_path,
+        key=key,
+        module="tensorrt_rtx_bindings",
+    )
+    plan = build_plan(job)
+    assert f"_{form.name}_" in plan.path.name
+    network = plan.facts.network
+    rounded = sum(node.op_type == "QuantizeLinear" for node in case.graph.node)
+    assert sum(network["QUANTIZE"].values()) == rounded > 0
+    assert set(network["NORMALIZATION"]) == set(network["SOFTMAX"]) == {"FLOAT"}
+    assert network["MATRIX_MULTIPLY"]["HALF"] >= len(case.of(form.name))
