@@ -71,7 +71,7 @@ def find_artefacts(
         largest: most clips in a batch.
         threads: on the CPU; 0 for one per usable core.
         cuda: whether ONNX Runtime has a usable GPU; None tries it, which takes seconds.
-        emulate: graphs for GPUs run on CPUs too, slowly, rounding as GPUs do; else they are left out.
+        emulate: graphs for GPUs run on CPUs too, slowly, rounded as there; else they are left out.
 
     Raises:
         RuntimeUnavailableError: the device that was asked for cannot be used.
