@@ -42,7 +42,7 @@ from model.training.report import PAGE, Evaluated, write_report
 from model.training.run import CHECKPOINTS, Job, Machine
 from model.training.sources import Sample, VideoList
 from model.training.start import grown
-from model.training.world import ALONE
+from model.training.world import ALONE, started_together
 
 WORK = ".refresh"  # in the folder of the name; a store takes it for no version
 _CANDIDATE, _ACTIVATE = "candidate", "activate"
@@ -165,11 +165,17 @@ def refresh(
         device: that both bundles are compared on; `machine.device` is the training's.
 
     Raises:
-        RefreshError: the hold-out of the parent is not known any more.
+        RefreshError: the hold-out of the parent is not known any more, or torchrun has started
+            several processes.
         TrainingError: the data cannot be used, or training failed or was stopped.
         BundleError: the parent is damaged, or the store cannot be written.
         ExportError: the export is not what the network is; nothing is published.
     """
+    if started_together() > 1:
+        raise RefreshError(
+            "a refresh is one process: train with several by `timesformer train --from BUNDLE/"
+            f"{WEIGHTS}`, and export what they give"
+        )
     task.parent.verify()
     plan = _plan(task)
     with _alone(plan.work):

@@ -240,3 +240,7 @@ def info(variant: str | None, scheme: str | None, classes: int | None, as_json: 
     schemes = ", ".join(sorted({row["scheme"] for row in rows}))
     cells = [[str(row[column]) for column in columns] for row in readable]
     print_rows(f"{schemes}: one view, float32, batch 1", columns, cells)
+
+
+if __name__ == "__main__":
+    main()

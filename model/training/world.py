@@ -116,6 +116,11 @@ class World:
 ALONE = World()
 
 
+def started_together() -> int:
+    """How many processes were started to train together: 1 without `torchrun`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def joined(device: str, lost_after_s: float = LOST_AFTER_S) -> Iterator[World]:
     """Meets the other processes that `torchrun` has started; without it there are none.
@@ -128,7 +133,7 @@ def joined(device: str, lost_after_s: float = LOST_AFTER_S) -> Iterator[World]:
         LostError: another process ends, or does not answer.
         RecipeError: there are fewer GPUs than processes.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = started_together()
     if size == 1:
         yield ALONE
         return

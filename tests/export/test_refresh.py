@@ -336,6 +336,15 @@ def test_videos_of_the_validation_list_are_taken_out_of_the_data(
         refresh(task(bad, known, known))
 
 
+def test_several_processes_do_not_refresh_together(
+    bad: Bundle, known: VideoList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them would publish a version of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RefreshError, match="a refresh is one process"):
+        refresh(task(bad, known))
+
+
 # ---- killed and called again --------------------------------------------------------------------
 
 KILLED = """

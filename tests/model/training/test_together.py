@@ -28,6 +28,7 @@ from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Machine, Run  # noq
 from model.training.shares import share  # noqa: E402
 from model.training.sources import read_videos  # noqa: E402
 from tests.model.training.conftest import Painter, flat, write_video  # noqa: E402
+from tests.model.training.test_cli import training  # noqa: E402
 from tests.model.training.test_loop import RECIPE, first_model, interrupted_at, job  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[3]
@@ -69,17 +70,15 @@ def train_alone(videos: Path, out: Path, **listeners: Any) -> None:
 
 
 @contextmanager
-def torchrun(
-    videos: Path, out: Path, *options: object, **plan: Any
-) -> Iterator[subprocess.Popen[str]]:
-    """Two processes, as `together.py` starts them."""
+def torchrun(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Two processes of a program."""
     program = Path(sys.executable).with_name("torchrun")
-    command = [program, "--standalone", "--nproc-per-node", 2, *options]
-    arguments = ["-m", PROGRAM, videos, out]
+    command = [program, "--standalone", "--nproc-per-node", 2, *arguments]
     with subprocess.Popen(
-        [*map(str, command + arguments), json.dumps({"recipe": SHARED, "validate": True, **plan})],
+        [str(word) for word in command],
         cwd=REPOSITORY,
         env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
@@ -90,12 +89,22 @@ def torchrun(
                 process.terminate()
 
 
+def together(videos: Path, out: Path, **plan: Any) -> list[object]:
+    """The program `together.py`."""
+    return ["-m", PROGRAM, videos, out, json.dumps({"recipe": SHARED, "validate": True, **plan})]
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """What was written to stdout and stderr."""
+    output, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == code, errors
+    return output, errors
+
+
 def train_together(videos: Path, out: Path, *options: object, code: int = 0, **plan: Any) -> str:
     """What was written to stderr."""
-    with torchrun(videos, out, *options, **plan) as process:
-        _, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == code, errors
-    return errors
+    with torchrun(*options, *together(videos, out, **plan)) as process:
+        return finish(process, code)[1]
 
 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
@@ -158,6 +167,26 @@ def test_a_run_goes_on_in_any_number_of_processes(
     train_together(videos, tmp_path)
     assert [event["processes"] for event in events(tmp_path, "start")] == [2, 1, 2]
     same_run(tmp_path, alone)
+
+
+def test_the_command_is_the_same_under_torchrun(videos: Path, tmp_path: Path) -> None:
+    """The clips of a machine are decoded once, and one process speaks for all."""
+    options = ("--variant", "demo", "--epochs", 2, "--batch-size", 4, "--cached-views", 1,
+               "--cache", tmp_path / "cache", "--validation", videos)  # fmt: skip
+    command = training(tmp_path, videos, "--out", tmp_path / "run", *options)
+    with torchrun(
+        "--no-python", Path(sys.executable).with_name("timesformer"), *command
+    ) as process:
+        output, errors = finish(process)
+    for text in (
+        "video 9 of 9, decoded for the cache",
+        "step 4 of 4, epoch",
+        "after step 3: top-1",
+    ):
+        assert errors.count(text) == 1, errors
+    assert output.count("export it: timesformer export") == 1
+    assert (tmp_path / "run" / WEIGHTS).exists()
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 1
 
 
 def test_every_clip_of_a_batch_is_somewhere_and_pairs_stay_together() -> None:
@@ -224,14 +253,15 @@ def test_a_process_that_is_lost_ends_the_others_with_a_clear_error(
 
 
 def test_sigterm_to_torchrun_saves_the_step(videos: Path, tmp_path: Path) -> None:
-    with torchrun(videos, tmp_path, recipe={**SHARED, "epochs": 100_000.0}) as process:
+    endless = {**SHARED, "epochs": 100_000.0}
+    with torchrun(*together(videos, tmp_path, recipe=endless)) as process:
         deadline = time.monotonic() + PATIENCE_S
         while not (tmp_path / LOG).exists() or len(read_log(tmp_path / LOG)) < 5:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=PATIENCE_S)
+        _, errors = finish(process, code=1)
     assert "the same command goes on from there" in errors
     found = checkpoint.load_newest(tmp_path / CHECKPOINTS)
     assert found is not None
