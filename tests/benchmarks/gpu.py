@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import platform
 import statistics
@@ -30,7 +31,7 @@ from torch.nn import functional as F  # noqa: N812 - the name the field uses
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from export.published import AsPublished, write_plainly
-from export.rewrite import InferenceTimeSformer, rewrite
+from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
 from model.config import VARIANTS, ModelConfig
 from model.cost import cost
 from model.timesformer import TimeSformer
@@ -76,6 +77,11 @@ class Bench:
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    @functools.cached_property
+    def work(self) -> int:
+        """Multiply-adds of the rewritten network for a clip: what cannot be saved."""
+        return multiply_adds(rewrite(TimeSformer(self.config)))
 
     def wait(self) -> None:
         if self.cuda:
@@ -382,7 +388,7 @@ def _inference_rows(
     known = limit.get(bench.options.dtype, {})
     for name, seconds in times.items():
         # An original computes more than the rewritten one; useful work is what both must do.
-        work = _work(bench) * batch / statistics.median(seconds)
+        work = bench.work * batch / statistics.median(seconds)
         own = known.get(f"own shapes, batch {batch}")
         row = {
             "entrant": name,
@@ -403,15 +409,6 @@ def _inference_rows(
             + (f"{ratio[1]:6.3f} ({ratio[0]:.2f}, {ratio[2]:.2f})" if ratio else "-")  # type: ignore[index]
         )
         yield row
-
-
-def _work(bench: Bench) -> int:
-    """Multiply-adds of the rewritten network for a clip: what cannot be saved."""
-    from export.rewrite import multiply_adds
-
-    if not hasattr(bench, "work"):
-        bench.work = multiply_adds(rewrite(TimeSformer(bench.config)))  # type: ignore[attr-defined]
-    return bench.work  # type: ignore[attr-defined,no-any-return]
 
 
 def _ratios(slow: list[float] | None, fast: list[float]) -> list[float] | None:
