@@ -7,7 +7,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 # A lock is whole. Resolved again, pip takes an extra (`coverage[toml]`) of a newer release for missing.
 LOCKED = --no-deps --require-hashes --requirement
 
-.PHONY: serve setup test lint format types unit docs lock bench test-faults test-images test-ray demo schemes deploy-tools clean
+.PHONY: serve setup test lint format types unit docs lock bench bench-peers test-faults test-images test-ray demo schemes deploy-tools clean
 
 serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
 	.venv/bin/timesformer serve --port $(PORT) --log-format text
@@ -37,6 +37,10 @@ docs: .venv/.dev ## pages and manifests that are made from definitions elsewhere
 
 bench: .venv/.dev ## figures for this machine; never part of pass or fail
 	.venv/bin/python -m tests.benchmarks.serving
+
+bench-peers: .venv/.dev ## the service beside LitServe, BentoML and Ray Serve; minutes, and 0.7 GB
+	test -d build/peers/store || tests/benchmarks/peers/setup.sh
+	.venv/bin/python -m tests.benchmarks.peers.run --json build/peers/result.json
 
 VIDEOS ?= ../shared/videos
 test-faults: .venv/.dev ## thousands of damaged videos against a running service; minutes

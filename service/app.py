@@ -56,8 +56,10 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.cors_origins:
         _allow_origins(app, settings.cors_origins)
     app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
-    for group in (classify, embed, timeline, inference_protocol, model_list):
-        app.include_router(group.router, dependencies=[Depends(allow("infer"))])
+    groups = classify, embed, timeline, inference_protocol, model_list
+    # The one with the most requests first: routes are tried in this order.
+    for router in (inference_protocol.direct, *(group.router for group in groups)):
+        app.include_router(router, dependencies=[Depends(allow("infer"))])
     for router in (health.router, inference_protocol.probes):
         app.include_router(router)
     if settings.pages == "on":

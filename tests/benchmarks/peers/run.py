@@ -1,0 +1,300 @@
+"""The service beside LitServe, BentoML and Ray Serve, all serving one ONNX engine; one run.
+
+    make bench-peers        or        python -m tests.benchmarks.peers.run --help
+
+Clips are sent ready: to the service as Open Inference Protocol v2 with binary tensors, to peers in
+what they take bytes in. One load generator for all, a closed loop over keep-alive connections.
+Rounds go from server to server and start with the engine in a bare loop, so that a neighbour on the
+machine meets them all; ratios are taken round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+
+from export.bundle import ONNX_FLOAT32, BundleStore
+from export.runtime.cores import usable_cores
+from export.runtime.onnxruntime import OnnxRuntime
+
+HERE = Path(__file__).parent
+PEERS = ("service", "litserve", "bentoml", "ray")
+
+
+class Server(NamedTuple):
+    """One that runs, and the request that it takes."""
+
+    name: str
+    port: int
+    request: bytes
+    process: subprocess.Popen[bytes]
+
+
+def main() -> None:
+    options = parse()
+    bundle = BundleStore(options.store).open(options.model)
+    config = bundle.config
+    shape = (1, config.num_frames, config.image_size, config.image_size, 3)
+    clip = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    runtime = OnnxRuntime(bundle.file(ONNX_FLOAT32), cuda=False)
+    batch = max(options.batches, key=lambda size: bare(runtime, clip, size, options.seconds / 2))
+    environment = {
+        **os.environ,
+        "ENGINE_MODEL": str(bundle.file(ONNX_FLOAT32).absolute()),
+        "ENGINE_THREADS": str(usable_cores()),
+        "ENGINE_BATCH": str(options.max_batch),
+    }
+    rounds: list[dict[str, dict[str, float]]] = []
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(started(name, options, clip, environment)) for name in options.peers
+        ]
+        idle = {server.name: idle_cores(server) for server in servers}
+        memory = {server.name: memory_mib(server) for server in servers}
+        for _ in range(options.rounds):
+            loop = bare(runtime, clip, batch, options.seconds)
+            found = {"bare loop": {"rate": loop, "ratio": 1.0}}
+            for server in servers:
+                found[server.name] = measure(server, options, loop)
+            rounds.append(found)
+            print(json.dumps(found), file=sys.stderr, flush=True)
+    report(options, batch, rounds, idle, memory)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--store", type=Path, default=Path("build/peers/store"))
+    parser.add_argument("--model", default="toy", help="a bundle of the store")
+    parser.add_argument("--python", type=Path, default=Path("build/peers/venv/bin/python"))
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 32])
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    return parser.parse_args()
+
+
+def bare(runtime: OnnxRuntime, clip: np.ndarray, size: int, seconds: float) -> float:
+    """Clips a second of the engine in a loop."""
+    frames = clip.repeat(size, axis=0)
+    runtime.run(frames)
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        runtime.run(frames)
+        done += size
+    return done / (time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def started(
+    name: str, options: argparse.Namespace, clip: np.ndarray, environment: dict[str, str]
+) -> Iterator[Server]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    python = str(options.python.absolute())
+    command = {
+        "service": [sys.executable, "-c", "import service.cli; service.cli.main()", "serve"],
+        "litserve": [python, "serve_litserve.py", str(port)],
+        "bentoml": [python, "-m", "bentoml", "serve", "serve_bentoml:Peer", "--port", str(port)],
+        "ray": [python, "serve_ray.py", str(port)],
+    }[name]
+    if name == "service":
+        command += ["--store", str(options.store), "--model", options.model, "--device", "cpu"]
+        command += ["--port", str(port), "--max-batch-clips", str(options.max_batch)]
+        command += ["--log-level", "warning", "--decode-workers", "1"]
+        request = v2(options.model, clip)
+    else:
+        request = raw(clip) if name == "ray" else form(clip)
+    folder = None if name == "service" else HERE
+    log = (options.python.parents[2] / f"{name}.log").open("wb")
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    server = Server(name, port, request, process)
+    try:
+        wait_for(server)
+        asyncio.run(load(server, options.concurrency, options.seconds / 2))
+        yield server
+    finally:
+        tree = [process.pid, *descendants(process.pid)]
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        for pid in tree:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+
+
+def wait_for(server: Server) -> None:
+    until = time.monotonic() + 180
+    while True:
+        try:
+            asyncio.run(load(server, 1, 0.01))
+            return
+        except (OSError, asyncio.IncompleteReadError, RuntimeError) as error:
+            if time.monotonic() > until or server.process.poll() is not None:
+                raise RuntimeError(f"{server.name} does not answer: {error}") from error
+            time.sleep(0.5)
+
+
+def v2(model: str, clip: np.ndarray) -> bytes:
+    item = {"name": "frames", "datatype": "UINT8", "shape": clip.shape}
+    tensor = {**item, "parameters": {"binary_data_size": clip.nbytes}}
+    outputs = [{"name": "logits", "parameters": {"binary_data": True}}]
+    head = orjson.dumps({"inputs": [tensor], "outputs": outputs})
+    extra = b"Inference-Header-Content-Length: %d\r\n" % len(head)
+    return post(f"/v2/models/{model}/infer", head + clip.tobytes(), extra)
+
+
+def raw(clip: np.ndarray) -> bytes:
+    return post("/infer", clip.tobytes(), b"Content-Type: application/octet-stream\r\n")
+
+
+def form(clip: np.ndarray) -> bytes:
+    head = b'--x\r\nContent-Disposition: form-data; name="frames"; filename="a.bin"\r\n'
+    body = head + b"Content-Type: application/octet-stream\r\n\r\n" + clip.tobytes()
+    extra = b"Content-Type: multipart/form-data; boundary=x\r\n"
+    return post("/infer", body + b"\r\n--x--\r\n", extra)
+
+
+def post(path: str, body: bytes, extra: bytes) -> bytes:
+    head = b"POST %b HTTP/1.1\r\nHost: localhost\r\n%bContent-Length: %d\r\n\r\n"
+    return head % (path.encode(), extra, len(body)) + body
+
+
+def measure(server: Server, options: argparse.Namespace, loop: float) -> dict[str, float]:
+    pids = [server.process.pid, *descendants(server.process.pid)]
+    before = cpu_seconds(pids)
+    latencies, seconds = asyncio.run(load(server, options.concurrency, options.seconds))
+    used = cpu_seconds(pids) - before
+    alone, _ = asyncio.run(load(server, 1, options.seconds / 2))
+    rate = len(latencies) / seconds
+    return {
+        "rate": rate,
+        "ratio": rate / loop,
+        "cpu_ms": used / len(latencies) * 1e3,
+        "p50_ms": statistics.median(latencies) * 1e3,
+        "p99_ms": sorted(latencies)[int(0.99 * len(latencies))] * 1e3,
+        "alone_p50_ms": statistics.median(alone) * 1e3,
+    }
+
+
+async def load(server: Server, clients: int, seconds: float) -> tuple[list[float], float]:
+    """Latencies of what was answered, and how long it took."""
+    begun = time.perf_counter()
+    latencies: list[float] = []
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        while (start := time.perf_counter()) < begun + seconds:
+            writer.write(server.request)
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            if not head.startswith(b"http/1.1 200"):
+                raise RuntimeError(f"{server.name} refused: {head.decode()}")
+            length = int(head.split(b"\ncontent-length:")[1].split(b"\r\n")[0])
+            await reader.readexactly(length)
+            latencies.append(time.perf_counter() - start)
+        writer.close()
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return latencies, time.perf_counter() - begun
+
+
+def idle_cores(server: Server) -> float:
+    """Cores that it uses with nothing to do."""
+    pids = [server.process.pid, *descendants(server.process.pid)]
+    before, start = cpu_seconds(pids), time.perf_counter()
+    time.sleep(3)
+    return (cpu_seconds(pids) - before) / (time.perf_counter() - start)
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    ticks = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mib(server: Server) -> float:
+    """Proportional set size of all its processes."""
+    total = 0
+    for pid in [server.process.pid, *descendants(server.process.pid)]:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found += [int(path.parent.name), *descendants(int(path.parent.name))]
+    return found
+
+
+def report(
+    options: argparse.Namespace,
+    batch: int,
+    rounds: list[dict[str, dict[str, float]]],
+    idle: dict[str, float],
+    memory: dict[str, float],
+) -> None:
+    def median(name: str, figure: str) -> float:
+        return statistics.median(found[name][figure] for found in rounds)
+
+    loop = median("bare loop", "rate")
+    print(
+        f"{options.model}, {options.concurrency} clients, {options.rounds} rounds, versions "
+        f"{versions(options)}; bare loop {loop:.1f} clips/s in batches of {batch}"
+    )
+    print(
+        "| server | clips/s | of the bare loop | CPU ms a clip | p50 ms | p99 ms "
+        "| p50 of one client ms | idle cores | memory MiB |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name in options.peers:
+        figures = [median(name, key) for key in ("rate", "ratio", "cpu_ms", "p50_ms", "p99_ms")]
+        rate, ratio, cpu, p50, p99 = figures
+        print(
+            f"| {name} | {rate:.1f} | {ratio:.2f} | {cpu:.1f} | {p50:.0f} | {p99:.0f} "
+            f"| {median(name, 'alone_p50_ms'):.1f} | {idle[name]:.2f} | {memory[name]:.0f} |"
+        )
+    if options.json:
+        facts: dict[str, Any] = {"rounds": rounds, "idle_cores": idle, "memory_mib": memory}
+        options.json.write_text(json.dumps({**facts, "versions": versions(options)}, indent=2))
+
+
+def versions(options: argparse.Namespace) -> dict[str, str]:
+    names = "('litserve', 'bentoml', 'ray')"
+    code = f"import importlib.metadata as m; print(*(m.version(name) for name in {names}))"
+    found = subprocess.run(
+        [str(options.python), "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    own = {"onnxruntime": importlib.metadata.version("onnxruntime")}
+    return {**dict(zip(PEERS[1:], found, strict=True)), **own, "python": platform.python_version()}
+
+
+if __name__ == "__main__":
+    main()
