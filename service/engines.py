@@ -72,6 +72,7 @@ class Engines:
         self._child: subprocess.Popen[str] | None = None
         self.stopped = False
         self._lock = threading.Lock()
+        self._building = threading.Lock()
 
     def find(self, bundle: Bundle) -> Plan | None:
         """The bundle's plan, if there is one that fits.
@@ -83,13 +84,17 @@ class Engines:
         return find_plan(wanted.folder, wanted.key, wanted.graph_sha256)
 
     def build(self, bundle: Bundle, progress: Progress = lambda share, step: None) -> Plan:
-        """Builds the bundle's plan, in minutes, in a child process.
+        """Builds the bundle's plan, in minutes, in a child process; one plan at a time, as each
+        build wants the GPU and its memory.
 
         Raises:
             PlanError: it cannot be built, or `stop` was called.
         """
-        job = BuildJob.of(self._wanted(bundle), gpu_index=self._tensorrt.cuda.index)
-        return build_plan(job, progress, on_start=self._started)
+        with self._building:
+            if self.stopped:
+                raise PlanError("the service stops")
+            job = BuildJob.of(self._wanted(bundle), gpu_index=self._tensorrt.cuda.index)
+            return build_plan(job, progress, on_start=self._started)
 
     def load(self, plan: Plan, bundle: Bundle) -> Runtime:
         """Loads a plan and compares it with the float32 network.

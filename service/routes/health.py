@@ -38,10 +38,11 @@ async def ready(
     one is enough, unless `model` asks for a certain one.
     """
     hosts = state.models.hosts
-    host = state.models.find(model) if model else next(h for h in hosts if h.is_serving)
-    bundle, runtime = host.current.bundle, host.current.runtime
-    if not any(host.current.batcher.healthy):
+    asked = (state.models.find(model),) if model else tuple(h for h in hosts if h.is_serving)
+    host = next((h for h in asked if any(h.current.batcher.healthy)), None)
+    if host is None:
         raise NotReadyError("Every engine fails on what it is given.")
+    bundle, runtime = host.current.bundle, host.current.runtime
     return ReadyResponse(
         model=ModelName(name=bundle.name, version=bundle.version),
         engine=runtime.engine,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +38,7 @@ from export.tensorrt import BuildJob, build_plan
 from service.engines import BUILDING, find_tensorrt
 from service.loading import load_model
 from service.settings import load_settings
-from tests.service.test_models import metric, publish, serving, wait_until
+from tests.service.test_models import DEMO, metric, publish, serving, wait_until
 
 
 class FakeGpu:
@@ -262,6 +264,38 @@ def test_the_service_stops_while_a_plan_is_built(
         assert state(client)[1] == "building"
     assert children[0].poll() is not None, "the child is gone"
     assert "ERROR" not in [record.levelname for record in caplog.records]
+
+
+def test_several_models_build_their_plans_one_after_the_other(
+    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        with store.staging(name) as staging:
+            for file in DEMO.manifest.files:
+                shutil.copy(DEMO.path / file, staging / file)
+            store.publish(staging, DEMO.manifest.model_copy(update={"name": name}))
+        store.activate(name, "1")
+    go_on, running, most = threading.Event(), [], []
+
+    def build(job: BuildJob) -> Plan:
+        running.append(job)
+        most.append(len(running))
+        assert go_on.wait(60)
+        running.remove(job)
+        return write_plan(job)
+
+    builder(build)
+    with serve(store=store.root, model="*", spool_dir=tmp_path) as client:
+
+        def serving_tensorrt() -> int:
+            models = client.get("/v1/models").json()["models"]
+            return sum(model["tensorrt"] == "serving" for model in models)
+
+        wait_until(lambda: running)
+        time.sleep(0.3)  # what would begin beside it begins now
+        go_on.set()
+        wait_until(lambda: serving_tensorrt() == 3, seconds=60)
+    assert most == [1, 1, 1]
 
 
 def test_what_turns_tensorrt_off() -> None:
