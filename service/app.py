@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -16,20 +17,24 @@ from starlette.middleware.cors import CORSMiddleware
 from service import errors
 from service.auth import Keyring, allow
 from service.decoding import LOSSES, DecoderPool, WorkerLimits
+from service.job_work import Means
+from service.jobs import Jobs
 from service.loading import store_of
 from service.metrics import Metrics
 from service.middleware import REQUEST_ID_HEADER, RequestContext
 from service.mirror import Mirror
 from service.models import Models
-from service.routes import admin, classify, embed, health, inference_protocol, page, timeline
+from service.routes import admin, classify, embed, health, inference_protocol, jobs, page, timeline
 from service.routes import models as model_list
 from service.sandbox import LAYERS
 from service.settings import Settings
+from service.sources import Sources
 from service.spool import Spool
 from service.state import State
 from service.tracing import open_tracer
 
 logger = logging.getLogger(__name__)
+_NICENESS = 10  # of the decoders of jobs, which nobody waits for
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -56,7 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.cors_origins:
         _allow_origins(app, settings.cors_origins)
     app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
-    groups = classify, embed, timeline, inference_protocol, model_list
+    groups = classify, embed, timeline, jobs, inference_protocol, model_list
     # The one with the most requests first: routes are tried in this order.
     for router in (inference_protocol.direct, *(group.router for group in groups)):
         app.include_router(router, dependencies=[Depends(allow("infer"))])
@@ -111,8 +116,10 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
     decoders = _decoders(settings, metrics, spool, settings.decode_workers)
     streams = _decoders(settings, metrics, spool, settings.timeline_workers, lazy=True)
     mirror = Mirror(settings, metrics)
+    sources = Sources(settings, metrics)
     try:
         models = Models(settings, metrics)
+        kept_jobs = _jobs(settings, metrics, models, sources)
         await _timed("store", mirror.start(), metrics)
         await asyncio.gather(
             _timed("models", models.start(), metrics),
@@ -123,18 +130,25 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
         _watch(metrics, settings, decoders)
         metrics.timelines_waiting.set_function(lambda: streams.waiting)
         metrics.spool_bytes.set_function(lambda: spool.used_bytes)
-        app.state.service = State(settings, metrics, models, decoders, streams, spool)
+        if kept_jobs is not None:
+            await kept_jobs.start()
+        app.state.service = State(
+            settings, metrics, models, decoders, streams, spool, sources, kept_jobs
+        )
         metrics.ready.set(1)
         try:
             yield
         finally:
             metrics.ready.set(0)
             app.state.service = None
+            if kept_jobs is not None:
+                await kept_jobs.close()
             await models.close()
     finally:
         await mirror.close()
         decoders.close()
         streams.close()
+        sources.close()
         spool.close()
         await asyncio.to_thread(app.state.tracer.close)
 
@@ -165,6 +179,22 @@ def tell_of_sandbox(settings: Settings, metrics: Metrics, decoders: DecoderPool)
     missing = decoders.missing_layers(settings)
     if settings.decode_sandbox != "off" and missing:
         logger.warning("decoders run without a part of their sandbox", extra={"missing": missing})
+
+
+def _jobs(settings: Settings, metrics: Metrics, models: Models, sources: Sources) -> Jobs | None:
+    if settings.jobs_dir is None:
+        return None
+    folders = (settings.jobs_dir / "videos", settings.jobs_dir / "incoming")
+    limits = WorkerLimits.of(settings, folders)
+    long = dataclasses.replace(limits.video, max_duration_s=settings.max_long_video_duration_s)
+    decoders = DecoderPool(
+        settings.job_workers,
+        limits._replace(video=long, niceness=_NICENESS),
+        on_restart=lambda reason: metrics.decoder_restarts.labels(reason).inc(),
+        lazy=True,
+    )
+    means = Means(settings, models, decoders)
+    return Jobs(settings.jobs_dir, means, metrics, sources, jobs.hook_body)
 
 
 def _decoders(

@@ -206,6 +206,7 @@ def admitted(request: Request, scope: Scope, presented: str | None) -> Iterator[
     if keyring is None:
         if scope == "admin":
             raise ForbiddenError("Administration over HTTP needs TIMESFORMER_API_KEYS_FILE.")
+        request.state.api_key = None
         yield
         return
     key = keyring.find(presented) if presented else None
@@ -213,7 +214,7 @@ def admitted(request: Request, scope: Scope, presented: str | None) -> Iterator[
         raise UnauthorizedError("Send an API key as `Authorization: Bearer KEY`.")
     if scope not in key.scopes and "admin" not in key.scopes:
         raise ForbiddenError(f"This key lacks the scope `{scope}`.")
-    request.state.priority = key.priority
+    request.state.priority, request.state.api_key = key.priority, key
     with keyring.use(key):
         yield
 

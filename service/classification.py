@@ -12,6 +12,7 @@ from model.video import Clips, VideoFacts
 from service.schemas import (
     Classification,
     ClassifyParameters,
+    Embedding,
     ModelName,
     Prediction,
     SamplingFacts,
@@ -63,6 +64,27 @@ def best_scores(
         for index in best
         if scores[index] >= threshold
     )
+
+
+def embedding_of(
+    bundle: Bundle, clips: Clips, embedding: NDArray[np.float32], parameters: ViewParameters
+) -> Embedding:
+    """The embedding of one video, whose clips have these (clips, dim)."""
+    vector = mean_embedding(embedding)
+    return Embedding(
+        embedding=tuple(vector),
+        dim=len(vector),
+        model=ModelName(name=bundle.name, version=bundle.version),
+        sampling=sampling_facts(clips, parameters),
+        video=video_facts(clips.facts, clips.truncated),
+    )
+
+
+def mean_embedding(embedding: NDArray[np.float32]) -> list[float]:
+    """(clips, dim) to the clips' mean, float32 in as few digits as tell it from its neighbours."""
+    mean = embedding.mean(axis=0, dtype=np.float64).astype(np.float32)
+    # By way of text: 0.1 in float32 would be 0.10000000149011612 in JSON.
+    return [float(str(value)) for value in mean]
 
 
 def sampling_facts(clips: Clips, parameters: ViewParameters) -> SamplingFacts:

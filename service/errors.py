@@ -11,10 +11,18 @@ ServiceError
 |- UploadTooLargeError       413
 |- UploadTimeoutError        408
 |- UnsupportedEncodingError  415
+|- JobNotFoundError          404  or another owner's
+|- JobNotDoneError           409  it has no result, or not yet
+|- JobsOffError              409  this service keeps no jobs
+|- JobAbandonedError         422  the service ended as often as it ran the job
+|- WebhookRefusedError       422  a URL that is not called
+|- SourceRefusedError        422  a URL that is not read
+|- SourceFailedError         422  its host does not answer with a file
 |- VideoRejectedError        4xx  what `model.video` says of the file, see VIDEO_STATUS
 |- ClientDisconnectedError   499  nobody is there to read it; for the metrics
 |- QueueFullError            503  with Retry-After
 |- DeadlineUnreachableError  503  with Retry-After: it would not be done in time, so it is not begun
+|- JobsFullError             503  with Retry-After
 |- SpoolFullError            503  with Retry-After
 |- NotReadyError             503
 |- ModelUnavailableError     503  it could not be loaded; other models serve
@@ -113,6 +121,41 @@ class UploadTooLargeError(ServiceError):
 
 class UploadTimeoutError(ServiceError):
     status, code = 408, "upload_timeout"
+
+
+class JobNotFoundError(ServiceError):
+    status, code = 404, "job_not_found"
+
+
+class JobNotDoneError(ServiceError):
+    status, code = 409, "job_not_done"
+
+
+class JobsOffError(ServiceError):
+    status, code = 409, "jobs_off"
+
+
+class JobAbandonedError(ServiceError):
+    status, code = 422, "job_abandoned"
+
+
+class JobsFullError(ServiceError):
+    status, code = 503, "jobs_full"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"Retry-After": "60"})
+
+
+class WebhookRefusedError(ServiceError):
+    status, code = 422, "webhook_refused"
+
+
+class SourceRefusedError(ServiceError):
+    status, code = 422, "source_refused"
+
+
+class SourceFailedError(ServiceError):
+    status, code = 422, "source_failed"
 
 
 class VideoRejectedError(ServiceError):

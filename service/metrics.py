@@ -236,6 +236,43 @@ class Metrics:
             buckets=(1, 2, 3, 5, 10, 15, 30, 60, 100),
             registry=self.registry,
         )
+        self.jobs = Gauge(
+            "timesformer_jobs",
+            "Jobs that are kept, by state.",
+            ["state"],
+            registry=self.registry,
+        )
+        self.jobs_ended = Counter(
+            "timesformer_jobs_ended",
+            "Jobs that ended, by kind and state.",
+            ["kind", "state"],
+            registry=self.registry,
+        )
+        self.job_seconds = Histogram(
+            "timesformer_job_seconds",
+            "Time that a job ran, by kind.",
+            ["kind"],
+            buckets=(0.1, 0.5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 7200, 14400),
+            registry=self.registry,
+        )
+        self.jobs_bytes = Gauge(
+            "timesformer_jobs_bytes",
+            "Videos that jobs keep or that are being received for them.",
+            registry=self.registry,
+        )
+        self.webhooks = Counter(
+            "timesformer_webhooks",
+            "Calls of webhooks: done, failed and to be tried again, or given up.",
+            ["result"],
+            registry=self.registry,
+        )
+        self.source_seconds = Histogram(
+            "timesformer_source_seconds",
+            "Time to read a video from its URL, by what came of it: done, failed or refused.",
+            ["result"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self.timelines_running = Gauge(
             "timesformer_timelines_running",
             "Timelines that are being received, decoded or sent.",

@@ -22,12 +22,13 @@ from service.errors import (
     ServiceError,
 )
 from service.metrics import Metrics
+from service.outgoing import MAX_URL
 from service.schemas import Problem, Timings, ViewParameters, inlined_schema
 from service.served import ServedModel
 from service.state import State
 from service.tracing import record_stages
 from service.turns import Answer
-from service.uploads import FILE_FIELD, Upload, receive
+from service.uploads import FILE_FIELD, SOURCE_FIELD, Upload, receive
 from service.urgency import Urgency, urgency_of, within
 
 T = TypeVar("T")
@@ -65,20 +66,29 @@ PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
 def video_body(parameters: type[BaseModel]) -> dict[str, Any]:
     """The OpenAPI description of a body with a video, and in a form these parameters as well."""
     binary = {"type": "string", "format": "binary"}
+    url = {"type": "string", "format": "uri", "maxLength": MAX_URL}
     fields = {
         name: {key: value for key, value in schema.items() if key != "title"}
         for name, schema in parameters.model_json_schema()["properties"].items()
     }
     return {
         "required": True,
-        "description": f"The video itself, or a form with the video in `{FILE_FIELD}`. Parameters "
-        "in the form win over those in the query.",
+        "description": f"The video itself; or a form with the video in `{FILE_FIELD}` or its URL "
+        f"in `{SOURCE_FIELD}`; or an object with the URL, where the service reads URLs. Parameters "
+        "in form and object win over those in the query.",
         "content": {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": [FILE_FIELD],
-                    "properties": {FILE_FIELD: binary, **fields},
+                    "properties": {FILE_FIELD: binary, SOURCE_FIELD: url, **fields},
+                    "oneOf": [{"required": [FILE_FIELD]}, {"required": [SOURCE_FIELD]}],
+                }
+            },
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": [SOURCE_FIELD],
+                    "properties": {SOURCE_FIELD: url, **fields},
                 }
             },
             "application/octet-stream": {"schema": binary},
@@ -112,7 +122,11 @@ async def answer_video(request: Request, state: State, query: P) -> VideoAnswer[
     async with (
         within(urgency.deadline),
         receive(
-            request, state.spool, settings.max_upload_bytes, settings.upload_timeout_s
+            request,
+            state.spool,
+            settings.max_upload_bytes,
+            settings.upload_timeout_s,
+            state.sources,
         ) as upload,
     ):
         parameters = merge_parameters(query, upload.fields, settings.max_clips_per_request)

@@ -59,6 +59,11 @@ class ClassifyParameters(ViewParameters):
     threshold: float = Field(0.0, ge=0, le=1, description="Labels that score less are left out.")
 
 
+def _optional(model: type[BaseModel], name: str, kinds: str) -> Any:
+    """A parameter of another model that may be left out, and is checked by that model."""
+    return Field(None, description=f"{model.model_fields[name].description} Of {kinds}.")
+
+
 class TimelineParameters(_Schema):
     """How a long video is to be cut into windows, and what is wanted of them."""
 
@@ -106,12 +111,17 @@ class TimelineParameters(_Schema):
         return self
 
 
-class TimelineRequest(TimelineParameters):
-    """The same, by which model, and how it is to be sent."""
+class JobTimelineParameters(TimelineParameters):
+    """The same, and by which model."""
 
     model: str | None = Field(
         None, max_length=64, description="Name of the model, if several serve; see `/v1/models`."
     )
+
+
+class TimelineRequest(JobTimelineParameters):
+    """The same, and how it is to be sent."""
+
     format: Literal["ndjson", "sse"] | None = Field(
         None,
         description="`ndjson`: a JSON object a line. `sse`: server-sent events. By default what "
@@ -224,12 +234,17 @@ class ClassifyResponse(Classification):
     )
 
 
-class EmbedResponse(_Schema):
+class Embedding(_Schema):
+    """What a model makes of a video, as a vector."""
+
     embedding: tuple[float, ...] = Field(description="Mean over all clips; not normalised.")
     dim: int
     model: ModelName
     sampling: SamplingFacts
     video: VideoFactsSchema
+
+
+class EmbedResponse(Embedding):
     timings_ms: Timings
     request_id: str
 
@@ -309,6 +324,74 @@ class TimelineError(_Schema):
 
 
 TimelineEvent = TimelineStart | TimelineWindow | TimelineSegment | TimelineSummary | TimelineError
+
+
+class TimelineResult(_Schema):
+    """A whole timeline: the events' contents."""
+
+    start: TimelineStart
+    windows: tuple[TimelineWindow, ...]
+    segments: tuple[TimelineSegment, ...]
+    summary: TimelineSummary
+
+
+class JobRequest(_Schema):
+    """What is to be done with a long video, later. Parameters are those of the kind."""
+
+    kind: Literal["classify", "timeline", "embed"] = Field(
+        description="What is to be done: as `/v1/classify`, `/v1/timeline` or `/v1/embed` would."
+    )
+    webhook: str | None = Field(
+        None,
+        max_length=1000,
+        description="URL that is told by a signed `POST` when the job has ended.",
+    )
+    model: str | None = _optional(ViewParameters, "model", "all kinds")
+    views: int | None = _optional(ViewParameters, "views", "classify, embed")
+    crops: Annotated[Literal[1, 3] | None, BeforeValidator(_number)] = _optional(
+        ViewParameters, "crops", "all kinds"
+    )
+    top_k: int | None = _optional(ClassifyParameters, "top_k", "classify, timeline")
+    threshold: float | None = _optional(ClassifyParameters, "threshold", "classify, timeline")
+    window: float | None = _optional(TimelineParameters, "window", "timeline")
+    stride: float | None = _optional(TimelineParameters, "stride", "timeline")
+    smoothing: int | None = _optional(TimelineParameters, "smoothing", "timeline")
+    open_score: float | None = _optional(TimelineParameters, "open_score", "timeline")
+    close_score: float | None = _optional(TimelineParameters, "close_score", "timeline")
+    min_segment: float | None = _optional(TimelineParameters, "min_segment", "timeline")
+
+
+class JobProgress(_Schema):
+    windows: int = Field(description="Windows that are done.")
+    of: int = Field(description="Windows that are expected.")
+
+
+class JobError(_Schema):
+    code: str = Field(description="As of a problem document.")
+    status: int
+    detail: str
+
+
+class JobStatus(_Schema):
+    """A job, without its result."""
+
+    id: str
+    kind: Literal["classify", "timeline", "embed"]
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    created: str
+    started: str | None
+    finished: str | None
+    attempts: int = Field(description="How often it was begun: again where a server was killed.")
+    bytes: int = Field(description="Size of an uploaded video.")
+    parameters: dict[str, JsonValue]
+    progress: JobProgress | None = Field(description="Of a timeline that runs.")
+    error: JobError | None
+    webhook: Literal["none", "waiting", "delivered", "failed"]
+
+
+class JobList(_Schema):
+    jobs: tuple[JobStatus, ...] = Field(description="Newest first.")
+    next: str | None = Field(description="Goes into `before` for the next page.")
 
 
 class ModelFacts(_Schema):

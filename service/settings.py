@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from export.runtime.cores import usable_cores
 from export.runtime.interface import Device, Precision
+from service.outgoing import parse_hosts
 
 ENV_PREFIX = "TIMESFORMER_"
 MIB = 1024 * 1024
@@ -192,6 +193,20 @@ class Settings(BaseSettings):
         description="After that, how long requests in progress may take to finish. What is not "
         "done then, a stalled upload too, is cut off.",
     )
+    source_hosts: str = Field(
+        "",
+        description="Hosts that videos may be read from by `source_url`, with commas between: "
+        "`videos.example.org`, `*.s3.amazonaws.com`, `name:port` for another port than 443. Empty: "
+        "no URL is read.",
+    )
+    source_http: bool = Field(
+        False, description="Whether these hosts may also be read from without TLS."
+    )
+    source_private: bool = Field(
+        False,
+        description="Whether these hosts may have addresses that are not of the public internet. "
+        "Only where every one of them is your own.",
+    )
     max_long_upload_bytes: int = Field(
         2048 * MIB,
         ge=1,
@@ -221,6 +236,43 @@ class Settings(BaseSettings):
         gt=0,
         description="Longest time from a complete upload to the end of its timeline. "
         "`decode_timeout_s` limits the time without any progress.",
+    )
+    jobs_dir: Path | None = Field(
+        None,
+        description="Folder of `/v1/jobs`: their videos, states and results, on a disk that lasts. "
+        "Without it there are no jobs. One server at a time uses a folder.",
+    )
+    job_workers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Jobs that run at once, each with a decoder process of its own that stands "
+        "back for others.",
+    )
+    max_waiting_jobs: int = Field(
+        1000, ge=1, description="Most jobs that wait; past that the answer is 503."
+    )
+    max_jobs_bytes: int = Field(
+        20 * 1024 * MIB,
+        ge=1,
+        description="Most bytes of videos that jobs keep until they are done; past that the answer "
+        "is 503.",
+    )
+    job_retention_s: float = Field(
+        7 * 24 * 3600.0, gt=0, description="How long a job is kept, with its result, once it ended."
+    )
+    webhook_hosts: str = Field(
+        "",
+        description="Hosts that jobs may call when they have ended, as in `source_hosts`. Empty: "
+        "none.",
+    )
+    webhook_http: bool = Field(False, description="Whether they may be called without TLS.")
+    webhook_private: bool = Field(
+        False,
+        description="Whether they may have addresses that are not of the public internet.",
+    )
+    webhook_secret_file: Path | None = Field(
+        None, description="File with the secret that calls are signed with, 16 bytes at least."
     )
     spool_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()),
@@ -287,6 +339,20 @@ class Settings(BaseSettings):
         if self.store_url is not None and self.store is None:
             raise ValueError("store_url needs store: the folder that bundles are fetched into")
         return self
+
+    @field_validator("source_hosts", "webhook_hosts")
+    @classmethod
+    def _lists_hosts(cls, value: str) -> str:
+        parse_hosts(value)
+        return value
+
+    @property
+    def hosts_of_sources(self) -> tuple[str, ...]:
+        return parse_hosts(self.source_hosts)
+
+    @property
+    def hosts_of_webhooks(self) -> tuple[str, ...]:
+        return parse_hosts(self.webhook_hosts)
 
     @model_validator(mode="after")
     def _largest_request_fits(self) -> Settings:

@@ -9,9 +9,11 @@ from fastapi import Depends, Request
 
 from service.decoding import DecoderPool
 from service.errors import NotReadyError
+from service.jobs import Jobs
 from service.metrics import Metrics
 from service.models import Models
 from service.settings import Settings
+from service.sources import Sources
 from service.spool import Spool
 
 
@@ -26,6 +28,8 @@ class State:
     streams: DecoderPool
     """Of long videos."""
     spool: Spool
+    sources: Sources
+    jobs: Jobs | None
 
 
 # Though it waits for nothing: a plain function would be run in a thread, for each request.

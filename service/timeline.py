@@ -13,10 +13,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
 
 from export.bundle import Bundle
-from model.video import Cut, Ended, Opened, Window
+from model.video import Cut, Ended, Opened, Window, WindowError, make_cut
 from service.classification import best_scores, softmax, video_facts
 from service.errors import QueueFullError
 from service.schemas import (
@@ -32,6 +33,7 @@ from service.schemas import (
 from service.segments import Rule, Segment, Segmenter
 from service.served import ServedModel
 from service.streaming import Piece
+from service.turns import Answer, Priority
 
 # A long video waits for room in the queue instead of being refused in its middle.
 _RETRY_S = 0.1
@@ -127,7 +129,11 @@ class Timeline:
 
 
 async def events_of(
-    pieces: AsyncIterator[Piece], model: ServedModel, timeline: Timeline, ahead: int
+    pieces: AsyncIterator[Piece],
+    model: ServedModel,
+    timeline: Timeline,
+    ahead: int,
+    priority: Priority,
 ) -> AsyncGenerator[TimelineEvent, None]:
     """Runs windows through the network as they are decoded.
 
@@ -160,7 +166,9 @@ async def events_of(
                 if isinstance(piece, Opened):
                     yield timeline.start(piece)
                 else:
-                    running.append((piece, asyncio.ensure_future(_submit(model, piece.frames))))
+                    running.append(
+                        (piece, asyncio.ensure_future(_submit(model, piece.frames, priority)))
+                    )
     finally:
         for future in (reading, *(task for _, task in running)):
             if future is not None:
@@ -179,9 +187,37 @@ def _let_go(future: asyncio.Future[Any]) -> None:
     future.add_done_callback(_failed)
 
 
-async def _submit(model: ServedModel, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+async def _submit(
+    model: ServedModel, frames: NDArray[np.uint8], priority: Priority
+) -> NDArray[np.float32]:
+    return (await submit_patiently(model, frames, priority)).logits
+
+
+async def submit_patiently(
+    model: ServedModel, frames: NDArray[np.uint8], priority: Priority
+) -> Answer:
+    """`Batcher.submit` for work that waits for room in the queue instead of being refused."""
     while True:
         try:
-            return (await model.batcher.submit(frames)).logits
+            return await model.batcher.submit(frames, priority)
         except QueueFullError:
             await asyncio.sleep(_RETRY_S)
+
+
+def checked_cut(model: ServedModel, parameters: TimelineParameters, max_windows: int) -> Cut:
+    """How these parameters cut videos for this model.
+
+    Raises:
+        RequestValidationError: they do not fit it.
+    """
+    try:
+        return make_cut(
+            model.bundle.config.preprocessing,
+            parameters.window,
+            parameters.stride,
+            parameters.crops,
+            max_windows,
+        )
+    except WindowError as error:
+        problem = {"loc": ("query", error.field), "msg": error.message, "type": "window"}
+        raise RequestValidationError([problem]) from None

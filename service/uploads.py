@@ -1,7 +1,8 @@
 """Uploads to spool files: streamed in blocks, limited while they are read, deleted on every path.
 
 A body is either the video itself or `multipart/form-data` with the video in the part `file` and
-parameters in other parts; no video is ever held in memory whole. Tensors are: `receive_tensors`.
+parameters in other parts; instead of the video it may have `source_url`, also as JSON. No video is
+ever held in memory whole. Tensors are: `receive_tensors`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import orjson
 from fastapi import Request
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -24,16 +26,19 @@ from service.errors import (
     UploadTimeoutError,
     UploadTooLargeError,
 )
+from service.outgoing import MAX_URL
 from service.settings import MIB
+from service.sources import Sources
 from service.spool import Spool, SpoolFile
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-FILE_FIELD = "file"
+FILE_FIELD, SOURCE_FIELD = "file", "source_url"
 _BLOCK = MIB
 _MAX_FIELD_BYTES = 1024
 _MAX_FIELDS = 32
+_MAX_JSON_BYTES = 16 * 1024
 
 
 class Limit(NamedTuple):
@@ -56,9 +61,10 @@ class Upload(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def receive(
-    request: Request, spool: Spool, max_bytes: int, timeout_s: float
+    request: Request, spool: Spool, max_bytes: int, timeout_s: float, sources: Sources | None
 ) -> AsyncIterator[Upload]:
-    """Receives the request's video into the spool; the file is gone at the end of the block.
+    """Receives the request's video into the spool, or reads it from the URL that the request names;
+    the file is gone at the end of the block. Without `sources` the URL is left among the fields.
 
     Raises:
         UploadTooLargeError: the body is larger than `max_bytes`.
@@ -66,6 +72,7 @@ async def receive(
         BadRequestError: it is no multipart body with a `file`, though it says so.
         ClientDisconnectedError: the client went away.
         SpoolFullError: the disk is full, or the spool's quota used up.
+        SourceRefusedError, SourceFailedError: as `Sources.fetch`.
     """
     started = time.perf_counter()
     announced = _announced_size(request, Limit(max_bytes))
@@ -74,6 +81,8 @@ async def receive(
         try:
             async with asyncio.timeout(timeout_s):
                 fields = await _receive(request, file, max_bytes)
+                if sources is not None and (url := fields.pop(SOURCE_FIELD, None)) is not None:
+                    await _unless_left(request, sources.fetch(url, file, max_bytes))
         except TimeoutError:
             raise _too_slow(timeout_s) from None
         except ClientDisconnect:
@@ -105,6 +114,8 @@ async def receive_tensors(request: Request, limit: Limit, timeout_s: float) -> b
 
 async def _receive(request: Request, file: SpoolFile, max_bytes: int) -> dict[str, str]:
     content_type, options = parse_options_header(request.headers.get("content-type"))
+    if content_type == b"application/json":
+        return await _receive_json(request)
     fields: dict[str, str] = {}
     write: Callable[[bytes], object] = file.add
     form = None
@@ -123,6 +134,41 @@ async def _receive(request: Request, file: SpoolFile, max_bytes: int) -> dict[st
     if form is not None:
         form.finish()
     return fields
+
+
+async def _receive_json(request: Request) -> dict[str, str]:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_JSON_BYTES:
+            raise _too_large(Limit(_MAX_JSON_BYTES, "the limit of a JSON body"))
+    try:
+        content = orjson.loads(body)
+    except ValueError:
+        raise BadRequestError("The body is said to be JSON and is none.") from None
+    if not isinstance(content, dict) or not isinstance(content.get(SOURCE_FIELD), str):
+        raise BadRequestError(
+            f"A JSON body is an object with the video's URL in '{SOURCE_FIELD}'; or send the video."
+        )
+    fields = {name: value for name, value in content.items() if value is not None}
+    if not all(isinstance(value, str | int | float) for value in fields.values()):
+        raise BadRequestError("The values of a JSON body are strings and numbers.")
+    return {name: str(value) for name, value in fields.items()}
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, None]) -> None:
+    """Waits for `work`, and cancels it when the client goes."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnectedError("The client went away.")
+        task.result()
+    finally:
+        leaving.cancel()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)  # it has the file
 
 
 def _announced_size(request: Request, limit: Limit) -> int:
@@ -186,9 +232,10 @@ class _Form:
         """Checks that the body was whole and had one file in it."""
         if not self._complete:
             raise BadRequestError("The multipart body ends before its last boundary.")
-        if self._files != 1:
+        if self._files != (0 if SOURCE_FIELD in self.fields else 1):
             raise BadRequestError(
-                f"The multipart body has {self._files} parts named '{FILE_FIELD}'; send one video."
+                f"The multipart body has {self._files} parts named '{FILE_FIELD}'; send one video, "
+                f"or its URL in '{SOURCE_FIELD}'."
             )
 
     def _part_begin(self) -> None:
@@ -218,9 +265,10 @@ class _Form:
                 self._sink(data[start:end])
             return
         self._value += data[start:end]
-        if len(self._value) > _MAX_FIELD_BYTES:
+        most = MAX_URL if self._name == SOURCE_FIELD else _MAX_FIELD_BYTES
+        if len(self._value) > most:
             raise BadRequestError(
-                f"The multipart field '{self._name[:40]}' is longer than {_MAX_FIELD_BYTES} bytes."
+                f"The multipart field '{self._name[:40]}' is longer than {most} bytes."
             )
 
     def _part_end(self) -> None:

@@ -8,9 +8,8 @@ from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 
-from model.video import Cut, Limits, WindowError, make_cut
+from model.video import Limits
 from service.errors import QueueFullError
 from service.events import MEDIA_TYPES, EventStream, choose_format
 from service.loading import max_batch
@@ -30,8 +29,10 @@ from service.schemas import (
 from service.served import ServedModel
 from service.state import Running, State
 from service.streaming import StreamJob
-from service.timeline import Timeline, events_of
+from service.timeline import Timeline, checked_cut, events_of
+from service.turns import Priority
 from service.uploads import Upload, receive
+from service.urgency import HEADERS, urgency_of
 
 router = APIRouter(prefix="/v1", tags=["timeline"])
 _RETRY_AFTER_S = 30
@@ -62,7 +63,7 @@ _EVENT: dict[str, Any] = {
         },
         **PROBLEM_RESPONSES,
     },
-    openapi_extra={"requestBody": video_body(TimelineRequest)},
+    openapi_extra={"requestBody": video_body(TimelineRequest), "parameters": HEADERS},
     summary="Name the actions in a long video, over time",
 )
 async def timeline(
@@ -72,6 +73,7 @@ async def timeline(
     on, and sends each one's labels and the segments that they make as they are known.
     """
     settings, metrics = state.settings, state.metrics
+    urgency = urgency_of(request)
     state.models.find(query.model)  # now, so that a name that is wrong costs nobody an upload
     _refuse_if_full(state)
     stack = AsyncExitStack()
@@ -85,15 +87,21 @@ async def timeline(
                 state.spool,
                 settings.max_long_upload_bytes,
                 settings.long_upload_timeout_s,
+                state.sources,
             )
         )
         parameters = merge_fields(query, upload.fields)
         form = choose_format(request, parameters.format)
         _refuse_if_full(state)
         deadline = asyncio.get_running_loop().time() + settings.timeline_timeout_s
+        if urgency.deadline is not None:
+            deadline = min(deadline, urgency.deadline)
         model = stack.enter_context(state.models.find(parameters.model).current.in_use())
-        beginning = asyncio.create_task(_begin(stack, state, model, upload, parameters))
-        events = await answer_in_time(request, settings.timeline_timeout_s, beginning)
+        beginning = asyncio.create_task(
+            _begin(stack, state, model, upload, parameters, urgency.priority)
+        )
+        left = max(deadline - asyncio.get_running_loop().time(), 0.0)
+        events = await answer_in_time(request, left, beginning)
     except BaseException:
         if beginning is not None:  # it adds to the stack
             await asyncio.gather(beginning, return_exceptions=True)
@@ -120,6 +128,7 @@ async def _begin(
     model: ServedModel,
     upload: Upload,
     parameters: TimelineParameters,
+    priority: Priority,
 ) -> AsyncIterator[TimelineEvent]:
     """Decodes up to the first event, so that a video which gives none is refused with a status."""
     settings = state.settings
@@ -131,7 +140,7 @@ async def _begin(
     pieces = await stack.enter_async_context(state.streams.stream(job))
     made = Timeline(model.bundle, cut, parameters, request_id.get())
     ahead = 2 * max_batch(settings, model.runtime)
-    events = events_of(pieces, model, made, ahead)
+    events = events_of(pieces, model, made, ahead, priority)
     stack.push_async_callback(events.aclose)
     first = await anext(events)
     return _counted(state, first, events)
@@ -147,22 +156,3 @@ async def _counted(
         elif isinstance(event, TimelineSegment):
             state.metrics.timeline_segments.inc()
         yield event
-
-
-def checked_cut(model: ServedModel, parameters: TimelineParameters, max_windows: int) -> Cut:
-    """How these parameters cut videos for this model.
-
-    Raises:
-        RequestValidationError: they do not fit it.
-    """
-    try:
-        return make_cut(
-            model.bundle.config.preprocessing,
-            parameters.window,
-            parameters.stride,
-            parameters.crops,
-            max_windows,
-        )
-    except WindowError as error:
-        problem = {"loc": ("query", error.field), "msg": error.message, "type": "window"}
-        raise RequestValidationError([problem]) from None

@@ -13,7 +13,7 @@ from export.bundle import BundleStore
 from export.runtime import load_runtime
 from model.demo import STORE
 from model.video import load_clips
-from service.routes.embed import mean_embedding
+from service.classification import mean_embedding
 
 URL = "/v1/embed"
 # What `classify` answers too; how uploads, limits and faults behave is tested there.

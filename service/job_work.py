@@ -1,0 +1,144 @@
+"""What a job does, by its kind: a video in the jobs' folder in, the JSON of its result out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+
+from model.video import Limits
+from service.classification import classification, embedding_of
+from service.decoding import DecoderPool, Job
+from service.loading import max_batch
+from service.models import Models
+from service.schemas import (
+    ClassifyParameters,
+    JobTimelineParameters,
+    TimelineSegment,
+    TimelineStart,
+    TimelineSummary,
+    TimelineWindow,
+    ViewParameters,
+)
+from service.served import ServedModel
+from service.settings import Settings
+from service.streaming import StreamJob
+from service.timeline import Timeline, checked_cut, events_of, submit_patiently
+
+Kind = Literal["classify", "timeline", "embed"]
+PARAMETERS: dict[str, type[ViewParameters] | type[JobTimelineParameters]] = {
+    "classify": ClassifyParameters,
+    "timeline": JobTimelineParameters,
+    "embed": ViewParameters,
+}
+Parameters = ViewParameters | JobTimelineParameters
+
+
+class Progress(NamedTuple):
+    windows: int
+    of: int
+
+
+class Means(NamedTuple):
+    """What jobs are done with."""
+
+    settings: Settings
+    models: Models
+    decoders: DecoderPool
+
+
+def parse(kind: str, given: Mapping[str, Any], most_clips: int) -> Parameters:
+    """The parameters of a kind of job.
+
+    Raises:
+        RequestValidationError: one is unknown or wrong.
+    """
+    try:
+        parameters = PARAMETERS[kind].model_validate(given)
+    except ValidationError as error:
+        raise RequestValidationError(
+            [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+        ) from None
+    if isinstance(parameters, ViewParameters) and parameters.views * parameters.crops > most_clips:
+        message = f"views x crops may be {most_clips} at most"
+        raise RequestValidationError(
+            [{"loc": ("body", "views"), "msg": message, "type": "too_many_clips"}]
+        )
+    return parameters
+
+
+async def do(
+    kind: str,
+    parameters: Parameters,
+    video: Path,
+    means: Means,
+    on_progress: Callable[[Progress], None],
+) -> bytes:
+    """Does the job; its clips stand back behind those of requests.
+
+    Raises:
+        ServiceError: the video or the service does not allow it.
+        RequestValidationError: the parameters do not fit the model that serves now.
+    """
+    with means.models.find(parameters.model).current.in_use() as model:
+        if isinstance(parameters, JobTimelineParameters):
+            return await _timeline(parameters, video, means, model, on_progress)
+        return await _look(kind, parameters, video, means, model)
+
+
+async def _look(
+    kind: str, parameters: ViewParameters, video: Path, means: Means, model: ServedModel
+) -> bytes:
+    seen = model.bundle.config.preprocessing
+    clips = await means.decoders.decode(Job(video, seen, parameters.views, parameters.crops))
+    answer = await submit_patiently(model, clips.frames, "low")
+    result: BaseModel
+    if isinstance(parameters, ClassifyParameters):
+        result = classification(model.bundle, clips, answer.logits, parameters)
+    else:
+        result = embedding_of(model.bundle, clips, answer.embedding, parameters)
+    return result.model_dump_json().encode()
+
+
+async def _timeline(
+    parameters: JobTimelineParameters,
+    video: Path,
+    means: Means,
+    model: ServedModel,
+    on_progress: Callable[[Progress], None],
+) -> bytes:
+    settings = means.settings
+    cut = checked_cut(model, parameters, settings.max_windows)
+    limits = Limits(
+        max_pixels=settings.max_video_pixels, max_duration_s=settings.max_long_video_duration_s
+    )
+    job = StreamJob(video, model.bundle.config.preprocessing, cut, limits)
+    timeline = Timeline(model.bundle, cut, parameters)
+    start = summary = b"null"
+    windows: list[bytes] = []  # as text: a tenth of what they take as objects
+    segments: list[bytes] = []
+    expected = 0
+    async with means.decoders.stream(job) as pieces:
+        ahead = 2 * max_batch(settings, model.runtime)
+        async with aclosing(events_of(pieces, model, timeline, ahead, "low")) as events:
+            async for event in events:
+                text = event.model_dump_json(exclude={"event", "request_id"}).encode()
+                if isinstance(event, TimelineStart):
+                    start, expected = text, event.windows
+                elif isinstance(event, TimelineWindow):
+                    windows.append(text)
+                    on_progress(Progress(len(windows), expected))
+                elif isinstance(event, TimelineSegment):
+                    segments.append(text)
+                elif isinstance(event, TimelineSummary):
+                    summary = text
+    return b'{"start":%b,"windows":[%b],"segments":[%b],"summary":%b}' % (
+        start,
+        b",".join(windows),
+        b",".join(segments),
+        summary,
+    )

@@ -1,0 +1,107 @@
+"""Jobs of a service that is killed and started again: none is lost, none is done twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.service.long_video import write_long_video
+from tests.service.web_server import Handler, web_server
+
+URL = "/v1/jobs"
+
+
+@pytest.fixture(scope="module")
+def minutes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("long")
+    return write_long_video(folder / "a.mp4", 240, rate=5, side=32).read_bytes()
+
+
+def states(client: httpx.Client) -> dict[str, str]:
+    return {job["id"]: job["state"] for job in client.get(URL).json()["jobs"]}
+
+
+def wait_until(client: httpx.Client, enough: Any) -> dict[str, str]:
+    deadline = time.monotonic() + 200
+    while not enough(found := states(client)):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    return found
+
+
+def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
+    start_service: Any, minutes: bytes, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    def answer(handler: Handler) -> None:
+        calls.append(handler.path)
+        handler.say(200)
+
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"sixteen bytes and more")
+    jobs_dir = tmp_path / "jobs"
+    with web_server(answer) as host:
+        flags = [
+            *("--jobs-dir", str(jobs_dir), "--job-workers", "2"),
+            *("--webhook-hosts", host, "--webhook-http", "true", "--webhook-private", "true"),
+            *("--webhook-secret-file", str(secret)),
+        ]
+        accepted: list[str] = []
+        for turn in range(2):
+            with start_service(*flags) as service:
+                for number in range(3):
+                    name = f"{turn}-{number}"
+                    job = service.client.post(
+                        URL,
+                        params={"kind": "timeline", "webhook": f"http://{host}/{name}"},
+                        content=minutes,
+                        headers={"Idempotency-Key": name},
+                    )
+                    assert job.status_code == 202
+                    accepted.append(job.json()["id"])
+                wait_until(service.client, lambda found: "running" in found.values())
+                os.kill(service.process.pid, signal.SIGKILL)
+                service.process.wait(30)
+        with start_service(*flags) as service:
+            again = service.client.post(
+                URL,
+                params={"kind": "timeline"},
+                content=minutes,
+                headers={"Idempotency-Key": "0-0"},
+            )
+            assert again.json()["id"] == accepted[0]
+            found = wait_until(service.client, lambda found: set(found.values()) == {"done"})
+            assert set(found) == set(accepted)
+            results = [service.client.get(f"{URL}/{job}/result").json() for job in accepted]
+            assert len({str(result["windows"]) for result in results}) == 1
+            deadline = time.monotonic() + 60
+            while len(calls) < len(accepted) and time.monotonic() < deadline:
+                time.sleep(0.05)
+    assert set(Counter(calls).values()) == {1}
+    assert len(calls) == len(accepted)
+    assert list((jobs_dir / "videos").iterdir()) == []
+    database = sqlite3.connect(jobs_dir / "jobs.sqlite")
+    assert database.execute("SELECT count(*) FROM results").fetchone() == (len(accepted),)
+    database.close()
+
+
+def test_stopped_it_gives_back_what_runs_and_the_next_does_it(
+    start_service: Any, minutes: bytes, tmp_path: Path
+) -> None:
+    with start_service("--jobs-dir", str(tmp_path)) as service:
+        job = service.client.post(URL, params={"kind": "timeline"}, content=minutes).json()
+        wait_until(service.client, lambda found: "running" in found.values())
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(60) == 0
+    with start_service("--jobs-dir", str(tmp_path)) as service:
+        wait_until(service.client, lambda found: found == {job["id"]: "done"})
+        assert service.client.get(f"{URL}/{job['id']}").json()["attempts"] == 1

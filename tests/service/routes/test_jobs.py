@@ -1,0 +1,428 @@
+"""`/v1/jobs` as clients use it: over a socket, with a folder that lasts."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.auth import ApiKey, new_key, write_keys
+from service.settings import SettingsError, load_settings
+from service.webhooks import Webhooks, sign, wait_after
+from tests.service.long_video import write_long_video
+from tests.service.web_server import Handler, web_server
+
+URL = "/v1/jobs"
+SECRET = b"sixteen bytes and more"
+
+
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("long")
+    return write_long_video(folder / "a.mp4", 1800, rate=5, side=32).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with serve(jobs_dir=tmp_path_factory.mktemp("jobs")) as client:
+        yield client
+
+
+def eventually(ask: Callable[[], Any], wanted: Callable[[Any], bool]) -> Any:
+    deadline = time.monotonic() + 120
+    while not wanted(found := ask()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    return found
+
+
+def ended(client: httpx.Client, identifier: str) -> dict[str, Any]:
+    """The job, once it has ended."""
+    return eventually(
+        lambda: client.get(f"{URL}/{identifier}").json(),
+        lambda job: job["state"] not in {"queued", "running"},
+    )
+
+
+@pytest.mark.parametrize("kind", ["classify", "embed", "timeline"])
+def test_a_job_has_the_result_that_its_endpoint_answers_with(
+    client: httpx.Client, video: Path, kind: str
+) -> None:
+    content = video.read_bytes()
+    accepted = client.post(URL, files={"file": content}, data={"kind": kind, "crops": "3"})
+    assert accepted.status_code == 202
+    job = accepted.json()
+    assert accepted.headers["location"] == f"{URL}/{job['id']}"
+    assert (job["state"], job["kind"], job["bytes"]) == ("queued", kind, len(content))
+    assert job["parameters"] == {"crops": 3}
+    done = ended(client, job["id"])
+    assert (done["state"], done["attempts"], done["error"]) == ("done", 1, None)
+    assert done["created"] <= done["started"] <= done["finished"]
+    result = client.get(f"{URL}/{job['id']}/result")
+    assert result.headers["content-type"] == "application/json"
+    online = client.post(f"/v1/{kind}", params={"crops": 3}, content=content)
+    if kind == "timeline":
+        events = [json.loads(line) for line in online.text.splitlines()]
+        windows = [event for event in events if event.pop("event") == "window"]
+        assert result.json()["windows"] == windows
+        assert result.json()["summary"]["windows"] == len(windows)
+        assert result.json()["start"]["model"]["name"] == "demo"
+    else:
+        shared = online.json().keys() - {"timings_ms", "request_id"}
+        assert result.json().keys() == shared
+        assert {key: result.json()[key] for key in ("sampling", "video")} == {
+            key: online.json()[key] for key in ("sampling", "video")
+        }
+
+
+def test_the_video_goes_when_the_job_has_ended(serve: Any, video: Path, tmp_path: Path) -> None:
+    with serve(jobs_dir=tmp_path) as client:
+        job = client.post(URL, params={"kind": "embed"}, content=video.read_bytes()).json()
+        ended(client, job["id"])
+        eventually(lambda: list((tmp_path / "videos").iterdir()), lambda found: not found)
+        text = client.get("/metrics").text
+        assert "timesformer_jobs_bytes 0.0" in text
+        assert 'timesformer_jobs{state="done"} 1.0' in text
+        assert 'timesformer_jobs_ended_total{kind="embed",state="done"} 1.0' in text
+        assert 'timesformer_job_seconds_count{kind="embed"} 1.0' in text
+
+
+def test_a_job_that_fails_says_why_with_the_code_of_its_endpoint(client: httpx.Client) -> None:
+    job = client.post(URL, params={"kind": "timeline"}, content=b"words").json()
+    failed = ended(client, job["id"])
+    assert failed["state"] == "failed"
+    assert failed["error"]["code"] == "undecodable_video"
+    answer = client.get(f"{URL}/{job['id']}/result")
+    assert answer.status_code == 422
+    assert answer.json()["code"] == "undecodable_video"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({}, "kind"),
+        ({"kind": "paint"}, "kind"),
+        ({"kind": "timeline", "views": "2"}, "views"),
+        ({"kind": "classify", "window": "2"}, "window"),
+        ({"kind": "classify", "views": "0"}, "views"),
+        ({"kind": "classify", "views": "11", "crops": "3"}, "views"),
+        ({"kind": "embed", "colour": "red"}, "colour"),
+    ],
+)
+def test_wrong_parameters_are_named_before_anything_is_accepted(
+    client: httpx.Client, video: Path, parameters: dict[str, str], field: str
+) -> None:
+    answer = client.post(URL, files={"file": video.read_bytes()}, data=parameters)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == field
+
+
+def test_a_name_of_no_model_is_refused(client: httpx.Client, video: Path) -> None:
+    ask = {"kind": "embed", "model": "nobody"}
+    answer = client.post(URL, params=ask, content=video.read_bytes())
+    assert answer.status_code == 404
+    assert answer.json()["code"] == "model_not_found"
+
+
+def test_without_a_folder_there_are_no_jobs_and_it_says_so(serve: Any) -> None:
+    with serve() as client:
+        for answer in (client.post(URL, content=b"x"), client.get(URL), client.get(f"{URL}/x")):
+            assert answer.status_code == 409
+            assert answer.json()["code"] == "jobs_off"
+            assert "TIMESFORMER_JOBS_DIR" in answer.json()["detail"]
+
+
+def test_two_servers_cannot_use_one_folder(serve: Any, tmp_path: Path) -> None:
+    import asyncio
+
+    from service.app import create_app, running
+
+    async def second() -> None:
+        async with running(create_app(load_settings(jobs_dir=tmp_path, device="cpu"))):
+            pass
+
+    with serve(jobs_dir=tmp_path), pytest.raises(SettingsError, match="another server"):
+        asyncio.run(second())
+
+
+def test_a_running_job_is_cancelled_at_once_and_a_result_cannot_be_had(
+    serve: Any, long_video: bytes, tmp_path: Path
+) -> None:
+    with serve(jobs_dir=tmp_path) as client:
+        job = client.post(URL, params={"kind": "timeline"}, content=long_video).json()
+        where = f"{URL}/{job['id']}"
+        seen = eventually(lambda: client.get(where).json(), lambda job: bool(job["progress"]))
+        assert 0 < seen["progress"]["windows"] <= seen["progress"]["of"]
+        assert client.get(f"{where}/result").json()["code"] == "job_not_done"
+        queued = client.post(URL, params={"kind": "timeline"}, content=long_video).json()
+        assert client.delete(where).json()["state"] == "cancelled"
+        assert client.get(f"{where}/result").status_code == 409
+        # The next begins, so the worker is free again.
+        eventually(
+            lambda: client.get(f"{URL}/{queued['id']}").json(), lambda job: bool(job["progress"])
+        )
+        client.delete(f"{URL}/{queued['id']}")
+        assert client.delete(where).status_code == 200
+        assert client.get(where).status_code == 404
+        eventually(lambda: list((tmp_path / "videos").iterdir()), lambda found: not found)
+
+
+def test_the_same_idempotency_key_makes_no_second_job(client: httpx.Client, video: Path) -> None:
+    ask = {
+        "params": {"kind": "embed"},
+        "content": video.read_bytes(),
+        "headers": {"Idempotency-Key": "order 66"},
+    }
+    first, second = client.post(URL, **ask), client.post(URL, **ask)
+    assert first.status_code == second.status_code == 202
+    assert first.json()["id"] == second.json()["id"]
+    other = client.post(URL, **{**ask, "headers": {"Idempotency-Key": "order 67"}})
+    assert other.json()["id"] != first.json()["id"]
+
+
+def test_jobs_are_listed_in_pages_from_new_to_old(serve: Any, video: Path, tmp_path: Path) -> None:
+    with serve(jobs_dir=tmp_path) as client:
+        made = [
+            client.post(URL, params={"kind": "embed"}, content=video.read_bytes()).json()["id"]
+            for _ in range(5)
+        ]
+        found: list[str] = []
+        ask: dict[str, Any] = {"limit": 2}
+        while True:
+            page = client.get(URL, params=ask).json()
+            found += [job["id"] for job in page["jobs"]]
+            if page["next"] is None:
+                break
+            ask["before"] = page["next"]
+        assert found == made[::-1]
+
+
+def test_only_its_owner_and_an_administrator_see_a_job(
+    serve: Any, video: Path, tmp_path: Path
+) -> None:
+    keys, stored = {}, []
+    for name, scope in (("ann", "infer"), ("bob", "infer"), ("root", "admin")):
+        keys[name], digest = new_key()
+        stored.append(ApiKey(name=name, sha256=digest, scopes=(scope,)))
+    write_keys(tmp_path / "keys.json", tuple(stored))
+    as_of = {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
+    with serve(jobs_dir=tmp_path / "jobs", api_keys_file=tmp_path / "keys.json") as client:
+        content = video.read_bytes()
+        ask = {"params": {"kind": "embed"}, "content": content}
+        assert client.post(URL, **ask).status_code == 401
+        same = {"Idempotency-Key": "k"}
+        job = client.post(URL, **ask, headers={**as_of["ann"], **same}).json()
+        other = client.post(URL, **ask, headers={**as_of["bob"], **same}).json()
+        assert other["id"] != job["id"]
+        where = f"{URL}/{job['id']}"
+        for answer in (
+            client.get(where, headers=as_of["bob"]),
+            client.get(f"{where}/result", headers=as_of["bob"]),
+            client.delete(where, headers=as_of["bob"]),
+            client.get(URL, params={"before": job["id"]}, headers=as_of["bob"]),
+        ):
+            assert answer.status_code == 404
+            assert answer.json()["code"] == "job_not_found"
+        for name, seen in (("ann", 1), ("bob", 1), ("root", 2)):
+            assert len(client.get(URL, headers=as_of[name]).json()["jobs"]) == seen
+        assert client.get(where, headers=as_of["ann"]).status_code == 200
+        assert client.get(where, headers=as_of["root"]).status_code == 200
+
+
+def test_so_many_wait_and_no_more(serve: Any, long_video: bytes, tmp_path: Path) -> None:
+    with serve(jobs_dir=tmp_path, max_waiting_jobs=1) as client:
+        ask = {"params": {"kind": "timeline"}, "content": long_video}
+        first = client.post(URL, **ask).json()
+        eventually(
+            lambda: client.get(f"{URL}/{first['id']}").json(), lambda job: job["state"] == "running"
+        )
+        assert client.post(URL, **ask).status_code == 202
+        answer = client.post(URL, **ask)
+        assert answer.status_code == 503
+        assert answer.json()["code"] == "jobs_full"
+        assert int(answer.headers["retry-after"]) > 0
+        assert len(list((tmp_path / "videos").iterdir())) == 2
+
+
+def test_the_quota_counts_what_is_kept(serve: Any, long_video: bytes, tmp_path: Path) -> None:
+    quota = int(1.5 * len(long_video))
+    with serve(jobs_dir=tmp_path, max_jobs_bytes=quota) as client:
+        ask = {"params": {"kind": "timeline"}, "content": long_video}
+        first = client.post(URL, **ask)
+        assert first.status_code == 202
+        refused = client.post(URL, **ask)
+        assert refused.status_code == 503
+        assert refused.json()["code"] == "spool_full"
+        client.delete(f"{URL}/{first.json()['id']}")
+        assert client.post(URL, **ask).status_code == 202
+
+
+def test_ended_jobs_are_forgotten_after_their_time(serve: Any, video: Path, tmp_path: Path) -> None:
+    with serve(jobs_dir=tmp_path, job_retention_s=1.0) as client:
+        job = client.post(URL, params={"kind": "embed"}, content=video.read_bytes()).json()
+        eventually(
+            lambda: client.get(f"{URL}/{job['id']}").status_code, lambda status: status == 404
+        )
+
+
+def test_a_job_may_have_a_url_which_no_answer_and_no_log_shows(
+    serve: Any, video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    content = video.read_bytes()
+    with (
+        web_server(lambda handler: handler.say(200, content)) as host,
+        serve(
+            jobs_dir=tmp_path, source_hosts=host, source_http=True, source_private=True
+        ) as client,
+    ):
+        url = f"http://{host}/a.mp4?signature=s3cret"
+        accepted = client.post(URL, json={"kind": "classify", "source_url": url})
+        assert accepted.status_code == 202
+        job = ended(client, accepted.json()["id"])
+        assert job["state"] == "done"
+        result = client.get(f"{URL}/{job['id']}/result").json()
+        refused = client.post(URL, json={"kind": "classify", "source_url": "http://10.0.0.1/"})
+        assert refused.json()["code"] == "source_refused"
+    assert result["video"]["duration_s"] == pytest.approx(2.0)
+    assert "s3cret" not in accepted.text + json.dumps(job) + json.dumps(result)
+    assert "s3cret" not in "".join(
+        str(vars(record)) for record in caplog.records if record.name.startswith("service")
+    )
+    database = sqlite3.connect(tmp_path / "jobs.sqlite")
+    assert database.execute("SELECT source FROM jobs").fetchall() == [(None,)]
+    database.close()
+
+
+def hooks(host: str, folder: Path, **more: object) -> dict[str, object]:
+    """Settings that let a server of this machine be called."""
+    secret = folder / "secret"
+    secret.write_bytes(SECRET + b"\n")
+    return {
+        "jobs_dir": folder / "jobs",
+        "webhook_hosts": host,
+        "webhook_http": True,
+        "webhook_private": True,
+        "webhook_secret_file": secret,
+        **more,
+    }
+
+
+def test_a_webhook_is_called_with_a_signature_and_again_if_it_fails(
+    serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.webhooks._FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr("service.webhooks._GROWTH", 1.0)
+    calls: list[tuple[str, dict[str, str], bytes]] = []
+    statuses = iter([500, 302, 204])
+
+    def answer(handler: Handler) -> None:
+        calls.append((handler.path, dict(handler.headers), handler.body))
+        handler.say(next(statuses), Location="http://127.0.0.1/elsewhere")
+
+    with web_server(answer) as host, serve(**hooks(host, tmp_path)) as client:
+        ask = {"kind": "embed", "webhook": f"http://{host}/hook?a=b"}
+        job = client.post(URL, params=ask, content=video.read_bytes()).json()
+        assert job["webhook"] == "waiting"
+        eventually(
+            lambda: client.get(f"{URL}/{job['id']}").json(),
+            lambda job: job["webhook"] == "delivered",
+        )
+        text = client.get("/metrics").text
+    assert len(calls) == 3
+    for path, headers, body in calls:
+        assert path == "/hook?a=b"
+        told = json.loads(body)
+        assert (told["id"], told["state"]) == (job["id"], "done")
+        timestamp = headers["X-Timesformer-Timestamp"]
+        assert abs(time.time() - int(timestamp)) < 300
+        expected = hmac.new(SECRET, timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
+        assert headers["X-Timesformer-Signature"] == f"sha256={expected}"
+    assert 'timesformer_webhooks_total{result="failed"} 2.0' in text
+    assert 'timesformer_webhooks_total{result="done"} 1.0' in text
+
+
+def test_a_webhook_that_always_fails_is_given_up(
+    serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.webhooks._FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("service.webhooks._GROWTH", 1.0)
+    monkeypatch.setattr("service.webhooks._MOST_CALLS", 2)
+    with (
+        web_server(lambda handler: handler.say(500)) as host,
+        serve(**hooks(host, tmp_path)) as client,
+    ):
+        ask = {"kind": "embed", "webhook": f"http://{host}/"}
+        job = client.post(URL, params=ask, content=video.read_bytes()).json()
+        eventually(
+            lambda: client.get(f"{URL}/{job['id']}").json(),
+            lambda job: job["webhook"] == "failed",
+        )
+        assert client.get(f"{URL}/{job['id']}/result").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/",
+        "http://[::1]/",
+        "http://169.254.169.254/latest",
+        "http://2130706433/",
+        "http://0177.0.0.1/",
+        "https://evil.example/",
+        "file:///etc/passwd",
+        "https://user:pass@hooks.example.org/",
+    ],
+)
+def test_hostile_webhooks_are_refused_before_anything_is_accepted(
+    serve: Any, video: Path, tmp_path: Path, url: str
+) -> None:
+    with serve(**hooks("hooks.example.org", tmp_path)) as client:
+        ask = {"kind": "embed", "webhook": url}
+        answer = client.post(URL, params=ask, content=video.read_bytes())
+        assert answer.status_code == 422
+        assert answer.json()["code"] == "webhook_refused"
+        assert client.get(URL).json()["jobs"] == []
+
+
+def test_a_listed_host_with_a_private_address_is_never_called(
+    serve: Any, video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+    with (
+        web_server(lambda handler: asked.append(handler.path)) as host,
+        serve(**hooks(host, tmp_path, webhook_private=False)) as client,
+    ):
+        ask = {"kind": "embed", "webhook": f"http://{host}/"}
+        client.post(URL, params=ask, content=video.read_bytes()).raise_for_status()
+        eventually(lambda: caplog.text, lambda text: "webhook failed" in text)
+    assert asked == []
+
+
+def test_webhooks_are_off_by_default_and_need_a_secret(
+    client: httpx.Client, video: Path, tmp_path: Path
+) -> None:
+    ask = {"kind": "embed", "webhook": "https://hooks.example.org/"}
+    answer = client.post(URL, params=ask, content=video.read_bytes())
+    assert answer.json()["code"] == "webhook_refused"
+    short = tmp_path / "short"
+    short.write_bytes(b"short")
+    for file in (None, tmp_path / "nowhere", short):
+        with pytest.raises(SettingsError, match="WEBHOOK_SECRET_FILE"):
+            Webhooks(load_settings(webhook_hosts="hooks.example.org", webhook_secret_file=file))
+
+
+def test_waits_grow_and_end() -> None:
+    waits = [wait_after(calls) for calls in range(1, 9)]
+    assert waits[:3] == [5.0, 20.0, 80.0]
+    assert waits[-1] is None
+    assert sign(b"k", "1", b"body").startswith("sha256=")
