@@ -454,7 +454,10 @@ def test_a_full_queue_is_a_503_with_retry_after(serve: Any, tmp_path: Path) -> N
         assert rejected in metrics
         answered = float(8 - len(refused))
         for stage in ("upload", "queue", "inference", "total"):
-            assert f'timesformer_stage_seconds_count{{stage="{stage}"}} {answered}' in metrics
+            assert (
+                f'timesformer_stage_seconds_count{{model="demo",stage="{stage}"}} {answered}'
+                in metrics
+            )
 
 
 def test_a_defect_of_ours_is_an_error_in_the_protocols_form(
