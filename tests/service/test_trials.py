@@ -25,12 +25,13 @@ class Engine:
     """Answers each batch once it may, and remembers the sizes."""
 
     engine, provider, device, precision = "fake", "fake", "cpu", "float32"
+    slots, batches = 1, ()
 
     def __init__(self) -> None:
-        self.batches: list[int] = []
+        self.ran: list[int] = []
 
     def run(self, frames: np.ndarray) -> Outputs:
-        self.batches.append(len(frames))
+        self.ran.append(len(frames))
         return Outputs(np.zeros((len(frames), 3), np.float32), np.zeros((len(frames), 16)))
 
     def close(self) -> None:
@@ -95,11 +96,11 @@ def test_it_waits_until_the_serving_engine_has_nothing_to_do(bundle: Bundle) -> 
         await asyncio.sleep(0.05)
         offer(trial, 1)
         await asyncio.sleep(0.2)
-        assert shadow.batches == []
+        assert shadow.ran == []
         go_on.set()
         await asked
         await until(lambda: trial.counts["agreed"] == 1)
-        assert shadow.batches == [1]
+        assert shadow.ran == [1]
 
     play(bundle, scenario, slow)
 
@@ -110,7 +111,7 @@ def test_many_clips_go_batch_by_batch_with_a_look_at_the_serving_engine_before_e
     async def scenario(serving: ServedModel, trial: Trial, shadow: Engine) -> None:
         offer(trial, 5)
         await until(lambda: trial.counts["agreed"] == 1)
-        assert shadow.batches == [2, 2, 1]
+        assert shadow.ran == [2, 2, 1]
 
     play(bundle, scenario)
 
