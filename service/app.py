@@ -207,4 +207,5 @@ def _decoders(
         WorkerLimits.of(settings, (spool.folder,)),
         on_restart=lambda reason: metrics.decoder_restarts.labels(reason).inc(),
         lazy=lazy,
+        max_waiting=settings.max_decode_queue,
     )

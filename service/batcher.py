@@ -14,10 +14,11 @@ fail, and succeed on another one, is taken out.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -158,6 +159,8 @@ class Batcher:
         self._events = events or Events()
         self._lock = threading.Lock()  # over turns, promised and retries
         self._turns = Turns()
+        self._reserved = 0
+        """Clips that are being decoded."""
         self._promised = 0
         """Clips that batches will take which have been started and have not taken theirs."""
         self._retries: list[_Batch] = []
@@ -238,6 +241,39 @@ class Batcher:
     def healthy(self) -> tuple[bool, ...]:
         """For each engine, whether it is in use and does not fail on everything."""
         return tuple(worker.healthy for worker in self._workers)
+
+    def check_room(self, clips: int, priority: Priority = "normal") -> None:
+        """Asks, before a video is received or decoded for nothing, whether its clips may wait.
+
+        Raises:
+            QueueFullError: too many do, or will once they are decoded.
+        """
+        with self._lock:
+            taken = clips + self._reserved
+            if self._turns.room_for(taken, priority, self._max_queue) is None:
+                raise self._full()
+
+    @contextlib.contextmanager
+    def reserved(self, clips: int, priority: Priority = "normal") -> Iterator[Callable[[], None]]:
+        """Keeps room for clips that are being decoded, until the block ends or the function that
+        it gives is called; that is to be done right before they are submitted.
+
+        Raises:
+            QueueFullError: as `check_room`.
+        """
+        self.check_room(clips, priority)
+        self._reserved += clips
+        kept = clips
+
+        def release() -> None:
+            nonlocal kept
+            self._reserved -= kept
+            kept = 0
+
+        try:
+            yield release
+        finally:
+            release()
 
     def queue_age_s(self) -> float:
         """How long the oldest request with waiting clips has been here; 0 if none waits."""

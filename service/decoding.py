@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import pickle
 import resource
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -32,7 +34,7 @@ import orjson
 from model.config import Preprocessing
 from model.video import Clips, Ended, Limits, VideoError, VideoFacts, load_clips
 from service import sandbox
-from service.errors import VideoRejectedError
+from service.errors import DecoderUnavailableError, QueueFullError, VideoRejectedError
 from service.streaming import Piece, StalledError, StreamJob, receive_piece, send_windows
 
 if TYPE_CHECKING:
@@ -42,8 +44,12 @@ logger = logging.getLogger(__name__)
 
 # A worker is replaced after so many videos, so that a leak in a codec never adds up.
 _RECYCLE_AFTER = 500
-_START_TIMEOUT_S = 30.0
-LOSSES = ("decoding_timeout", "decoder_crashed")
+_START_TIMEOUT_S = 60.0
+_START_TRIES = 3
+# How much the newest video counts in the rate: about the last ten.
+_RATE_WEIGHT = 0.1
+_DIED = "decoder_died"  # between two videos: killed from outside, for memory it may be
+LOSSES = ("decoding_timeout", "decoder_crashed", _DIED)
 """Why a worker is replaced."""
 
 
@@ -87,6 +93,7 @@ class DecoderPool:
     Args:
         on_restart: called with the reason each time a worker is replaced after a failure.
         lazy: starts each process when it is first needed.
+        max_waiting: most videos that wait for a worker; None: any number.
     """
 
     def __init__(
@@ -95,10 +102,13 @@ class DecoderPool:
         limits: WorkerLimits,
         on_restart: Callable[[str], None],
         lazy: bool = False,
+        max_waiting: int | None = None,
     ) -> None:
         self._limits = limits
         self._on_restart = on_restart
         self._lazy = lazy
+        self._max_waiting = max_waiting
+        self._seconds_per_video = 0.0
         self._closing = False
         self.waiting = 0
         """Videos that wait for a worker."""
@@ -152,6 +162,8 @@ class DecoderPool:
         video decodes gives the worker back when that is done.
 
         Raises:
+            QueueFullError: too many videos wait already.
+            DecoderUnavailableError: no worker can be started.
             VideoRejectedError: the video cannot be used, or broke its worker.
         """
         worker = await self._free_worker()
@@ -167,10 +179,11 @@ class DecoderPool:
         """The pieces of a long video, decoded as they are taken; at the block's end it is given up.
 
         Raises:
-            VideoRejectedError: as `decode`, while pieces are taken.
+            QueueFullError: too many videos wait already.
+            DecoderUnavailableError, VideoRejectedError: as `decode`, while pieces are taken.
         """
         worker = await self._free_worker()
-        pieces = _Pieces(worker, job, self._threads, self._note_loss)
+        pieces = _Pieces(worker, job, self._threads, self._note_loss, self._note_death)
         try:
             yield pieces
         finally:
@@ -190,7 +203,19 @@ class DecoderPool:
             lambda _: loop.call_soon_threadsafe(self._idle.put_nowait, worker)
         )
 
+    def check_room(self) -> None:
+        """Asks, before it costs anything, whether one more video may wait.
+
+        Raises:
+            QueueFullError: too many do.
+        """
+        if self._max_waiting is not None and self.waiting >= self._max_waiting:
+            at_once = self.waiting / len(self._workers)
+            raise QueueFullError(max(1, math.ceil(at_once / 2 * self._seconds_per_video)))
+
     async def _free_worker(self) -> _Worker:
+        if self._idle.empty():
+            self.check_room()
         self.waiting += 1
         try:
             return await self._idle.get()
@@ -198,14 +223,28 @@ class DecoderPool:
             self.waiting -= 1
 
     def _note_loss(self, error: _WorkerLostError) -> None:
+        self._note_restart(error.code)
+
+    def _note_rate(self, seconds: float) -> None:
+        if self._seconds_per_video == 0:
+            self._seconds_per_video = seconds
+        self._seconds_per_video += _RATE_WEIGHT * (seconds - self._seconds_per_video)
+
+    def _note_death(self) -> None:
+        self._note_restart(_DIED)
+
+    def _note_restart(self, reason: str) -> None:
         if not self._closing:
-            logger.warning("decoder worker replaced", extra={"reason": error.code})
-            self._on_restart(error.code)
+            logger.warning("decoder worker replaced", extra={"reason": reason})
+            self._on_restart(reason)
 
     def _exchange(self, worker: _Worker, job: Job) -> Clips:
-        worker.start_if_new()
+        worker.make_ready(self._note_death)
+        began = time.perf_counter()
         try:
-            return worker.decode(job)
+            clips = worker.decode(job)
+            self._note_rate(time.perf_counter() - began)
+            return clips
         except _WorkerLostError as error:
             self._note_loss(error)
             if not self._closing:
@@ -235,9 +274,11 @@ class _Pieces:
         job: StreamJob,
         threads: ThreadPoolExecutor,
         on_loss: Callable[[_WorkerLostError], None],
+        on_death: Callable[[], None],
     ) -> None:
         self._worker = worker
         self._on_loss = on_loss
+        self._on_death = on_death
         self._job = job
         self._threads = threads
         self._reading: Future[Piece] | None = None
@@ -279,7 +320,7 @@ class _Pieces:
 
     def _read(self, first: bool) -> Piece:
         if first:
-            self._worker.start_if_new()
+            self._worker.make_ready(self._on_death)
             self._worker.begin(self._job)
         try:
             piece = self._worker.next_piece(self._job)
@@ -288,6 +329,10 @@ class _Pieces:
             raise
         self.over = isinstance(piece, Ended)
         return piece
+
+
+class WorkerStartError(RuntimeError):
+    """A decoder process does not come up."""
 
 
 class _WorkerLostError(Exception):
@@ -307,6 +352,19 @@ class _Worker:
         self.sandbox: list[str] = []
 
     def start(self) -> None:
+        """Starts the process; one that is killed while it starts is started again.
+
+        Raises:
+            WorkerStartError: none came up.
+        """
+        for _ in range(_START_TRIES):
+            with contextlib.suppress(EOFError, OSError, ValueError):
+                self._start_once()
+                return
+            self.stop()
+        raise WorkerStartError("a decoder worker did not start")
+
+    def _start_once(self) -> None:
         # Spawned, not forked: a fork of a process with engine threads and GPU handles is a trap.
         context = multiprocessing.get_context("spawn")
         with self._lock:
@@ -318,16 +376,33 @@ class _Worker:
             theirs.close()
         self.decoded = 0
         if not self._connection.poll(_START_TIMEOUT_S):
-            raise RuntimeError("a decoder worker did not start")
+            raise TimeoutError
         self.sandbox = orjson.loads(self._connection.recv_bytes())
 
-    def start_if_new(self) -> None:
+    def make_ready(self, on_death: Callable[[], None]) -> None:
+        """Starts a process that is new, or has died since its last video, which is told.
+
+        Raises:
+            DecoderUnavailableError: it cannot be started.
+        """
+        with self._lock:
+            dead = self._process is not None and not self._process.is_alive()
+        if dead:
+            on_death()
+            self.stop()
         if self._process is None:
-            self.start()
+            try:
+                self.start()
+            except WorkerStartError as error:
+                raise DecoderUnavailableError("No decoder can be started at present.") from error
 
     def restart(self) -> None:
+        """Replaces the process now, so that the next video need not wait for it."""
         self.stop()
-        self.start()
+        try:
+            self.start()
+        except WorkerStartError:
+            logger.exception("a lost decoder cannot be replaced; the next video tries again")
 
     def kill(self) -> None:
         """Ends the process; may be called while another thread waits for its answer."""

@@ -24,6 +24,7 @@ ServiceError
 |- DeadlineUnreachableError  503  with Retry-After: it would not be done in time, so it is not begun
 |- JobsFullError             503  with Retry-After
 |- SpoolFullError            503  with Retry-After
+|- DecoderUnavailableError   503  with Retry-After
 |- NotReadyError             503
 |- ModelUnavailableError     503  it could not be loaded; other models serve
 |- RequestTimeoutError       504  the service's own limit
@@ -190,6 +191,13 @@ class SpoolFullError(ServiceError):
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail, headers={"Retry-After": "10"})
+
+
+class DecoderUnavailableError(ServiceError):
+    status, code = 503, "decoder_unavailable"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"Retry-After": "5"})
 
 
 class NotReadyError(ServiceError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from fastapi import Request
@@ -118,7 +118,10 @@ async def answer_video(request: Request, state: State, query: P) -> VideoAnswer[
     started = time.perf_counter()
     settings = state.settings
     urgency = urgency_of(request)
-    state.models.find(query.model)  # now, so that a name that is wrong costs nobody an upload
+    # Now, so that a name that is wrong, or a video that there is no room for, costs no upload.
+    serving = state.models.find(query.model).candidates.serving
+    serving.batcher.check_room(query.views * query.crops, urgency.priority)
+    state.decoders.check_room()
     async with (
         within(urgency.deadline),
         receive(
@@ -205,13 +208,15 @@ async def _process(
     """
     candidates = state.models.find(parameters.model).candidates
     model = candidates.pick(key)
-    try:
-        found = await _run(state, model, upload, parameters, urgency)
-    except ServiceError as error:
-        if not candidates.gives_way(model, error):
-            raise
-        model = candidates.serving
-        found = await _run(state, model, upload, parameters, urgency)
+    batcher = candidates.serving.batcher
+    with batcher.reserved(parameters.views * parameters.crops, urgency.priority) as release:
+        try:
+            found = await _run(state, model, upload, parameters, urgency, release)
+        except ServiceError as error:
+            if not candidates.gives_way(model, error):
+                raise
+            model = candidates.serving
+            found = await _run(state, model, upload, parameters, urgency, release)
     clips, decode_s, answer = found
     candidates.answered(model, clips.frames, answer)
     return model.bundle, clips, decode_s, answer
@@ -223,6 +228,7 @@ async def _run(
     upload: Upload,
     parameters: ViewParameters,
     urgency: Urgency,
+    release: Callable[[], None],
 ) -> tuple[Clips, float, Answer]:
     started = time.perf_counter()
     # One version from sampling to labels, also when another takes over meanwhile.
@@ -232,6 +238,7 @@ async def _run(
             Job(upload.path, preprocessing, parameters.views, parameters.crops)
         )
         decode_s = time.perf_counter() - started
+        release()
         answer = await model.batcher.submit(clips.frames, urgency.priority, urgency.deadline)
         return clips, decode_s, answer
 

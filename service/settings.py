@@ -158,6 +158,12 @@ class Settings(BaseSettings):
         description="Processes that decode videos. One per CPU core that is not busy with "
         "inference.",
     )
+    max_decode_queue: int = Field(
+        64,
+        ge=1,
+        description="Most videos that wait for a decoder; past that requests get 503 with "
+        "Retry-After.",
+    )
     decode_timeout_s: float = Field(
         30.0,
         gt=0,
