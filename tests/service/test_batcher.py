@@ -74,6 +74,7 @@ def run_with(
 async def hold(batcher: Batcher, engine: Engine) -> asyncio.Task:
     """Occupies the engine with clip 255 so that what follows has to queue."""
     engine.gate.clear()
+    engine.running.clear()
     first = asyncio.create_task(batcher.submit(clips(255)))
     await asyncio.to_thread(engine.running.wait, 10)
     return first

@@ -367,3 +367,36 @@ def test_the_time_of_a_batch_leaves_out_what_the_engine_spent_on_the_one_before(
         assert seconds == [3, 4]
 
     run(body)
+
+
+def test_room_is_kept_for_clips_that_are_being_decoded_and_given_back() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        stepped = Stepped(loop, SteppedEngine(), max_batch=1, max_queue=4)
+        await occupy(stepped)
+        with stepped.batcher.reserved(3) as release:
+            stepped.batcher.check_room(1)
+            with pytest.raises(QueueFullError):
+                stepped.batcher.check_room(2)
+            with pytest.raises(QueueFullError), stepped.batcher.reserved(2):
+                pass
+            release()
+            task = submit(stepped, 1, 2, 3)
+            await asyncio.sleep(0)
+            stepped.batcher.check_room(1)
+        with pytest.raises(QueueFullError):
+            stepped.batcher.check_room(2)  # the three wait now; leaving the block took nothing back
+        await stepped.finish()
+        assert logits(task) == [1, 2, 3]
+        stepped.batcher.check_room(4)
+
+    run(body)
+
+
+def test_room_is_given_back_when_decoding_fails() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        stepped = Stepped(loop, SteppedEngine(), max_batch=1, max_queue=4)
+        with pytest.raises(ValueError, match="broken"), stepped.batcher.reserved(4):
+            raise ValueError("broken video")
+        stepped.batcher.check_room(4)
+
+    run(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import multiprocessing
 import os
 import pickle
@@ -27,7 +28,7 @@ from service.decoding import (
     _worker_main,
     _WorkerLostError,
 )
-from service.errors import VideoRejectedError
+from service.errors import DecoderUnavailableError, QueueFullError, VideoRejectedError
 from service.sandbox import LAYERS
 from service.settings import MIB
 
@@ -222,3 +223,79 @@ def test_a_worker_that_was_taken_over_gets_no_further(
     with pytest.raises(_WorkerLostError):
         worker.decode(Job(video, SEEN, 1, 1))
     assert not (tmp_path / "harm").exists()
+
+
+def kill_the_worker() -> None:
+    """Ends the pool's one worker and waits until it is dead."""
+    (pid,) = child_pids()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_worker_that_died_between_two_videos_costs_nobody_anything(video: Path) -> None:
+    async def body(pool: DecoderPool) -> None:
+        await pool.decode(Job(video, SEEN, 1, 1))
+        kill_the_worker()
+        await pool.decode(Job(video, SEEN, 1, 1))
+
+    assert with_pool(body) == ["decoder_died"]
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = _Worker(LIMITS)
+    once = worker._start_once
+    starts = []
+
+    def killed_at_first() -> None:
+        starts.append(1)
+        if len(starts) == 1:
+            raise EOFError
+        once()
+
+    monkeypatch.setattr(worker, "_start_once", killed_at_first)
+    worker.start()
+    worker.stop()
+    assert len(starts) == 2
+
+
+def test_decoders_that_cannot_be_started_are_a_503_until_they_can(
+    video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(pool: DecoderPool) -> None:
+        def no_memory(worker: _Worker) -> None:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_Worker, "_start_once", no_memory)
+            kill_the_worker()
+            with pytest.raises(DecoderUnavailableError) as caught:
+                await pool.decode(Job(video, SEEN, 1, 1))
+            assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "5"})
+        await pool.decode(Job(video, SEEN, 1, 1))
+
+    assert with_pool(body) == ["decoder_died"]
+
+
+def test_only_so_many_videos_wait_for_a_decoder(video: Path) -> None:
+    async def run() -> None:
+        pool = DecoderPool(1, LIMITS, lambda reason: None, max_waiting=2)
+        await pool.start()
+        try:
+            jobs = [asyncio.ensure_future(pool.decode(Job(video, SEEN, 30, 3))) for _ in range(3)]
+            await asyncio.sleep(0)
+            assert (pool.busy, pool.waiting) == (1, 2)
+            with pytest.raises(QueueFullError) as caught:
+                await pool.decode(Job(video, SEEN, 1, 1))
+            assert int(caught.value.headers["Retry-After"]) >= 1
+            with pytest.raises(QueueFullError):
+                pool.check_room()
+            await asyncio.gather(*jobs)
+            pool.check_room()
+            await pool.decode(Job(video, SEEN, 1, 1))
+        finally:
+            pool.close()
+
+    asyncio.run(asyncio.wait_for(run(), 120))

@@ -18,7 +18,7 @@ from export.runtime import load_runtime
 from model.demo import STORE
 from model.video import load_clips
 from service.classification import softmax
-from service.errors import SpoolFullError
+from service.errors import QueueFullError, SpoolFullError
 from tests.export.conftest import colour_config, publish_colours, write_video
 from tests.service.conftest import Serve
 
@@ -350,3 +350,25 @@ def _batches(client: httpx.Client) -> tuple[float, float]:
 def test_errors_are_json_that_names_no_internals(client: httpx.Client) -> None:
     body = json.loads(client.post(URL, content=b"words").text)
     assert set(body) == {"type", "title", "status", "code", "detail", "request_id"}
+
+
+def test_a_video_that_there_is_no_room_for_is_refused_before_it_is_read(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise QueueFullError(7)
+
+    with serve(spool_dir=tmp_path) as client:
+        address = (client.base_url.host, client.base_url.port)
+        for place in (
+            "service.batcher.Batcher.check_room",
+            "service.decoding.DecoderPool.check_room",
+        ):
+            with monkeypatch.context() as patch, socket.create_connection(address) as sender:
+                patch.setattr(place, full)
+                sender.sendall(
+                    b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\nbegins"
+                )
+                answer = sender.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 7" in answer.lower()
