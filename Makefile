@@ -7,7 +7,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 # A lock is whole. Resolved again, pip takes an extra (`coverage[toml]`) of a newer release for missing.
 LOCKED = --no-deps --require-hashes --requirement
 
-.PHONY: serve setup test lint format types unit docs lock bench bench-peers test-faults test-images test-ray demo schemes deploy-tools clean
+.PHONY: serve setup test lint format types unit docs lock bench bench-peers test-faults test-images test-ray test-slow demo schemes deploy-tools clean
 
 serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
 	.venv/bin/timesformer serve --port $(PORT) --log-format text
@@ -50,6 +50,9 @@ BUILD ?= docker build
 ENGINE ?= docker
 test-images: .venv/.dev ## build the images for CPUs and training, run them hardened; minutes
 	.venv/bin/python -m tests.images.check --build "$(BUILD)" --engine $(ENGINE)
+
+test-slow: .venv/.dev ## TimeSformer-B to every precision on the CPU, and to TensorRT-RTX plans; minutes
+	.venv/bin/python -m tests.slow.check
 
 RAY = build/ray
 test-ray: $(RAY)/.done ## label an archive on a local Ray cluster, kill a node of it; minutes

@@ -19,6 +19,7 @@ from export.bundle import (
     GRAPHS,
     LABELS,
     ONNX_FLOAT32,
+    REPORT,
     WEIGHTS,
     Bundle,
     BundleError,
@@ -35,6 +36,7 @@ from export.emulation import emulate
 from export.graphs import Clips, Precision, kinds_of, write_graphs
 from export.onnx import INPUT_NAME, OUTPUT_NAMES, ExportError, export_onnx
 from export.reference import run_reference
+from export.report import write_report
 from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
@@ -169,6 +171,7 @@ def export_bundle(
             training=dict(training) if training else None,
             parent=parent,
         )
+        write_report(staging / REPORT, manifest)
         return store.publish(staging, manifest)
 
 

@@ -36,7 +36,7 @@ _PRODUCT_ERROR = 0.1
 _ROOM = 0.5
 # Clips that methods are compared on; each is run for every one of them.
 _COMPARED = 4
-# Products, or several that read the same, whose cost is measured on those where it is too high.
+# Products, or several that read the same, whose cost is measured, on the clip that fares worst.
 _TRIED = 24
 _ZERO = "zero_point"
 
@@ -96,17 +96,18 @@ def export_qdq(
     halves = {product.name for product in products if product.precision == "fp16"}
     candidates = [linear for linear in candidates if linear.name in halves]
     trials = _Trials(onnx.load(fp16), form, candidates, calibration)
-    agreement = {}
+    found = {}
     for method in METHODS:
         report(f"comparing ranges for {form.name.upper()}: {method}")
         trials.use(method)
         if trials.fitting:
-            agreement[method] = trials.cosine(trials.fitting)
-    if not agreement:
+            found[method] = trials.cosines(trials.fitting)
+    if not found:
         raise ExportError(f"{form.name.upper()} puts every product off by more than a tenth")
+    agreement = {method: min(cosines.values()) for method, cosines in found.items()}
     method = max(agreement, key=lambda each: agreement[each])
     trials.use(method)
-    chosen, given_up = _near_enough(trials, agreement[method], report)
+    chosen, given_up = _near_enough(trials, found[method], report)
     model = trials.written(chosen)
     _save(model, target, form)
     check_types(model, {product.name for product in products if product.precision == "float32"})
@@ -133,7 +134,7 @@ class _Trials:
         self._calibration = calibration
         self._scales: dict[str, NDArray[np.float16]] = {}
         count = min(_COMPARED, len(calibration.clips))
-        self._clips = np.linspace(0, len(calibration.clips) - 1, count).round().astype(int)
+        self._clips = np.linspace(0, len(calibration.clips) - 1, count).round().astype(int).tolist()
 
     def use(self, method: Method) -> None:
         spreads = self._calibration.spreads
@@ -167,24 +168,33 @@ class _Trials:
 
     def cosine(self, chosen: Collection[str]) -> float:
         """The worst clip's, of logits or embedding, with the float32 graph's answers."""
+        return min(self.cosines(chosen).values())
+
+    def cosines(
+        self, chosen: Collection[str], clips: Collection[int] | None = None
+    ) -> dict[int, float]:
+        """The same of each clip, by its number; of all that methods are compared on by default."""
+        found = {}
         runtime = OnnxRuntime(emulate(self.written(chosen)), cuda=False)
         try:
-            answers = [runtime.run(self._calibration.clips[index][None]) for index in self._clips]
+            for index in self._clips if clips is None else clips:
+                answers = runtime.run(self._calibration.clips[index][None])
+                reference = Outputs(*(part[index][None] for part in self._calibration.answers))
+                found[index] = worst_cosine(compare(reference, answers))
         finally:
             runtime.close()
-        logits, embedding = (np.concatenate(part) for part in zip(*answers, strict=True))
-        reference = Outputs(*(part[self._clips] for part in self._calibration.answers))
-        return worst_cosine(compare(reference, Outputs(logits, embedding)))
+        return found
 
 
 def _near_enough(
-    trials: _Trials, reached: float, report: Callable[[str], None]
+    trials: _Trials, cosines: Mapping[int, float], report: Callable[[str], None]
 ) -> tuple[frozenset[str], dict[str, str]]:
     """The products to be of 8 bits, and why others are not that might be.
 
     Args:
-        reached: the cosine with all that fit.
+        cosines: of each clip, with all that fit.
     """
+    worst, reached = min(cosines.items(), key=lambda each: each[1])
     name = trials.form.name.upper()
     chosen = trials.fitting
     wanted = 1 - (1 - (LIMITS[trials.form.name].cosine or 0.0)) * _ROOM
@@ -194,7 +204,7 @@ def _near_enough(
     alone = {}
     for index, group in enumerate(groups):
         report(f"measuring what {name} costs: {index + 1} of {len(groups)}")
-        alone[group] = trials.cosine(group)
+        alone[group] = trials.cosines(group, [worst])[worst]
     groups.sort(key=lambda group: alone[group])
     given_up: dict[str, str] = {}
     step = max(1, len(groups) // 8)

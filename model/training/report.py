@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from model.config import Preprocessing
 from model.training.calibration import Calibration
 from model.training.evaluation import Predictions, confidence_bins, measure, video_scores
 from model.training.markup import Html, join, tag
+from model.training.page import facts_table, folded, percent, section, table, tiles, write_page
 from model.training.plots import confusion_matrix, line_chart, reliability_diagram, share_bar
 from model.training.remote import without_secrets
 from model.training.thumbnails import FRAMES, SIDE, load_strip
@@ -27,8 +27,6 @@ from model.training.workers import in_processes
 from model.video import UndecodableVideo, VideoError
 
 PAGE = "report.html"
-_STYLE = Path(__file__).with_name("report.css")
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _MATRIX_CLASSES = 40  # more make no picture that can be read
 _PAIRS, _WORST, _REPLACED, _OPEN_CLASSES = 40, 24, 100, 60  # rows shown
 
@@ -74,75 +72,51 @@ def write_report(
     Raises:
         OSError: it cannot be written.
     """
-    page = make_page(title, about, events, evaluated, processes)
-    temporary = path.with_name(f".{path.name}.tmp")
-    # Names of files may hold bytes that are no UTF-8.
-    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    temporary.replace(path)
-
-
-def make_page(
-    title: str,
-    about: Mapping[str, Any],
-    events: Sequence[Mapping[str, Any]],
-    evaluated: Evaluated | None,
-    processes: int,
-) -> str:
-    """The text of the page."""
     body = [tag("h1", title), _summary(about, evaluated)]
     if events:
-        body.append(_section("Curves", *_curves(events)))
+        body.append(section("Curves", *_curves(events)))
     if evaluated is None:
         body.append(
-            _section("Evaluation", tag("p", "There were no validation videos.", class_="soft"))
+            section("Evaluation", tag("p", "There were no validation videos.", class_="soft"))
         )
     else:
         body += [
-            _section("Confusion", *_confusion(evaluated)),
-            _section("Classes", _classes(evaluated)),
-            _section("Worst clips", *_worst(evaluated, processes)),
-            _section("Calibration", *_calibration(evaluated)),
+            section("Confusion", *_confusion(evaluated)),
+            section("Classes", _classes(evaluated)),
+            section("Worst clips", *_worst(evaluated, processes)),
+            section("Calibration", *_calibration(evaluated)),
         ]
     if "refresh" in about:
-        body.append(_section("Beside the active version", *_comparison(about["refresh"])))
+        body.append(section("Beside the active version", *_comparison(about["refresh"])))
     body += [
-        _section("Videos that were left out", *_left_out(events, evaluated)),
-        _section("Recipe", *_facts(about)),
+        section("Videos that were left out", *_left_out(events, evaluated)),
+        section("Recipe", *_facts(about)),
     ]
-    head = [
-        Html('<meta charset="utf-8">'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
-        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        tag("title", title),
-        tag("style", Html(_STYLE.read_text(encoding="utf-8"))),
-    ]
-    page = tag("html", tag("head", join(head)), tag("body", join(body)), lang="en")
-    return f"<!doctype html>\n{page}\n"
+    write_page(path, title, body)
 
 
 # ---- sections -----------------------------------------------------------------------------------
 
 
 def _summary(about: Mapping[str, Any], evaluated: Evaluated | None) -> Html:
-    tiles: list[tuple[str, str]] = []
+    facts: list[tuple[str, str]] = []
     if evaluated is not None:
         metrics = measure(evaluated.predictions, evaluated.temperature)
-        tiles += [
-            ("top-1", _percent(metrics.top1)),
-            ("top-5", _percent(metrics.top5)),
-            ("mean class accuracy", _percent(metrics.mean_class_accuracy)),
+        facts += [
+            ("top-1", percent(metrics.top1)),
+            ("top-5", percent(metrics.top5)),
+            ("mean class accuracy", percent(metrics.mean_class_accuracy)),
             ("log loss", f"{metrics.log_loss:.3f}"),
-            ("calibration error", _percent(metrics.calibration_error)),
+            ("calibration error", percent(metrics.calibration_error)),
             ("videos evaluated", f"{metrics.videos:,}"),
         ]
     if "steps" in about:
-        tiles.append(("steps", f"{about['steps']:,}"))
+        facts.append(("steps", f"{about['steps']:,}"))
     if "videos" in about:
-        tiles.append(("videos trained on", f"{about['videos']:,}"))
+        facts.append(("videos trained on", f"{about['videos']:,}"))
     if "seconds" in about:
-        tiles.append(("training, minutes", f"{about['seconds'] / 60:,.1f}"))
-    pairs = [tag("div", tag("dt", name), tag("dd", value)) for name, value in tiles]
-    return tag("dl", join(pairs), class_="tiles")
+        facts.append(("training, minutes", f"{about['seconds'] / 60:,.1f}"))
+    return tiles(facts)
 
 
 def _curves(events: Sequence[Mapping[str, Any]]) -> Iterator[Html]:
@@ -154,7 +128,7 @@ def _curves(events: Sequence[Mapping[str, Any]]) -> Iterator[Html]:
         ("Learning rate", line_chart(values("step", "learning_rate"))),
     ]
     if any(each["event"] == "evaluation" for each in events):
-        top1 = line_chart(values("evaluation", "top1"), dots=True, form=_percent)
+        top1 = line_chart(values("evaluation", "top1"), dots=True, form=percent)
         log_loss = line_chart(values("evaluation", "log_loss"), dots=True)
         charts += [("Validation: top-1", top1), ("Validation: log loss", log_loss)]
     figures = [tag("figure", tag("figcaption", name), chart) for name, chart in charts]
@@ -181,11 +155,11 @@ def _confusion(evaluated: Evaluated) -> Iterator[Html]:
         [labels[true], labels[given], str(wrong[true, given]), _of(wrong, counts, true, given)]
         for true, given in pairs
     ]
-    yield _table(["class", "taken for", "videos", "of the class"], rows)
+    yield table(["class", "taken for", "videos", "of the class"], rows)
 
 
 def _of(part: NDArray[np.int64], counts: NDArray[np.int64], true: int, given: int) -> str:
-    return _percent(part[true, given] / counts[true].sum())
+    return percent(part[true, given] / counts[true].sum())
 
 
 def _counts(evaluated: Evaluated) -> NDArray[np.int64]:
@@ -208,12 +182,12 @@ def _classes(evaluated: Evaluated) -> Html:
         mistakes[index] = 0
         most = int(mistakes.argmax())
         taken_for = f"{labels[most]} ({mistakes[most]})" if mistakes[most] else ""
-        share = join([share_bar(float(accuracy[index])), _percent(accuracy[index])])
+        share = join([share_bar(float(accuracy[index])), percent(accuracy[index])])
         rows.append([labels[index], str(videos[index]), share, taken_for])
-    table = _table(["class", "videos", "accuracy", "most often taken for"], rows)
+    classes = table(["class", "videos", "accuracy", "most often taken for"], rows)
     if len(rows) <= _OPEN_CLASSES:
-        return table
-    return tag("details", tag("summary", f"{len(rows)} classes, the worst first"), table)
+        return classes
+    return folded(f"{len(rows)} classes, the worst first", classes)
 
 
 def _worst(evaluated: Evaluated, processes: int) -> Iterator[Html]:
@@ -250,9 +224,9 @@ def _card(evaluated: Evaluated, index: int, strip: str | VideoError) -> Html:
         picture = Html(f'<img src="{strip}" alt="" width="{FRAMES * SIDE}" height="{SIDE}">')
     lines = [
         tag("dt", "is"),
-        tag("dd", f"{found.labels[true]} ", tag("span", _percent(scores[true]), class_="soft")),
+        tag("dd", f"{found.labels[true]} ", tag("span", percent(scores[true]), class_="soft")),
         tag("dt", "taken for"),
-        tag("dd", f"{found.labels[given]} ", tag("span", _percent(scores[given]), class_="soft")),
+        tag("dd", f"{found.labels[given]} ", tag("span", percent(scores[given]), class_="soft")),
     ]
     path = without_secrets(found.samples[index].path)
     name = tag("p", path, class_="path soft")
@@ -273,7 +247,7 @@ def _calibration(evaluated: Evaluated) -> Iterator[Html]:
         scores = video_scores(found.logits, value)
         right = scores.argmax(1) == found.targets
         error = measure(found, value).calibration_error
-        caption = f"{what}: temperature {value:g}, calibration error {_percent(error)}"
+        caption = f"{what}: temperature {value:g}, calibration error {percent(error)}"
         diagram = reliability_diagram(confidence_bins(scores.max(1), right))
         figures.append(tag("figure", tag("figcaption", caption), diagram))
     yield tag("div", join(figures), class_="charts")
@@ -290,7 +264,7 @@ def _calibration(evaluated: Evaluated) -> Iterator[Html]:
         "p",
         f"{note} Fitted on {fitted.fitted_on} of the videos and judged on the {fitted.judged_on} "
         f"others, temperature {fitted.trial_temperature:g} takes the calibration error "
-        f"from {_percent(before['calibration_error'])} to {_percent(after['calibration_error'])}, "
+        f"from {percent(before['calibration_error'])} to {percent(after['calibration_error'])}, "
         f"the log loss from {before['log_loss']:.4f} to {after['log_loss']:.4f}.",
         class_="soft",
     )
@@ -304,7 +278,7 @@ def _comparison(refresh: Mapping[str, Any]) -> Iterator[Html]:
             for name in ("videos", "top1", "top5", "mean_class_accuracy", "log_loss")
         ]
         yield tag("h3", part.replace("_", " "))
-        yield _table(["measure", f"version {refresh['compared_with']}", "new"], rows)
+        yield table(["measure", f"version {refresh['compared_with']}", "new"], rows)
 
 
 def _left_out(events: Sequence[Mapping[str, Any]], evaluated: Evaluated | None) -> Iterator[Html]:
@@ -319,7 +293,7 @@ def _left_out(events: Sequence[Mapping[str, Any]], evaluated: Evaluated | None) 
     if not rows:
         yield tag("p", "None: every video could be decoded.", class_="soft")
         return
-    yield _table(["video", "why", "clips"], rows[:_REPLACED])
+    yield table(["video", "why", "clips"], rows[:_REPLACED])
     if len(rows) > _REPLACED:
         more = f"And {len(rows) - _REPLACED:,} more, which the log names."
         yield tag("p", more, class_="soft")
@@ -328,53 +302,11 @@ def _left_out(events: Sequence[Mapping[str, Any]], evaluated: Evaluated | None) 
 def _facts(about: Mapping[str, Any]) -> Iterator[Html]:
     identity = about.get("identity", {})
     tables = [
-        ("Recipe", _flat(identity.get("recipe", {}))),
-        ("Network", _flat(identity.get("config", {}))),
-        ("Software", _flat(about.get("software", {}))),
+        ("Recipe", identity.get("recipe", {})),
+        ("Network", identity.get("config", {})),
+        ("Software", about.get("software", {})),
         ("Run", {k: v for k, v in about.items() if isinstance(v, str | int | float)}),
     ]
     for name, facts in tables:
         if facts:
-            rows = [[key.replace("_", " "), _words(value)] for key, value in facts.items()]
-            content = _table([], rows)
-            yield tag("details", tag("summary", name), content)
-
-
-# ---- words and tables ---------------------------------------------------------------------------
-
-
-def _section(title: str, *content: str) -> Html:
-    return tag("section", tag("h2", title), *content)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
-    head = [tag("tr", join(tag("th", name) for name in columns))] if columns else []
-    body = [tag("tr", join(tag("td", cell) for cell in row)) for row in rows]
-    return tag("div", tag("table", join(head + body)), class_="scroll")
-
-
-def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Parts of parts as one; what is off is left out."""
-    items = itertools.chain.from_iterable(
-        _flat(value).items()
-        if isinstance(value, Mapping) and not _is_labels(key)
-        else [(key, value)]
-        for key, value in facts.items()
-    )
-    return {key: value for key, value in items if value is not None}
-
-
-def _is_labels(key: str) -> bool:
-    return key.endswith("_labels")
-
-
-def _words(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} → {_words(each)}" for key, each in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_words, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
+            yield folded(name, facts_table(facts))

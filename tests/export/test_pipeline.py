@@ -28,6 +28,7 @@ from export.bundle import (
     ONNX_FP16,
     ONNX_INT8,
     ONNX_INT8_QDQ,
+    REPORT,
     WEIGHTS,
     Bundle,
     BundleError,
@@ -68,7 +69,7 @@ class TestTheBundle:
     def test_is_sound_and_holds_these_files(self, exported: Bundle) -> None:
         exported.verify()
         found = {path.name for path in exported.path.iterdir()}
-        assert found == {LABELS, MANIFEST, ONNX_FLOAT32, WEIGHTS}
+        assert found == {LABELS, MANIFEST, ONNX_FLOAT32, REPORT, WEIGHTS}
 
     def test_its_weights_load_again_bit_for_bit(
         self, exported: Bundle, checkpoint: Checkpoint

@@ -448,7 +448,12 @@ def timesformer_refresh(parent: Bundle, data: Path, *more: object, code: int = 0
 
 def test_the_command_says_what_came_of_it(bad: Bundle, videos: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text(
-        "".join(f"{videos}/{name}/{i}.mp4,{name}\n" for name in ("blue", "red") for i in range(4))
+        "path,label,group\n"
+        + "".join(
+            f"{videos}/{name}/{i}.mp4,{name},{name} {i}\n"
+            for name in ("blue", "red")
+            for i in range(4)
+        )
     )
     where = ("--from", bad.path, "--hold-out", 0.4, "--epochs", 10)
     result = timesformer_refresh(bad, tmp_path / "list.csv", *where)
@@ -478,13 +483,19 @@ def test_the_exit_code_is_4_where_the_rule_keeps_it_from_serving(
 def test_a_list_of_indices_means_the_classes_of_the_parent(
     good: Bundle, videos: Path, tmp_path: Path
 ) -> None:
-    rows = [f"{videos}/{name}/{i}.mp4,{index}" for index, name in ((0, "blue"), (1, "red"))
-            for i in range(4)]  # fmt: skip
+    rows = [
+        "path,label,group",
+        *(
+            f"{videos}/{name}/{i}.mp4,{index},{name} {i}"
+            for index, name in ((0, "blue"), (1, "red"))
+            for i in range(4)
+        ),
+    ]
     (tmp_path / "list.csv").write_text("\n".join(rows))
     options = ("--from", good.path.parent, "--hold-out", 0.4, "--epochs", 0.1)
     made = timesformer_refresh(good, tmp_path / "list.csv", *options, "--json", code=4)
     assert json.loads(made.stdout)["refresh"]["classes_added"] == []
-    (tmp_path / "list.csv").write_text("\n".join([*rows, f"{videos}/green/0.mp4,2"]))
+    (tmp_path / "list.csv").write_text("\n".join([*rows, f"{videos}/green/0.mp4,2,green"]))
     result = timesformer_refresh(good, tmp_path / "list.csv", *options, code=1)
     assert "indices beyond the 2 classes of the parent" in result.stderr
 
