@@ -116,7 +116,8 @@ class DecoderPool:
         """The layers of the sandbox that hold all workers in."""
         self._workers = [_Worker(limits) for _ in range(workers)]
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
-        # One thread per worker: it sleeps in a read while the worker works.
+        # One thread per worker: it sleeps in a read while the worker works. They start the workers
+        # too, which end with the thread that started them, so none may end before `close`.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decoder")
 
     @property
@@ -370,7 +371,10 @@ class _Worker:
         with self._lock:
             self._connection, theirs = context.Pipe()
             self._process = context.Process(
-                target=_worker_main, args=(theirs, self._limits), daemon=True, name="decoder"
+                target=_worker_main,
+                args=(theirs, self._limits, os.getpid()),
+                daemon=True,
+                name="decoder",
             )
             self._process.start()
             theirs.close()
@@ -479,8 +483,9 @@ def _loss() -> Iterator[None]:
         ) from error
 
 
-def _worker_main(connection: Connection, limits: WorkerLimits) -> None:
+def _worker_main(connection: Connection, limits: WorkerLimits, parent: int) -> None:
     """Answers jobs until the pipe closes: a header, then the frames' bytes if there are any."""
+    sandbox.end_with(parent)
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle

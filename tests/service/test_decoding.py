@@ -7,7 +7,10 @@ import errno
 import multiprocessing
 import os
 import pickle
+import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -186,7 +189,7 @@ def test_the_worker_loop_answers_until_its_parent_is_gone(video: Path) -> None:
     # In a thread-free child of fork: the limits must not fall on the test process.
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
-    worker = context.Process(target=_worker_main, args=(theirs, LIMITS))
+    worker = context.Process(target=_worker_main, args=(theirs, LIMITS, os.getpid()))
     worker.start()
     theirs.close()
     assert set(orjson.loads(ours.recv_bytes())) <= set(LAYERS)
@@ -196,6 +199,58 @@ def test_the_worker_loop_answers_until_its_parent_is_gone(video: Path) -> None:
     ours.close()
     worker.join(10)
     assert worker.exitcode == 0
+
+
+_SERVER = """
+import asyncio, multiprocessing, time
+from model.video import Limits
+from service.decoding import DecoderPool, WorkerLimits
+
+async def main():
+    limits = WorkerLimits(memory_bytes=2 << 30, timeout_s=600.0, video=Limits())
+    pool = DecoderPool(2, limits, lambda reason: None)
+    await pool.start()
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_busy_workers_end_with_a_server_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "server.py"
+    script.write_text(_SERVER)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            pids = [int(pid) for pid in server.stdout.readline().split()]
+            assert len(pids) == 2
+            workers = [os.pidfd_open(pid) for pid in pids]
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)  # as deaf as one that decodes
+        finally:
+            server.kill()
+    for pid, worker in zip(pids, workers, strict=True):
+        ended, _, _ = select.select([worker], [], [], 60)
+        os.close(worker)
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
+        assert ended
+
+
+def test_a_worker_whose_server_was_gone_before_it_began_ends() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    no_longer = subprocess.Popen(["true"])
+    no_longer.wait()
+    context = multiprocessing.get_context("spawn")
+    worker = context.Process(target=_worker_main, args=(theirs, LIMITS, no_longer.pid), daemon=True)
+    worker.start()
+    theirs.close()
+    worker.join(60)
+    assert worker.exitcode == 1
+    with pytest.raises(EOFError):
+        ours.recv_bytes()
 
 
 class _Harm:
