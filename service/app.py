@@ -184,6 +184,7 @@ def tell_of_sandbox(settings: Settings, metrics: Metrics, decoders: DecoderPool)
 def _jobs(settings: Settings, metrics: Metrics, models: Models, sources: Sources) -> Jobs | None:
     if settings.jobs_dir is None:
         return None
+    metrics.add_jobs(settings.jobs_dir)
     folders = (settings.jobs_dir / "videos", settings.jobs_dir / "incoming")
     limits = WorkerLimits.of(settings, folders)
     long = dataclasses.replace(limits.video, max_duration_s=settings.max_long_video_duration_s)

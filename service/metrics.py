@@ -21,6 +21,9 @@ from service.turns import DROPPED
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _MIB = 1024 * 1024
 SWAP_RESULTS = ("done", "refused")
+JOB_KINDS = ("classify", "timeline", "embed")
+JOB_ENDS = ("done", "failed", "cancelled")
+WEBHOOK_RESULTS = ("done", "failed", "given_up")
 CANDIDATE_RESULTS = ("agreed", "differed", "dropped", "answered", "busy", "failed")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -295,13 +298,13 @@ class Metrics:
         )
         self.disk_free_bytes = Gauge(
             "timesformer_disk_free_bytes",
-            "Room left where uploads (spool) and bundles (store) lie.",
+            "Room left where uploads (spool), bundles (store) and jobs (jobs) lie.",
             ["volume"],
             registry=self.registry,
         )
         self.disk_size_bytes = Gauge(
             "timesformer_disk_size_bytes",
-            "Size of the file systems of spool and store.",
+            "Size of the file systems of spool, store and jobs.",
             ["volume"],
             registry=self.registry,
         )
@@ -340,6 +343,15 @@ class Metrics:
             self.engines_removed,
         ):
             metric.labels(name)
+
+    def add_jobs(self, folder: Path) -> None:
+        """Begins the counters of jobs at 0, and reports the disk that they are kept on."""
+        for kind in JOB_KINDS:
+            for state in JOB_ENDS:
+                self.jobs_ended.labels(kind, state)
+        for result in WEBHOOK_RESULTS:
+            self.webhooks.labels(result)
+        self.watch_disk("jobs", folder)
 
     def start_stages(self) -> dict[str, float]:
         """Seconds of each stage of the start."""

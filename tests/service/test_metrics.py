@@ -12,6 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.errors import codes
+from service.job_store import STATES
+from service.job_work import PARAMETERS
 from service.metrics import Metrics
 
 DEMO = (("model", "demo"),)
@@ -36,6 +38,20 @@ def test_counters_that_alerts_watch_are_there_before_anything_happens(serve: Any
     for code in codes():
         assert found["timesformer_rejected_total", (("code", code),)] == 0
     assert found["timesformer_active_bundle_refused", DEMO] == 0
+
+
+def test_with_jobs_their_counters_and_their_disk_are_there_too(serve: Any, tmp_path: Path) -> None:
+    with serve(jobs_dir=tmp_path) as client:
+        found = samples(client)
+    for kind in PARAMETERS:
+        for state in set(STATES) - {"queued", "running"}:
+            labels = (("kind", kind), ("state", state))
+            assert found["timesformer_jobs_ended_total", labels] == 0
+    for result in ("done", "failed", "given_up"):
+        assert found["timesformer_webhooks_total", (("result", result),)] == 0
+    for state in STATES:
+        assert found["timesformer_jobs", (("state", state),)] == 0
+    assert found["timesformer_disk_free_bytes", (("volume", "jobs"),)] > 0
 
 
 def test_an_idle_service_says_how_much_it_could_take(serve: Any) -> None:
