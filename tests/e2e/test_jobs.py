@@ -37,6 +37,23 @@ def wait_until(client: httpx.Client, enough: Any) -> dict[str, str]:
     return found
 
 
+def same_windows(result: dict[str, Any], other: dict[str, Any]) -> bool:
+    """All windows once and in order, with the scores of other batches within what these add up
+    otherwise."""
+
+    def seen(of: dict[str, Any]) -> list[float]:
+        return [
+            number
+            for window in of["windows"]
+            for number in (
+                *(window["number"], window["start_s"], window["end_s"]),
+                window["predictions"][0]["score"],
+            )
+        ]
+
+    return seen(result) == pytest.approx(seen(other), abs=1e-4)
+
+
 def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
     start_service: Any, minutes: bytes, tmp_path: Path
 ) -> None:
@@ -82,7 +99,7 @@ def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
             found = wait_until(service.client, lambda found: set(found.values()) == {"done"})
             assert set(found) == set(accepted)
             results = [service.client.get(f"{URL}/{job}/result").json() for job in accepted]
-            assert len({str(result["windows"]) for result in results}) == 1
+            assert all(same_windows(result, results[0]) for result in results)
             deadline = time.monotonic() + 60
             while len(calls) < len(accepted) and time.monotonic() < deadline:
                 time.sleep(0.05)
