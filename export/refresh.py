@@ -35,11 +35,12 @@ from model.checkpoints import Checkpoint, load_checkpoint
 from model.training.calibration import calibrate
 from model.training.errors import DataError, TrainingError
 from model.training.evaluation import Predictions, Protocol, predict
+from model.training.job import Job, Machine
 from model.training.log import LOG, read_log
 from model.training.loop import train
 from model.training.recipe import PRESETS, Recipe
 from model.training.report import PAGE, Evaluated, write_report
-from model.training.run import CHECKPOINTS, Job, Machine
+from model.training.run import CHECKPOINTS
 from model.training.sources import Sample, VideoList
 from model.training.start import grown
 from model.training.world import ALONE, started_together

@@ -11,7 +11,7 @@ from model.training.evaluation import Metrics
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from model.training.run import Step
+    from model.training.job import Step
 
 _MEASURES = ("top1", "top5", "mean_class_accuracy", "log_loss", "calibration_error")
 

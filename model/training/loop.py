@@ -28,8 +28,9 @@ from model.timesformer import TimeSformer
 from model.training.board import Board
 from model.training.errors import StoppedError, TrainingError
 from model.training.evaluation import Metrics
+from model.training.job import Job, Machine, Step
 from model.training.log import LOG, RunLog
-from model.training.run import CHECKPOINTS, Job, Machine, Run, Step
+from model.training.run import CHECKPOINTS, Run
 from model.training.world import ALONE, World
 
 BOARD = "tensorboard"

@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,10 +42,10 @@ from model.training.evaluation import (
     predict_part,
 )
 from model.training.identity import check_alike, check_identity, identity_of, software
+from model.training.job import Job, Machine, Step
 from model.training.log import LOG, read_log
 from model.training.optimisation import Average, build_optimizer, freeze, rate, set_rate
 from model.training.parallel import last_of_step, load_optimizer, load_weights, spread, whole
-from model.training.recipe import Recipe
 from model.training.report import PAGE, Evaluated, write_report
 from model.training.shares import share
 from model.training.sources import VideoList
@@ -57,53 +56,6 @@ WEIGHTS, REPORT, CHECKPOINTS = "weights.safetensors", "training.json", "checkpoi
 _AUGMENTATION = 2  # what a draw is for, as `_ORDER` and `_CLIP` in data.py
 _RECOMPUTED_PATCHES = 10_000  # of a clip: `hr`, `large`, `long-64` and `long-96` have more
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What is trained on what. `validation` is evaluated after every epoch and at the end."""
-
-    recipe: Recipe
-    videos: VideoList
-    validation: VideoList | None
-    out: Path
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """How it is run; nothing of this decides what is learned.
-
-    `workers` decode; 0 decodes in the training process. A state is written every
-    `checkpoint_every` steps.
-
-    `recompute` is that of `TimeSformer`; None does it for long or large clips, which would not fit.
-    `compile` is a backend of `torch.compile`, such as `inductor`; None computes step by step.
-    `shard` keeps a part of the weights in each process, and not all of them; see `parallel.py`.
-    `tensorboard` also writes the curves for TensorBoard, see `board.py`.
-    `cache` is a folder that the views of `View.cached` are kept in, decoded, for any run.
-    """
-
-    device: str = "cpu"
-    workers: int = 0
-    checkpoint_every: int = 500
-    recompute: bool | None = None
-    compile: str | None = None
-    cache: Path | None = None
-    tensorboard: bool = False
-    shard: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What is told after each step. `clips_per_s` is of this step alone."""
-
-    step: int
-    steps: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    clips_per_s: float
 
 
 class Run:

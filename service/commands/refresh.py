@@ -156,8 +156,8 @@ def refresh(
     """
     from export.refresh import HoldOut, Listeners, Task, record
     from export.refresh import refresh as run
+    from model.training.job import Machine
     from model.training.recipe import PRESETS
-    from model.training.run import Machine
     from model.training.start import choose_device
 
     if validation is not None and hold_out is not None:

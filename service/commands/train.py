@@ -30,7 +30,7 @@ from service.commands.options import (
 
 if TYPE_CHECKING:
     from model.training.evaluation import Metrics
-    from model.training.run import Step
+    from model.training.job import Step
 
 _LINE_EVERY_S = 10.0  # of progress, where it goes into a log
 _SPEED_OVER_S = 600.0  # for the time left: of several steps, however slow
@@ -173,9 +173,10 @@ def train(
     torchrun --standalone --nproc-per-node 8 --no-python timesformer train ...
     """
     from model.checkpoints import load_checkpoint
+    from model.training.job import Job, Machine
     from model.training.loop import train as run
     from model.training.recipe import PRESETS
-    from model.training.run import WEIGHTS, Job, Machine
+    from model.training.run import WEIGHTS
     from model.training.start import choose_device, fine_tuned_model, fresh_model, shared_classes
     from model.training.world import joined
 

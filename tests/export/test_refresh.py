@@ -30,9 +30,10 @@ from export.runtime.interface import Outputs
 from model.checkpoints import Checkpoint, load_checkpoint, save_safetensors
 from model.timesformer import TimeSformer
 from model.training.errors import DataError, RecipeError
+from model.training.job import Job, Machine
 from model.training.loop import train
 from model.training.recipe import PRESETS
-from model.training.run import Job, Machine, classifier
+from model.training.run import classifier
 from model.training.sources import VideoList, read_videos
 from model.training.start import grown
 from service.cli import cli
@@ -354,7 +355,7 @@ import pytest
 from export.bundle import BundleStore
 from export.refresh import Listeners, refresh
 from tests.export import test_refresh as tests
-from model.training.run import Machine
+from model.training.job import Machine
 from model.training.sources import read_videos
 
 store, videos, moment = BundleStore(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]

@@ -16,10 +16,11 @@ from safetensors.torch import load_file  # noqa: E402
 
 from model.training import checkpoint  # noqa: E402
 from model.training.errors import RecipeError, StoppedError  # noqa: E402
+from model.training.job import Machine, Step  # noqa: E402
 from model.training.log import read_log  # noqa: E402
 from model.training.loop import LOG  # noqa: E402
 from model.training.recipe import Recipe  # noqa: E402
-from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Machine, Step  # noqa: E402
+from model.training.run import CHECKPOINTS, REPORT, WEIGHTS  # noqa: E402
 from model.training.sources import read_videos  # noqa: E402
 from tests.model.training.test_loop import run, same_result  # noqa: E402
 

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from model.training.board import Board
 from model.training.errors import StoppedError
+from model.training.job import Machine, Step
 from model.training.log import read_log
 from model.training.loop import BOARD, LOG, train
-from model.training.run import Machine, Step
 from model.training.sources import read_videos
 from tests.model.training.test_loop import first_model, job
 

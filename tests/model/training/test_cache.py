@@ -25,10 +25,11 @@ from model.training import cache as caching  # noqa: E402
 from model.training.cache import Draws, open_cache  # noqa: E402
 from model.training.data import Replaced, View, view_clip  # noqa: E402
 from model.training.errors import DataError, RecipeError  # noqa: E402
+from model.training.job import Job, Machine  # noqa: E402
 from model.training.log import read_log  # noqa: E402
 from model.training.loop import LOG, train  # noqa: E402
 from model.training.recipe import PRESETS  # noqa: E402
-from model.training.run import WEIGHTS, Job, Machine  # noqa: E402
+from model.training.run import WEIGHTS  # noqa: E402
 from model.training.sources import Sample, VideoList, read_videos  # noqa: E402
 from tests.model.conftest import tiny_config  # noqa: E402
 from tests.model.training.conftest import write_video  # noqa: E402

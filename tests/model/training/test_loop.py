@@ -30,11 +30,12 @@ from model.training.errors import (  # noqa: E402
     StoppedError,
     TrainingError,
 )
+from model.training.job import Job, Machine, Step  # noqa: E402
 from model.training.log import read_log  # noqa: E402
 from model.training.loop import LOG, train  # noqa: E402
 from model.training.recipe import PRESETS, Recipe  # noqa: E402
 from model.training.report import PAGE  # noqa: E402
-from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Job, Machine, Run, Step  # noqa: E402
+from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Run  # noqa: E402
 from model.training.sources import Sample, VideoList, read_videos  # noqa: E402
 from tests.model.conftest import tiny_config  # noqa: E402
 

@@ -22,9 +22,10 @@ from safetensors.torch import load_file  # noqa: E402
 
 from model.training import checkpoint  # noqa: E402
 from model.training.errors import RecipeError, StoppedError  # noqa: E402
+from model.training.job import Machine  # noqa: E402
 from model.training.log import read_log  # noqa: E402
 from model.training.loop import LOG, train  # noqa: E402
-from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Machine, Run  # noqa: E402
+from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Run  # noqa: E402
 from model.training.shares import share  # noqa: E402
 from model.training.sources import read_videos  # noqa: E402
 from tests.model.training.conftest import Painter, flat, write_video  # noqa: E402

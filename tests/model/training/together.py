@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from model.training.errors import TrainingError
+from model.training.job import Machine
 from model.training.loop import train
-from model.training.run import Machine, Run
+from model.training.run import Run
 from model.training.sources import read_videos
 from model.training.world import joined
 from tests.model.training.test_loop import RECIPE, first_model, job
