@@ -14,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from model.timesformer import TimeSformer
+from model.training.adapters import is_adapter
 from model.training.errors import RecipeError
 from model.training.parallel import part
 
 _EMBEDDINGS = frozenset({"cls_token", "pos_embed", "time_embed"})
+
+
+Trained = Literal["all", "head", "lora"] | int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +39,10 @@ class Optimisation:
             steps it keeps less. The average is what is evaluated and written.
         clip_norm: longest gradient; longer ones are scaled down. 0 for no limit.
         accumulate: batches whose gradients are added up to one step.
-        train: `all`, `head` (linear probe), or the number of last blocks that are trained with the
-            head and the last norm.
+        train: `all`, `head` (linear probe), `lora` (adapters and head), or the number of last
+            blocks that are trained with the head and the last norm.
+        lora_rank: of the adapters, see `adapters.py`; what they add is scaled by `lora_alpha` over
+            it, so that the rate need not change with the rank.
         patience: evaluations without a better `watch` before the run ends; its result is then the
             best that was evaluated. 0 trains to the end, and takes the last.
         watch: what is better when it is lower (`log_loss`) or higher (`top1`).
@@ -56,14 +62,27 @@ class Optimisation:
     ema: float = 0.0
     clip_norm: float = 0.0
     accumulate: int = 1
-    train: Literal["all", "head"] | int = "all"
+    train: Trained = "all"
+    lora_rank: int = 8
+    lora_alpha: float = 16
     patience: int = 0
     watch: Literal["log_loss", "top1"] = "log_loss"
 
     def __post_init__(self) -> None:
-        for field in ("epochs", "learning_rate", "layer_decay", "accumulate"):
+        positive = (
+            "epochs",
+            "learning_rate",
+            "layer_decay",
+            "accumulate",
+            "lora_rank",
+            "lora_alpha",
+        )
+        for field in positive:
             if not 0 < getattr(self, field) < math.inf:
                 raise RecipeError(f"{field} is {getattr(self, field)}; it must be above 0")
+        for field in ("accumulate", "patience", "lora_rank"):
+            if type(getattr(self, field)) is not int:
+                raise RecipeError(f"{field} is {getattr(self, field)!r}; it must be a whole number")
         for field in ("momentum", "weight_decay", "warm_up", "ema", "clip_norm", "patience"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise RecipeError(f"{field} is {getattr(self, field)}; it must not be negative")
@@ -71,6 +90,10 @@ class Optimisation:
             raise RecipeError("ema and momentum must be below 1")
         if self.watch not in ("log_loss", "top1"):
             raise RecipeError(f"watch is {self.watch!r}; it must be log_loss or top1")
+        if not (self.train in ("all", "head", "lora") or type(self.train) is int):
+            raise RecipeError(
+                f"train is {self.train!r}; it must be all, head, lora or a number of blocks"
+            )
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -80,8 +103,8 @@ def layer_of(name: str, depth: int) -> int:
     return depth + 1 if name.startswith(("norm.", "head.")) else 0
 
 
-def freeze(model: TimeSformer, train: Literal["all", "head"] | int) -> None:
-    """Sets which weights are trained, and leaves what is frozen in eval mode.
+def freeze(model: TimeSformer, train: Trained) -> None:
+    """Sets which weights are trained, and leaves blocks without any in eval mode.
 
     Frozen blocks drop no paths: the features of a linear probe are those that will be served.
 
@@ -91,10 +114,12 @@ def freeze(model: TimeSformer, train: Literal["all", "head"] | int) -> None:
     depth = model.config.depth
     if isinstance(train, int) and not 0 < train <= depth:
         raise RecipeError(f"the last {train} blocks cannot be trained: the model has {depth}")
-    first = {"all": 0, "head": depth + 1}[train] if isinstance(train, str) else depth + 1 - train
+    firsts = {"all": 0, "lora": 1, "head": depth + 1}
+    first = firsts[train] if isinstance(train, str) else depth + 1 - train
     for name, parameter in model.named_parameters():
-        # A linear probe trains the head alone, not the norm before it.
-        wanted = name.startswith("head.") if train == "head" else layer_of(name, depth) >= first
+        wanted = layer_of(name, depth) >= first
+        if train in ("head", "lora"):  # not the norm before the head
+            wanted = name.startswith("head.") or is_adapter(name)
         parameter.requires_grad_(wanted)
     model.train()
     for index, block in enumerate(model.blocks, start=1):

@@ -22,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812 - the name the field uses
 from model.checkpoints import save_safetensors
 from model.timesformer import DropPath, TimeSformer
 from model.training import checkpoint
+from model.training.adapters import adapt, merged
 from model.training.augmentation import augment
 from model.training.best import Best
 from model.training.cache import ClipCache, Draws, open_cache
@@ -72,6 +73,8 @@ class Run:
         self.augmentation = recipe.augmentation.for_labels(job.videos.labels)
         self.device = torch.device(machine.device)
         self.on_gpu = self.device.type == "cuda"
+        if settings.train == "lora":
+            adapt(model, settings.lora_rank, settings.lora_alpha, recipe.seed)
         freeze(model, settings.train)
         self.model = model.to(self.device)
         patches = model.config.num_frames * model.config.grid**2
@@ -319,7 +322,8 @@ class Run:
     def _network(self, state: dict[str, Tensor]) -> TimeSformer:
         # A seed of its own: random numbers drawn here would change what a resumed run draws.
         model = fresh_model(self.model.config, seed=0)
-        model.load_state_dict(state)
+        settings = self.job.recipe.optimisation
+        model.load_state_dict(merged(state, settings.lora_rank, settings.lora_alpha))
         return model.to(self.device).eval()
 
     def evaluate_epoch(self) -> Metrics | None:

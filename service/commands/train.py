@@ -50,7 +50,8 @@ def recipe_options(command: Command) -> Command:
             type=int,
             help="Views that a video has in all, instead of new ones in every epoch; see --cache.",
         ),
-        click.option("--train", help="`all`, `head`, or how many of the last blocks."),
+        click.option("--train", help="`all`, `head`, `lora`, or how many of the last blocks."),
+        click.option("--lora-rank", type=int, help="Of the adapters of --train lora."),
         click.option("--seed", type=int, help="Decides everything random."),
         click.option(
             "--recipe",
@@ -244,13 +245,15 @@ def given(changes: dict[str, Any]) -> dict[str, Any]:
     """The fields that an option was given for.
 
     Raises:
-        click.UsageError: `--train` is none of its forms.
+        click.UsageError: `--train` is none of its forms, or another option needs another one.
     """
     fields = {key: value for key, value in changes.items() if value is not None}
     train = fields.get("train")
-    if train is not None and train not in ("all", "head"):
+    if "lora_rank" in fields and train != "lora":
+        raise click.UsageError("--lora-rank goes with --train lora")
+    if train is not None and train not in ("all", "head", "lora"):
         if not train.isdecimal():
-            raise click.UsageError("--train takes `all`, `head` or a number of blocks")
+            raise click.UsageError("--train takes `all`, `head`, `lora` or a number of blocks")
         fields["train"] = int(train)
     return fields
 

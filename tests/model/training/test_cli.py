@@ -103,9 +103,9 @@ def test_what_was_trained_is_exported_and_both_are_evaluated_alike(
     assert [each["temperature"] for each in reports] == [1.0, 1.0, 1.5]
     assert calibrated["log_loss"] != pytest.approx(plain["log_loss"], abs=1e-4)
     artefacts = reports[2]["artefacts"]
-    assert list(artefacts) == ["float32", "fp16", "int8"]
+    assert list(artefacts) == ["float32", "fp16", "int8", "int8-qdq"]
     assert artefacts["float32"] == {**calibrated, "agreement_with_float32": 1.0}
-    for lower in ("fp16", "int8"):
+    for lower in ("fp16", "int8", "int8-qdq"):
         assert artefacts[lower]["agreement_with_float32"] == 1.0
         assert artefacts[lower]["log_loss"] == pytest.approx(calibrated["log_loss"], abs=0.01)
     lacking = timesformer("evaluate", STORE / "demo" / "1", colours, "--precision", "fp16", code=1)
@@ -207,6 +207,8 @@ def test_a_hold_out_by_group(colours: Path, tmp_path: Path) -> None:
     [
         ((), 2, "either --from CHECKPOINT or --variant"),
         (("--variant", "demo", "--train", "tail"), 2, "--train takes"),
+        (("--variant", "demo", "--lora-rank", "4"), 2, "--lora-rank goes with --train lora"),
+        (("--variant", "demo", "--train", "lora", "--lora-rank", "0"), 1, "it must be above 0"),
         (("--variant", "demo", "--epochs", "-1"), 1, "epochs is -1.0"),
         (("--variant", "demo", "--train", "9"), 1, "the last 9 blocks cannot be trained"),
         (("--variant", "demo", "--columns", "path"), 2, "--columns takes"),

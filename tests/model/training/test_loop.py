@@ -172,6 +172,18 @@ def test_a_signal_saves_the_step_and_the_next_run_goes_on(
     same_result(tmp_path, whole)
 
 
+def test_adapters_go_on_as_exactly(colours: Path, tmp_path: Path) -> None:
+    adapters = {"train": "lora", "lora_rank": 2}
+    run(colours, tmp_path / "whole", **adapters)
+    with (
+        interrupted_at(3, lambda: os.kill(os.getpid(), signal.SIGTERM)) as on_step,
+        pytest.raises(StoppedError),
+    ):
+        run(colours, tmp_path / "stopped", on_step=on_step, **adapters)
+    run(colours, tmp_path / "stopped", **adapters)
+    same_result(tmp_path / "stopped", tmp_path / "whole")
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     colours: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

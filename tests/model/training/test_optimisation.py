@@ -76,6 +76,8 @@ def test_a_linear_probe_trains_the_head_alone() -> None:
     assert parts == {"headweight", "headbias", "normweight", "normbias", "blocks1"}
     with pytest.raises(RecipeError, match="the model has 2"):
         groups(train=3)
+    with pytest.raises(RecipeError, match="it must be all, head, lora or a number of blocks"):
+        groups(train="tail")
 
 
 def test_frozen_blocks_drop_no_paths() -> None:

@@ -190,6 +190,17 @@ def test_the_command_is_the_same_under_torchrun(videos: Path, tmp_path: Path) ->
     assert len(list((tmp_path / "cache").glob("[!.]*"))) == 1
 
 
+def test_an_error_of_every_process_is_shown_once_by_the_filter(
+    videos: Path, tmp_path: Path
+) -> None:
+    """As the docs start it, without the command on the path."""
+    command = training(tmp_path, videos, "--out", tmp_path / "run", "--variant", "demo",
+                       "--train", 9)  # fmt: skip
+    with torchrun("--local-ranks-filter", 0, "-m", "service.cli", *command) as process:
+        output, errors = finish(process, code=1)
+    assert (output + errors).count("Error: the last 9 blocks cannot be trained") == 1
+
+
 def test_every_clip_of_a_batch_is_somewhere_and_pairs_stay_together() -> None:
     for count, size, pairs in ((16, 8, True), (7, 3, True), (7, 3, False), (5, 5, False)):
         shares = [share(count, rank, size, pairs) for rank in range(size)]
