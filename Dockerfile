@@ -37,8 +37,8 @@ LABEL org.opencontainers.image.title="timesformer-service" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.revision="${REVISION}"
-# A new named volume takes its owner from here.
-RUN install -d -o 10001 -g 10001 /bundles /spool
+# A new named volume takes its owner from here, and a tmpfs its mode.
+RUN install -d -o 10001 -g 10001 /bundles && install -d -m 1777 /spool
 COPY --from=install-cpu /opt/timesformer /opt/timesformer
 ENV PATH=/opt/timesformer/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -77,7 +77,7 @@ LABEL org.opencontainers.image.title="timesformer-service" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.revision="${REVISION}"
-RUN install -d -o 10001 -g 10001 /bundles /spool
+RUN install -d -o 10001 -g 10001 /bundles && install -d -m 1777 /spool
 COPY --from=install-gpu /opt/timesformer /opt/timesformer
 ENV PATH=/opt/timesformer/bin:$PATH \
     PYTHONUNBUFFERED=1 \

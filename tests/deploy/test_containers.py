@@ -87,6 +87,16 @@ def test_a_container_has_few_rights_and_an_end(name: str) -> None:
         assert "healthcheck" in service
 
 
+def test_a_tmpfs_is_writable_for_its_user_under_docker_and_podman() -> None:
+    # Podman does not know uid= and gid=; runc may keep the mode of the image's folder instead.
+    mounts = [mount for service in SERVICES.values() for mount in service.get("tmpfs", [])]
+    for folder, options in (mount.split(":") for mount in mounts):
+        assert re.fullmatch(r"size=\d+[mg](,mode=1777)?", options), options
+        assert folder == "/tmp" or options.endswith(",mode=1777"), folder  # noqa: S108
+    for stage in ("serve-cpu", "serve-gpu"):
+        assert "install -d -m 1777 /spool" in STAGES[stage]
+
+
 def test_only_the_service_listens_beyond_this_machine() -> None:
     for name, service in SERVICES.items():
         for port in service.get("ports", []):

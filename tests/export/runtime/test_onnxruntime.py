@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -208,3 +211,16 @@ class TestPrecision:
     def test_a_bundle_without_int8_is_an_error_that_names_the_file(self, bundle: Bundle) -> None:
         with pytest.raises(BundleError, match=r"has no model\.int8\.onnx"):
             load_runtime(bundle, "cpu", precision="int8")
+
+
+def test_it_reports_nothing_to_its_makers() -> None:
+    # Where it reports, it keeps an id in the home, and complains if it cannot.
+    inherited = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", "import export.runtime.onnxruntime"],
+        env=inherited | {"HOME": "/proc/none", "XDG_CACHE_HOME": "/proc/none"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
