@@ -51,6 +51,11 @@ ENGINE ?= docker
 test-images: .venv/.dev ## build the images for CPUs and training, run them hardened; minutes
 	.venv/bin/python -m tests.images.check --build "$(BUILD)" --engine $(ENGINE)
 
+COMPOSE ?= docker compose
+test-compose: .venv/.dev deploy-tools ## bring docker-compose.yml up, refresh, break it, wait for the alerts; minutes
+	.venv/bin/python -m tests.images.compose --build "$(BUILD)" --compose "$(COMPOSE)" \
+		$(if $(DEBIAN_PROMETHEUS),--debian-prometheus)
+
 test-slow: .venv/.dev ## TimeSformer-B to every precision on the CPU, and to TensorRT-RTX plans; minutes
 	.venv/bin/python -m tests.slow.check
 

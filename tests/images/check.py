@@ -18,8 +18,9 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -100,6 +101,10 @@ def check_service(engine: str, container: str, client: httpx.Client) -> None:
     torch = [engine, "exec", container, "python3", "-c", "import torch"]
     assert subprocess.run(torch, capture_output=True, check=False).returncode == 1
     print("serve-cpu: user 10001, root read-only, no capabilities, no torch")
+    metrics = client.get("/metrics").text
+    for layer in ("landlock", "seccomp"):
+        assert f'timesformer_decode_sandbox{{layer="{layer}"}} 1.0' in metrics, layer
+    print("serve-cpu: decoders in Landlock and seccomp")
 
 
 def check_refresh(engine: str, tag: str, store: Path, data: Path, client: httpx.Client) -> None:
@@ -108,16 +113,43 @@ def check_refresh(engine: str, tag: str, store: Path, data: Path, client: httpx.
     mounts = ["--volume", f"{store}:/bundles", "--volume", f"{data}:/data"]
     run += [*mounts, "--env", "TIMESFORMER_STORE=/bundles", tag]
     output(*run, "data", "demo", "/data", "--videos", "48", "--held-out", "24")
+    refresh(run, client)
+
+
+def refresh(run: list[str], client: httpx.Client) -> None:
+    """Runs `train` on the demo set at /data; the service that runs takes the new version over."""
+    before = client.get("/health/ready").json()["model"]["version"]
     started = time.monotonic()
     rule = ["--rule", "not-worse", "--min-gain", "-1", "--max-old-drop", "1"]
     lists = ["--data", "/data/train.csv", "--validation", "/data/validation.csv"]
     output(*run, "refresh", *lists, *rule, "--epochs", "1", "--json")
     print(f"train: refreshed in {time.monotonic() - started:.0f} s", flush=True)
-    deadline = time.monotonic() + 30
-    while (version := client.get("/health/ready").json()["model"]["version"]) == "1":
-        assert time.monotonic() < deadline, "the service did not take the new version over"
+    after = wait_for(
+        lambda: (
+            version
+            if (version := client.get("/health/ready").json()["model"]["version"]) != before
+            else None
+        ),
+        "the service did not take the new version over",
+        60,
+    )
+    print(f"serve-cpu: serves version {after} instead of {before}", flush=True)
+
+
+def wait_for(found: Callable[[], Any], what: str, seconds: float) -> Any:
+    """What `found` returns, as soon as it is something."""
+    deadline = time.monotonic() + seconds
+    while not (result := found()):
+        if time.monotonic() > deadline:
+            raise SystemExit(what)
         time.sleep(0.5)
-    print(f"serve-cpu: serves version {version}")
+    return result
+
+
+def open_to_all(folder: Path) -> None:
+    """The images' user is not this one."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o777 if path.is_dir() else 0o666)
 
 
 def check_stop(engine: str, container: str) -> None:
@@ -141,9 +173,7 @@ def main() -> None:
         store, data = Path(name, "bundles"), Path(name, "data")
         shutil.copytree(STORE, store)
         data.mkdir()
-        # The images' user is not this one.
-        for path in (Path(name), store, data, *store.rglob("*")):
-            path.chmod(0o777 if path.is_dir() else 0o666)
+        open_to_all(Path(name))
         with serving(engine, serve, store, options.port) as (container, client):
             check_service(engine, container, client)
             check_refresh(engine, train, store, data, client)
