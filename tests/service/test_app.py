@@ -156,6 +156,17 @@ def test_the_page_runs_its_own_script_and_nothing_from_elsewhere(client: httpx.C
     assert not re.search(r"(src|href)=\"?(https?:)?//", answer.text)
 
 
+def test_the_page_has_what_its_script_asks_for(client: httpx.Client) -> None:
+    page = client.get("/").text
+    used = set(re.findall(r'byId\("(\w+)"\)', page))
+    assert used
+    assert used <= set(re.findall(r'\bid="(\w+)"', page))
+    documented = client.get("/openapi.json").json()["paths"]
+    endpoints = set(re.findall(r'"(v1/\w+)"', page))
+    assert endpoints == {"v1/models", "v1/classify", "v1/timeline"}
+    assert {f"/{endpoint}" for endpoint in endpoints} <= set(documented)
+
+
 def test_the_docs_run_swagger_ui_of_ours_and_nothing_from_elsewhere(client: httpx.Client) -> None:
     answer = client.get("/docs")
     assert (
