@@ -41,7 +41,7 @@ def metric(client: httpx.Client, name: str) -> float:
 
 
 def wait_for(client: httpx.Client, name: str, value: float) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while metric(client, name) != value:
         assert time.monotonic() < deadline, f"{name} is {metric(client, name)}"
         time.sleep(0.05)
@@ -193,7 +193,7 @@ def test_an_error_after_the_start_is_an_event_with_its_code(
 
 
 def test_a_decoder_without_progress_is_replaced(serve: Any, hour: Path, tmp_path: Path) -> None:
-    with serve(spool_dir=tmp_path, decode_timeout_s=2.0) as client:
+    with serve(spool_dir=tmp_path, decode_timeout_s=10.0) as client:
         with client.stream("POST", URL, content=hour.read_bytes()) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -214,8 +214,12 @@ def test_a_timeline_that_does_not_begin_in_time_is_refused_with_a_status(
 
 
 def test_a_timeline_may_take_no_longer_than_its_limit(serve: Any, hour: Path) -> None:
-    with serve(timeline_timeout_s=8.0) as client:
-        events = events_in(client.post(URL, content=hour.read_bytes()).text)
+    for limit in (8.0, 60.0):  # a machine that is busy may not begin within the first
+        with serve(timeline_timeout_s=limit) as client:
+            answer = client.post(URL, content=hour.read_bytes())
+        if answer.status_code == 200:
+            break
+    events = events_in(answer.text)
     assert events[-1]["event"] == "error"
     assert events[-1]["code"] == "request_timeout"
 
@@ -226,7 +230,7 @@ def test_while_too_many_wait_more_are_refused(serve: Any, hour: Path, video: Pat
             lines = running.iter_lines()
             next(lines)
             waiting = threads.submit(
-                httpx.post, f"{client.base_url}{URL}", content=video.read_bytes(), timeout=60
+                httpx.post, f"{client.base_url}{URL}", content=video.read_bytes(), timeout=120
             )
             wait_for(client, "timesformer_timelines_waiting", 1)
             answer = client.post(URL, content=b"words")
