@@ -54,7 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
-    app.state.stopping = False
+    app.state.stopping = app.state.hangs = False
     app.state.keyring = Keyring(settings.api_keys_file) if settings.api_keys_file else None
     errors.install(app, app.state.metrics)
     app.state.tracer = open_tracer(settings.tracing)
@@ -143,7 +143,7 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
             app.state.service = None
             if kept_jobs is not None:
                 await kept_jobs.close()
-            await models.close()
+            app.state.hangs = not await models.close()
     finally:
         await mirror.close()
         decoders.close()

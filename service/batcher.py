@@ -176,13 +176,17 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
 
     async def close(self) -> None:
-        """Stops after the batches that run; whoever has no answer yet gets `CancelledError`."""
+        """Stops after the batches that run; whoever has no answer yet gets `CancelledError`.
+
+        An engine that hangs lets this wait for ever, but blocks no thread besides its own.
+        """
         self._closed = True
         for request in list(self._unanswered):
             request.answer.cancel()
         for worker in self._workers:
             self._stop_settling(worker)
-            await asyncio.to_thread(worker.threads.shutdown, wait=True)
+            worker.threads.shutdown(wait=False)
+        await self._idle.wait()
 
     async def submit(
         self,

@@ -6,16 +6,19 @@ chose other kernels than any other one, and a plan may have been refitted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from export.bundle import ONNX_FLOAT32, Bundle
-from export.runtime import Runtime, RuntimeUnavailableError
-from export.runtime.plans import Plan, PlanError, batches_up_to, find_plan
+from export.runtime import Runtime, RuntimeUnavailableError, device_name
+from export.runtime.cuda import count_gpus
+from export.runtime.plans import Plan, PlanError, PlanKey, batches_up_to, find_plan
 from export.runtime.tensorrt import TensorRt, Wanted
 from export.tensorrt import BuildJob, Progress, build_plan
 from export.verify import LIMITS, compare, run_in_batches
@@ -42,31 +45,59 @@ SERVING = TensorRtState("serving")
 BUILDING = TensorRtState("building")
 
 
-def find_tensorrt(settings: Settings) -> tuple[TensorRt | None, TensorRtState]:
-    """TensorRT on this machine's GPU, or None and why not."""
-    if settings.tensorrt == "off":
-        return None, OFF
-    if settings.device == "cpu":
-        return None, TensorRtState("off", "the CPU is to be used")
+def find_gpus(settings: Settings) -> tuple[int, ...]:
+    """The GPUs that the settings name, whether or not they can be used.
+
+    Raises:
+        RuntimeUnavailableError: there are others, but not these; or it cannot be found out which
+            are all, and one must be used.
+    """
+    named = settings.gpus
     try:
-        return TensorRt(settings.gpu, settings.engines), BUILDING
+        count = count_gpus()
+    except RuntimeUnavailableError as error:
+        if named is None and settings.device == "cuda":
+            raise RuntimeUnavailableError(f"TIMESFORMER_GPU=all: {error}") from error
+        return named or (0,)  # whoever loads an engine there says what is missing
+    if named is None:
+        return tuple(range(count))
+    if absent := [gpu for gpu in named if gpu >= count]:
+        raise RuntimeUnavailableError(
+            f"TIMESFORMER_GPU: there is no GPU {absent[0]}; {count} can be seen, from 0 on"
+        )
+    return named
+
+
+def find_tensorrt(settings: Settings) -> tuple[tuple[TensorRt, ...], TensorRtState]:
+    """TensorRT on each of the GPUs that the settings name, or on none and why not.
+
+    Raises:
+        RuntimeUnavailableError: as `find_gpus`.
+    """
+    if settings.tensorrt == "off":
+        return (), OFF
+    if settings.device == "cpu":
+        return (), TensorRtState("off", "the CPU is to be used")
+    gpus = find_gpus(settings)
+    try:
+        return tuple(TensorRt(gpu, settings.engines) for gpu in gpus), BUILDING
     except RuntimeUnavailableError as error:
         if settings.precision in ("fp16", "fp8"):
             logger.warning("precision %s needs TensorRT: %s", settings.precision, error)
-        return None, TensorRtState("unavailable", str(error))
+        return (), TensorRtState("unavailable", str(error))
 
 
 class Engines:
-    """The plans of bundles for one GPU.
+    """The plans of bundles for some GPUs; those of a kind share one.
 
     Args:
-        tensorrt: the GPU.
+        tensorrt: each of the GPUs.
         largest: most clips in a batch.
         precision: of the graph, as the settings have it.
     """
 
-    def __init__(self, tensorrt: TensorRt, largest: int, precision: str) -> None:
-        self._tensorrt = tensorrt
+    def __init__(self, tensorrt: Sequence[TensorRt], largest: int, precision: str) -> None:
+        self._gpus = tensorrt
         self._largest = largest
         self._precision = precision
         self._child: subprocess.Popen[str] | None = None
@@ -74,45 +105,59 @@ class Engines:
         self._lock = threading.Lock()
         self._building = threading.Lock()
 
-    def find(self, bundle: Bundle) -> Plan | None:
-        """The bundle's plan, if there is one that fits.
+    def find(self, bundle: Bundle) -> tuple[Plan, ...] | None:
+        """The bundle's plan for each GPU, if all have one that fits.
 
         Raises:
             PlanError: the bundle has no graph that TensorRT takes in this precision.
         """
+        found = [
+            find_plan(wanted.folder, wanted.key, wanted.graph_sha256)
+            for wanted in self._wanted(bundle)
+        ]
+        plans = tuple(plan for plan in found if plan is not None)
+        return plans if len(plans) == len(found) else None
+
+    def build(
+        self, bundle: Bundle, progress: Progress = lambda share, step: None
+    ) -> tuple[Plan, ...]:
+        """Builds what is missing of the bundle's plans, in minutes each, in child processes; one
+        plan at a time, as each build wants the GPU and its memory. One for each GPU comes back.
+
+        Raises:
+            PlanError: one cannot be built, or `stop` was called.
+        """
+        plans: dict[PlanKey, Plan] = {}
         wanted = self._wanted(bundle)
-        return find_plan(wanted.folder, wanted.key, wanted.graph_sha256)
+        for gpu, each in zip(self._gpus, wanted, strict=True):
+            with self._building:
+                if self.stopped:
+                    raise PlanError("the service stops")
+                if each.key not in plans:
+                    job = BuildJob.of(each, gpu_index=gpu.cuda.index)
+                    plans[each.key] = build_plan(job, progress, on_start=self._started)
+        return tuple(plans[each.key] for each in wanted)
 
-    def build(self, bundle: Bundle, progress: Progress = lambda share, step: None) -> Plan:
-        """Builds the bundle's plan, in minutes, in a child process; one plan at a time, as each
-        build wants the GPU and its memory.
-
-        Raises:
-            PlanError: it cannot be built, or `stop` was called.
-        """
-        with self._building:
-            if self.stopped:
-                raise PlanError("the service stops")
-            job = BuildJob.of(self._wanted(bundle), gpu_index=self._tensorrt.cuda.index)
-            return build_plan(job, progress, on_start=self._started)
-
-    def load(self, plan: Plan, bundle: Bundle) -> Runtime:
-        """Loads a plan and compares it with the float32 network.
+    def load(self, plans: Sequence[Plan], bundle: Bundle) -> tuple[Runtime, ...]:
+        """Loads each GPU's plan and compares it with the float32 network: all of them or none.
 
         Raises:
-            RuntimeUnavailableError: it cannot be loaded.
-            PlanError: it fails on clips, or its answers are not the network's.
+            RuntimeUnavailableError: one cannot be loaded.
+            PlanError: one fails on clips, or its answers are not the network's.
         """
-        runtime = self._tensorrt.load(plan, self._largest)
-        try:
-            prove(runtime, bundle)
-        except PlanError:
-            runtime.close()
-            raise
-        except Exception as error:  # engines' exceptions share no base but Exception
-            runtime.close()
-            raise PlanError(f"the plan fails on clips: {error}") from error
-        return runtime
+        with contextlib.ExitStack() as closing:
+            runtimes = []
+            for gpu, plan in zip(self._gpus, plans, strict=True):
+                runtimes.append(gpu.load(plan, self._largest))
+                closing.callback(runtimes[-1].close)
+            try:
+                prove(runtimes, bundle)
+            except PlanError:
+                raise
+            except Exception as error:  # engines' exceptions share no base but Exception
+                raise PlanError(f"the plan fails on clips: {error}") from error
+            closing.pop_all()
+        return tuple(runtimes)
 
     def stop(self) -> None:
         """Ends the build that runs, and any that begins later."""
@@ -121,8 +166,17 @@ class Engines:
             if self._child is not None:
                 self._child.terminate()
 
-    def _wanted(self, bundle: Bundle) -> Wanted:
-        return self._tensorrt.wanted(bundle, self._precision, batches_up_to(self._largest))
+    def _wanted(self, bundle: Bundle) -> list[Wanted]:
+        """For each GPU."""
+        batches = batches_up_to(self._largest)
+        wanted = [gpu.wanted(bundle, self._precision, batches) for gpu in self._gpus]
+        precisions = {each.key.precision for each in wanted}
+        if len(precisions) > 1:  # a video's answer would depend on who was idle
+            raise PlanError(
+                f"the GPUs would compute in {' and '.join(sorted(precisions))}: "
+                "set TIMESFORMER_PRECISION to one that all of them have"
+            )
+        return wanted
 
     def _started(self, child: subprocess.Popen[str]) -> None:
         with self._lock:
@@ -131,8 +185,8 @@ class Engines:
                 child.terminate()
 
 
-def prove(runtime: Runtime, bundle: Bundle) -> None:
-    """Compares an engine with the bundle's float32 graph on the CPU: a video's crops and noise.
+def prove(runtimes: Sequence[Runtime], bundle: Bundle) -> None:
+    """Compares engines with the bundle's float32 graph on the CPU: a video's crops and noise.
 
     Raises:
         PlanError: the answers differ by more than the gate of the export allows.
@@ -145,15 +199,13 @@ def prove(runtime: Runtime, bundle: Bundle) -> None:
     clips = np.concatenate([seen, noise])
     reference = OnnxRuntime(bundle.file(ONNX_FLOAT32), cuda=False)
     try:
-        parity = compare(
-            run_in_batches(reference, clips),
-            run_in_batches(runtime, clips),
-            LIMITS[runtime.precision],
-        )
+        expected = run_in_batches(reference, clips)
     finally:
         reference.close()
-    if not parity.passed:
-        raise PlanError(
-            f"the plan's answers are not the network's: logits differ by "
-            f"{parity.max_difference:.3g}, cosine {parity.centred_cosine:.5f}"
-        )
+    for runtime in runtimes:
+        parity = compare(expected, run_in_batches(runtime, clips), LIMITS[runtime.precision])
+        if not parity.passed:
+            raise PlanError(
+                f"the plan's answers are not the network's on {device_name(runtime)}: logits "
+                f"differ by {parity.max_difference:.3g}, cosine {parity.centred_cosine:.5f}"
+            )

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable
 
 from export.bundle import Bundle, BundleError, Candidate
+from export.runtime import device_name
 from service.candidates import Candidates
 from service.engines import BUILDING, SERVING, Engines, TensorRtState
 from service.errors import BundleRefusedError, ModelUnavailableError
@@ -25,6 +26,8 @@ from service.served import UNUSABLE, ServedModel
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
+# For batches that still run when the requests' own grace is over; pods get 10 s beyond that.
+_LAST_BATCHES_S = 5.0
 
 
 class ModelHost:
@@ -54,7 +57,7 @@ class ModelHost:
         self._refusal: tuple[str | None, str] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._building: asyncio.Task[None] | None = None
-        self._info: tuple[str, ...] | None = None
+        self._info: list[tuple[str, ...]] = []
         self._told: str | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._swapping = asyncio.Lock()
@@ -280,32 +283,42 @@ class ModelHost:
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
-    async def close(self) -> None:
-        """Stops the watch and frees the versions."""
+    async def close(self) -> bool:
+        """Stops the watch and frees the versions; False if an engine hangs, which then stays."""
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
-        if self._building is not None:
-            await self._building  # `Engines.stop` has ended what it waits for
-        self.candidates.end()
-        if self._current is not None:
-            self._discard(self._current)
-        await asyncio.gather(*self._closing)
+        try:
+            async with asyncio.timeout(_LAST_BATCHES_S):
+                if self._building is not None:
+                    await self._building  # `Engines.stop` has ended what it waits for
+                self.candidates.end()
+                if self._current is not None:
+                    self._discard(self._current)
+                await asyncio.gather(*self._closing)
+        except TimeoutError:
+            logger.error("an engine does not end and is left", extra={"model": self.name})
+            return False
+        return True
 
     def _show_info(self) -> None:
         """Shows in the metrics what serves, and what it runs on."""
-        if self._info is not None:
-            self._metrics.model_info.remove(*self._info)
-        runtime = self.current.runtime
-        self._info = (
-            self.name,
-            self.current.bundle.version,
-            runtime.engine,
-            runtime.provider,
-            runtime.device,
-            runtime.precision,
-        )
-        self._metrics.model_info.labels(*self._info).set(1)
+        for labels in self._info:
+            self._metrics.model_info.remove(*labels)
+        version = self.current.bundle.version
+        self._info = [
+            (
+                self.name,
+                version,
+                runtime.engine,
+                runtime.provider,
+                device_name(runtime),
+                runtime.precision,
+            )
+            for runtime in self.current.runtimes
+        ]
+        for labels in self._info:
+            self._metrics.model_info.labels(*labels).set(1)
 
     def _tell(self, tensorrt: TensorRtState) -> None:
         if self._told is not None:
@@ -321,11 +334,11 @@ class ModelHost:
         while self._tensorrt == BUILDING and (engines := self._engines):
             bundle = self.current.bundle
             try:
-                plan = await asyncio.to_thread(engines.build, bundle)
+                plans = await asyncio.to_thread(engines.build, bundle)
                 async with self._swapping:
                     if self.current.bundle.version == bundle.version:
-                        runtime = await asyncio.to_thread(engines.load, plan, bundle)
-                        loaded = LoadedModel(bundle, runtime, SERVING)
+                        runtimes = await asyncio.to_thread(engines.load, plans, bundle)
+                        loaded = LoadedModel(bundle, runtimes, SERVING)
                         self._take_over(ServedModel(loaded, self._settings, self._metrics))
             except Exception as error:  # whatever it is, the service goes on without
                 if engines.stopped:

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from model.video import Limits
 from service.classification import classification, embedding_of
 from service.decoding import DecoderPool, Job
-from service.loading import max_batch
 from service.models import Models
 from service.schemas import (
     ClassifyParameters,
@@ -122,20 +121,21 @@ async def _timeline(
     windows: list[bytes] = []  # as text: a tenth of what they take as objects
     segments: list[bytes] = []
     expected = 0
-    async with means.decoders.stream(job) as pieces:
-        ahead = 2 * max_batch(settings, model.runtime)
-        async with aclosing(events_of(pieces, model, timeline, ahead, "low")) as events:
-            async for event in events:
-                text = event.model_dump_json(exclude={"event", "request_id"}).encode()
-                if isinstance(event, TimelineStart):
-                    start, expected = text, event.windows
-                elif isinstance(event, TimelineWindow):
-                    windows.append(text)
-                    on_progress(Progress(len(windows), expected))
-                elif isinstance(event, TimelineSegment):
-                    segments.append(text)
-                elif isinstance(event, TimelineSummary):
-                    summary = text
+    async with (
+        means.decoders.stream(job) as pieces,
+        aclosing(events_of(pieces, model, timeline, model.ahead, "low")) as events,
+    ):
+        async for event in events:
+            text = event.model_dump_json(exclude={"event", "request_id"}).encode()
+            if isinstance(event, TimelineStart):
+                start, expected = text, event.windows
+            elif isinstance(event, TimelineWindow):
+                windows.append(text)
+                on_progress(Progress(len(windows), expected))
+            elif isinstance(event, TimelineSegment):
+                segments.append(text)
+            elif isinstance(event, TimelineSummary):
+                summary = text
     return b'{"start":%b,"windows":[%b],"segments":[%b],"summary":%b}' % (
         start,
         b",".join(windows),

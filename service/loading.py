@@ -10,10 +10,10 @@ import numpy as np
 
 from export.bundle import Bundle, BundleError, BundleStore
 from export.remote_store import RemoteStore
-from export.runtime import Runtime, RuntimeUnavailableError, load_runtime
+from export.runtime import Runtime, RuntimeUnavailableError, device_name, load_runtimes
 from export.runtime.plans import PlanError
 from model.demo import STORE as DEMO_STORE
-from service.engines import BUILDING, OFF, SERVING, Engines, TensorRtState
+from service.engines import BUILDING, OFF, SERVING, Engines, TensorRtState, find_gpus
 from service.settings import ALL_MODELS, Settings
 
 logger = logging.getLogger(__name__)
@@ -24,12 +24,22 @@ _MAX_BATCH = {"cpu": 2, "cuda": 16}
 
 
 class LoadedModel(NamedTuple):
-    """A bundle and the engine that runs it."""
+    """A bundle and the engines that run it, one on each GPU, or one on the CPU."""
 
     bundle: Bundle
-    runtime: Runtime
+    runtimes: tuple[Runtime, ...]
     tensorrt: TensorRtState = OFF
     """`building`: a plan is to be built."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """The first; the others differ from it in their GPU only."""
+        return self.runtimes[0]
+
+    def close(self) -> None:
+        """Frees the devices' memory; no `run` may be on its way."""
+        for runtime in self.runtimes:
+            runtime.close()
 
 
 def find_bundle(settings: Settings) -> Bundle:
@@ -96,20 +106,24 @@ def load_model(bundle: Bundle, settings: Settings, engines: Engines | None = Non
 
     Raises:
         BundleError: the bundle cannot be used.
-        RuntimeUnavailableError: the device cannot run it.
+        RuntimeUnavailableError: the device cannot run it, or one of several GPUs cannot.
     """
     started = time.perf_counter()
     bundle.verify()
-    runtime, tensorrt = _load_plan(bundle, engines) if engines else (None, OFF)
-    if runtime is None:
+    runtimes, tensorrt = _load_plans(bundle, engines) if engines else (None, OFF)
+    if runtimes is None:
         precision = settings.precision
         if engines is not None and precision != "auto":
             precision = "float32"  # stands in for a plan with answers as near as they come
-        runtime = load_runtime(bundle, settings.device, settings.engine_threads, precision)
+        gpus = () if settings.device == "cpu" else find_gpus(settings)
+        runtimes = load_runtimes(bundle, settings.device, settings.engine_threads, precision, gpus)
+    loaded = LoadedModel(bundle, runtimes, tensorrt)
+    runtime = loaded.runtime
     try:
-        _warm_up(bundle, runtime, max_batch(settings, runtime))
+        for each in runtimes:
+            _warm_up(bundle, each, max_batch(settings, each))
     except Exception as error:  # engines' exceptions share no base but Exception
-        runtime.close()
+        loaded.close()
         raise RuntimeUnavailableError(
             f"{bundle.name} version {bundle.version} failed its warm-up: {error}"
         ) from error
@@ -120,21 +134,23 @@ def load_model(bundle: Bundle, settings: Settings, engines: Engines | None = Non
             "version": bundle.version,
             "engine": runtime.engine,
             "provider": runtime.provider,
-            "device": runtime.device,
+            "devices": [device_name(each) for each in runtimes],
             "precision": runtime.precision,
             "seconds": round(time.perf_counter() - started, 2),
         },
     )
-    return LoadedModel(bundle, runtime, tensorrt)
+    return loaded
 
 
-def _load_plan(bundle: Bundle, engines: Engines) -> tuple[Runtime | None, TensorRtState]:
-    """The bundle's plan, loaded and proven; or None, and what to tell of it."""
+def _load_plans(
+    bundle: Bundle, engines: Engines
+) -> tuple[tuple[Runtime, ...] | None, TensorRtState]:
+    """The bundle's plans, loaded and proven; or None, and what to tell of them."""
     try:
-        plan = engines.find(bundle)
-        if plan is None:
+        plans = engines.find(bundle)
+        if plans is None:
             return None, BUILDING
-        return engines.load(plan, bundle), SERVING
+        return engines.load(plans, bundle), SERVING
     except (PlanError, RuntimeUnavailableError) as error:
         return None, TensorRtState("failed", str(error))
 

@@ -53,8 +53,7 @@ def classify_files(
         BundleError: the bundle cannot be used.
         RuntimeUnavailableError: the device cannot run it.
     """
-    # Clips go through the network one at a time here, so it is not warmed up with a full batch.
-    model = load_model(find_bundle(settings), settings.model_copy(update={"max_batch_clips": 1}))
+    model = _load(settings)
     limits = Limits(
         max_pixels=settings.max_video_pixels, max_duration_s=settings.max_video_duration_s
     )
@@ -68,7 +67,7 @@ def classify_files(
                 _print_problem(progress.console, file, error, as_json)
                 continue
             _print_answer(file, answer, as_json)
-    model.runtime.close()
+    model.close()
     return failed
 
 
@@ -82,7 +81,7 @@ def timeline_of_file(
         WindowError: the parameters do not fit the model.
         BundleError, RuntimeUnavailableError: as `classify_files`.
     """
-    model = load_model(find_bundle(settings), settings.model_copy(update={"max_batch_clips": 1}))
+    model = _load(settings)
     seen = model.bundle.config.preprocessing
     cut = make_cut(
         seen, parameters.window, parameters.stride, parameters.crops, settings.max_windows
@@ -107,7 +106,14 @@ def timeline_of_file(
         for event in timeline.end(ended):
             _print_event(event, console, as_json)
     finally:
-        model.runtime.close()
+        model.close()
+
+
+def _load(settings: Settings) -> LoadedModel:
+    """The model on one GPU: clips go through the network one at a time here."""
+    first = (settings.gpus or (0,))[0]
+    alone = settings.model_copy(update={"max_batch_clips": 1, "gpu": str(first)})
+    return load_model(find_bundle(settings), alone)
 
 
 def _print_event(event: TimelineEvent, console: Console, as_json: bool) -> None:

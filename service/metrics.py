@@ -74,7 +74,7 @@ class Metrics:
         self.batches_running = Gauge(
             "timesformer_batches_running",
             "Batches that an engine is at, by the engine's number; two overlap where it can.",
-            ["model", "engine"],
+            ["model", "engine", "device"],
             registry=self.registry,
         )
         self.engines_healthy = Gauge(
@@ -144,7 +144,7 @@ class Metrics:
         )
         self.model_info = Gauge(
             "timesformer_model_info",
-            "1 for each bundle that serves, with what runs it.",
+            "1 for each bundle that serves and each device (`cpu`, `cuda:0`), with what runs it.",
             ["model", "version", "engine", "provider", "device", "precision"],
             registry=self.registry,
         )

@@ -55,7 +55,7 @@ class Models:
         """
         names = await asyncio.to_thread(served_names, self._settings)
         found, self._tensorrt = await asyncio.to_thread(find_tensorrt, self._settings)
-        if found is not None:
+        if found:
             largest = largest_batch(self._settings, "cuda")
             self._engines = Engines(found, largest, self._settings.precision)
         for name in names:
@@ -69,14 +69,14 @@ class Models:
             if self._settings.model == ALL_MODELS:
                 self._watcher = asyncio.create_task(self._watch(), name="watch for new names")
 
-    async def close(self) -> None:
-        """Stops the watches and frees the models."""
+    async def close(self) -> bool:
+        """Stops the watches and frees the models; False if an engine hangs, which then stays."""
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
         if self._engines is not None:
             self._engines.stop()
-        await asyncio.gather(*(host.close() for host in self.hosts))
+        return all(await asyncio.gather(*(host.close() for host in self.hosts)))
 
     async def _add(self, name: str, *, alone: bool) -> ModelHost:
         host = ModelHost(name, self._settings, self._metrics, self._engines, self._tensorrt)

@@ -584,6 +584,13 @@ class ModelState(_Schema):
     )
 
 
+class EngineState(_Schema):
+    """How one of a model's engines is."""
+
+    device: str = Field(description="`cpu`, or which GPU, such as `cuda:0`.")
+    healthy: bool = Field(description="It is in use, and does not fail on everything.")
+
+
 class ReadyResponse(_Schema):
     """With several models, `model` and what runs it are of the first that serves."""
 
@@ -594,6 +601,7 @@ class ReadyResponse(_Schema):
     device: str
     precision: str = Field(description="`float32`, `fp16`, `int8` or `fp8`.")
     tensorrt: str = Field(description=_TENSORRT)
+    engines: tuple[EngineState, ...]
     models: tuple[ModelState, ...]
 
 

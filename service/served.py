@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 from export.bundle import BundleError
-from export.runtime import RuntimeUnavailableError
+from export.runtime import RuntimeUnavailableError, device_name
 from service.batcher import Batcher, Events
 from service.loading import LoadedModel, max_batch
 from service.metrics import Metrics
@@ -22,20 +22,25 @@ class ServedModel:
     """A loaded model with the queue before it, and how many requests use it."""
 
     def __init__(self, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
-        self.bundle, self.runtime, self.tensorrt = loaded
+        self.bundle, self.runtimes, self.tensorrt = loaded
+        self.runtime = loaded.runtime
+        """The first of its engines; the others differ from it in their GPU only."""
         self.is_serving = False
         """Whether the metrics of the model's queue and batches are of this version."""
         self.is_candidate = False
         """Whether it is tried, or was and has not served since."""
         self.max_batch = max_batch(settings, self.runtime)
+        self.ahead = 2 * self.max_batch * len(self.runtimes)
+        """Clips of one long video that keep the engines busy."""
         self.batcher = Batcher(
-            [loaded.runtime],
+            self.runtimes,
             max_batch=self.max_batch,
             max_queue=settings.max_queue_clips,
             settle_s=settings.batch_settle_ms / 1e3,
             events=_Counted(self, metrics),
         )
         self.batcher.start()
+        self._loaded = loaded
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -53,10 +58,10 @@ class ServedModel:
                 self._unused.set()
 
     async def close(self) -> None:
-        """Frees the engine, once nobody uses it any more."""
+        """Frees the engines, once nobody uses them any more."""
         await self._unused.wait()
         await self.batcher.close()
-        await asyncio.to_thread(self.runtime.close)
+        await asyncio.to_thread(self._loaded.close)
 
 
 class _Counted(Events):
@@ -65,10 +70,12 @@ class _Counted(Events):
     def __init__(self, model: ServedModel, metrics: Metrics) -> None:
         name = model.bundle.name
         self._model = model
-        self._name = name
         self._batch_clips = metrics.batch_clips.labels(name)
         self._batch_seconds = metrics.batch_seconds.labels(name)
-        self._running = metrics.batches_running
+        self._running = [
+            metrics.batches_running.labels(name, str(index), device_name(runtime))
+            for index, runtime in enumerate(model.runtimes)
+        ]
         self._queue_seconds = {
             priority: metrics.queue_seconds.labels(priority) for priority in PRIORITIES
         }
@@ -76,12 +83,12 @@ class _Counted(Events):
         self._removed = metrics.engines_removed.labels(name)
 
     def batch_started(self, engine: int, clips: int) -> None:
-        self._running.labels(self._name, str(engine)).inc()
+        self._running[engine].inc()
         if self._model.is_serving:
             self._batch_clips.observe(clips)
 
     def batch_ended(self, engine: int, seconds: float) -> None:
-        self._running.labels(self._name, str(engine)).dec()
+        self._running[engine].dec()
         if self._model.is_serving:
             self._batch_seconds.observe(seconds)
 

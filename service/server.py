@@ -45,17 +45,28 @@ def serve(settings: Settings) -> None:
 
 async def _serve(settings: Settings, imports_s: float) -> None:
     app = create_app(settings)
-    metrics: Metrics = app.state.metrics
-    metrics.start_seconds.labels("imports").set(imports_s)
+    app.state.metrics.start_seconds.labels("imports").set(imports_s)
     # Not in the app's lifespan, where an error of ours would end as a framework's traceback.
+    # Signals are heard until all is closed: the second one also ends a stop that hangs.
+    with contextlib.ExitStack() as signals:
+        await _run(app, settings, signals)
+    if app.state.hangs:
+        # Python would wait for the engine's thread.
+        logger.error("ended though an engine hangs")
+        os._exit(1)
+
+
+async def _run(app: FastAPI, settings: Settings, signals: contextlib.ExitStack) -> None:
     async with running(app):
-        servers = [_Server(configuration(app, settings, lifespan="off"), _welcome(metrics))]
+        servers = [
+            _Server(configuration(app, settings, lifespan="off"), _welcome(app.state.metrics))
+        ]
         if settings.admin_port is not None:
             config = configuration(create_admin_app(app), settings, lifespan="off")
             config.port = settings.admin_port
             servers.insert(0, _Server(config, _admin_welcome))
-        with _until_stopped(app, servers, settings.shutdown_delay_s):
-            await asyncio.gather(*(server.serve() for server in servers))
+        signals.enter_context(_until_stopped(app, servers, settings.shutdown_delay_s))
+        await asyncio.gather(*(server.serve() for server in servers))
 
 
 def configuration(app: FastAPI, settings: Settings, lifespan: Literal["on", "off"]) -> Config:

@@ -24,6 +24,7 @@ from service.outgoing import parse_hosts
 ENV_PREFIX = "TIMESFORMER_"
 MIB = 1024 * 1024
 ALL_MODELS = "*"
+ALL_GPUS = "all"
 # What Kubernetes sets in every pod for every Service, here for those named `timesformer...`.
 _SERVICE_LINK = re.compile(
     ENV_PREFIX + r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_.+)?)"
@@ -103,7 +104,12 @@ class Settings(BaseSettings):
         "plan that is missing or does not fit is built in the background, for minutes, while ONNX "
         "Runtime serves. `timesformer engines build` builds it before. `off` never does.",
     )
-    gpu: int = Field(0, ge=0, description="Which of the visible GPUs TensorRT takes.")
+    gpu: str = Field(
+        "0",
+        description="Which of the visible GPUs are used: a number, several with commas (`0,1`), or "
+        "`all`. Each has an engine of every model, and all of a model's engines are behind one "
+        "queue.",
+    )
     engines: Path | None = Field(
         None,
         description="Folder of TensorRT plans; by default each bundle's own `engines`, which must "
@@ -331,6 +337,21 @@ class Settings(BaseSettings):
         if model is not None and not all(name.strip() for name in model.split(",")):
             raise ValueError("a name between the commas is missing")
         return model
+
+    @property
+    def gpus(self) -> tuple[int, ...] | None:
+        """The GPUs that are named; None for all."""
+        return None if self.gpu == ALL_GPUS else tuple(map(int, self.gpu.split(",")))
+
+    @field_validator("gpu", mode="before")
+    @classmethod
+    def _gpus_are_numbered(cls, value: object) -> str:
+        gpus = [gpu.strip() for gpu in str(value).split(",")]
+        if gpus != [ALL_GPUS] and not all(re.fullmatch("[0-9]{1,4}", gpu) for gpu in gpus):
+            raise ValueError(f"give numbers with commas between, such as 0,1, or {ALL_GPUS}")
+        if len({gpu.lstrip("0") for gpu in gpus}) < len(gpus):
+            raise ValueError("a GPU is named twice")
+        return ",".join(gpus)
 
     @field_validator("cors_origins")
     @classmethod

@@ -1,12 +1,13 @@
 """One interface over the engines that execute a bundle; one file per engine.
 
-`load_runtime(bundle, device)` is the only door: it decides which engine runs, and never decides
+`load_runtimes(bundle, device)` is the only door: it decides which engine runs, and never decides
 in silence. The engine that was chosen is on the object and in the log.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from export.bundle import ONNX_FLOAT32, ONNX_INT8, Bundle
 from export.runtime.interface import (
@@ -15,9 +16,19 @@ from export.runtime.interface import (
     Precision,
     Runtime,
     RuntimeUnavailableError,
+    device_name,
 )
 
-__all__ = ["Device", "Outputs", "Precision", "Runtime", "RuntimeUnavailableError", "load_runtime"]
+__all__ = [
+    "Device",
+    "Outputs",
+    "Precision",
+    "Runtime",
+    "RuntimeUnavailableError",
+    "device_name",
+    "load_runtime",
+    "load_runtimes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -25,21 +36,39 @@ logger = logging.getLogger(__name__)
 def load_runtime(
     bundle: Bundle, device: Device = "auto", threads: int = 0, precision: Precision = "float32"
 ) -> Runtime:
-    """Loads a bundle into the best engine for `device`, TensorRT aside.
+    """`load_runtimes` with the first GPU."""
+    (runtime,) = load_runtimes(bundle, device, threads, precision)
+    return runtime
+
+
+def load_runtimes(
+    bundle: Bundle,
+    device: Device = "auto",
+    threads: int = 0,
+    precision: Precision = "float32",
+    gpus: Sequence[int] = (0,),
+) -> tuple[Runtime, ...]:
+    """Loads a bundle into the best engine for `device`, TensorRT aside: one on each GPU, or one.
 
     Args:
-        device: `cuda` or `cpu`; `auto` takes the GPU if it can be used, else warns and takes the
+        device: `cuda` or `cpu`; `auto` takes the GPUs if they can be used, else warns and takes the
             CPU. ONNX Runtime computes INT8 on CPUs, so with it `auto` is the CPU.
         threads: CPU threads inside one operator; 0 for one per core.
         precision: `int8` takes the bundle's INT8 graph for CPUs; `auto`, where no GPU is used, the
             one that the export measured to be faster, or INT8 if there is one and it did not.
+        gpus: which of the visible ones.
 
     Raises:
-        RuntimeUnavailableError: `device` cannot run this bundle here, or not in this precision.
+        RuntimeUnavailableError: `device` cannot run this bundle here, or not in this precision; or
+            some of the GPUs can be used and others not.
         BundleError: the bundle lacks the file.
     """
     # Now, not above: a machine that only exports or shows help need not have every engine.
     from export.runtime.onnxruntime import OnnxRuntime
+
+    def on_cpu(file: str, precision: str) -> tuple[Runtime]:
+        path = bundle.file(file)
+        return (OnnxRuntime(path, cuda=False, threads=threads, precision=precision),)
 
     if precision in ("fp16", "fp8") or (precision == "int8" and device == "cuda"):
         raise RuntimeUnavailableError(
@@ -47,17 +76,39 @@ def load_runtime(
             "int8: set the precision to auto, or make TensorRT usable"
         )
     if precision == "int8":
-        return OnnxRuntime(bundle.file(ONNX_INT8), cuda=False, threads=threads, precision="int8")
-    if device != "cpu":
-        try:
-            return OnnxRuntime(bundle.file(ONNX_FLOAT32), cuda=True, threads=threads)
-        except RuntimeUnavailableError as error:
-            if device == "cuda":
-                raise
-            logger.warning("no GPU is used: %s", error)
+        return on_cpu(ONNX_INT8, "int8")
+    if device != "cpu" and (found := _on_gpus(bundle, threads, gpus, must=device == "cuda")):
+        return found
     if precision == "auto" and _int8_is_faster(bundle):
-        return OnnxRuntime(bundle.file(ONNX_INT8), cuda=False, threads=threads, precision="int8")
-    return OnnxRuntime(bundle.file(ONNX_FLOAT32), cuda=False, threads=threads)
+        return on_cpu(ONNX_INT8, "int8")
+    return on_cpu(ONNX_FLOAT32, "float32")
+
+
+def _on_gpus(
+    bundle: Bundle, threads: int, gpus: Sequence[int], *, must: bool
+) -> tuple[Runtime, ...]:
+    """An engine for each GPU, or none if not one of them can be used and it need not be."""
+    from export.runtime.onnxruntime import OnnxRuntime
+
+    path = bundle.file(ONNX_FLOAT32)
+    loaded: list[Runtime] = []
+    failed: dict[int, RuntimeUnavailableError] = {}
+    for gpu in gpus:
+        try:
+            loaded.append(OnnxRuntime(path, cuda=True, gpu=gpu, threads=threads))
+        except RuntimeUnavailableError as error:
+            failed[gpu] = error
+    if not failed:
+        return tuple(loaded)
+    for runtime in loaded:
+        runtime.close()
+    gpu, reason = next(iter(failed.items()))
+    if loaded:
+        raise RuntimeUnavailableError(f"GPU {gpu} cannot be used, and others can: {reason}")
+    if must:
+        raise reason
+    logger.warning("no GPU is used: %s", reason)
+    return ()
 
 
 def _int8_is_faster(bundle: Bundle) -> bool:

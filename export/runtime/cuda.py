@@ -18,6 +18,46 @@ class CudaError(RuntimeError):
     """A CUDA call failed."""
 
 
+def count_gpus() -> int:
+    """How many GPUs can be seen, one at least.
+
+    Raises:
+        RuntimeUnavailableError: none, no driver, or `cuda-bindings` is not installed.
+    """
+    runtime = _bindings()
+    # Without a driver TensorRT's runtime may crash the process: asked for here, first of all.
+    try:
+        (driver,) = _called(runtime, "cudaDriverGetVersion")
+        count = int(_called(runtime, "cudaGetDeviceCount")[0]) if driver else 0
+    except CudaError as error:
+        raise RuntimeUnavailableError(f"no GPU can be used: {error}") from error
+    if not driver:
+        raise RuntimeUnavailableError("there is no NVIDIA driver")
+    if not count:
+        raise RuntimeUnavailableError("no GPU can be seen")
+    return count
+
+
+def _bindings() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise RuntimeUnavailableError(
+            f"cuda-bindings cannot be imported ({error}): install the `gpu` extra"
+        ) from error
+    return runtime
+
+
+def _called(runtime: Any, name: str, *arguments: Any) -> list[Any]:
+    """What a call gives; its first value, the error, is raised."""
+    values: list[Any]
+    error, *values = getattr(runtime, name)(*arguments)
+    if int(error):
+        _, text = runtime.cudaGetErrorString(error)
+        raise CudaError(f"{name}: {text.decode() if isinstance(text, bytes) else text}")
+    return values
+
+
 class Cuda:
     """A device: its memory, streams, events and graphs, all as addresses or opaque handles.
 
@@ -29,24 +69,11 @@ class Cuda:
     """
 
     def __init__(self, index: int = 0) -> None:
-        try:
-            from cuda.bindings import runtime
-        except ImportError as error:
-            raise RuntimeUnavailableError(
-                f"cuda-bindings cannot be imported ({error}): install the `gpu` extra"
-            ) from error
-        self._cuda: Any = runtime
-        self.index = index
-        # Without a driver TensorRT's runtime may crash the process: asked for here, first of all.
-        try:
-            driver = self._call("cudaDriverGetVersion")
-            count = self._call("cudaGetDeviceCount") if driver else 0
-        except CudaError as error:
-            raise RuntimeUnavailableError(f"no GPU can be used: {error}") from error
-        if not driver:
-            raise RuntimeUnavailableError("there is no NVIDIA driver")
+        count = count_gpus()
         if index >= count:
             raise RuntimeUnavailableError(f"there is no GPU {index}: {count} can be seen")
+        self._cuda = _bindings()
+        self.index = index
         self.use()
 
     @property
@@ -143,9 +170,4 @@ class Cuda:
         return values[0] if values else None
 
     def _call_for_all(self, name: str, *arguments: Any) -> list[Any]:
-        values: list[Any]
-        error, *values = getattr(self._cuda, name)(*arguments)
-        if int(error):
-            _, text = self._cuda.cudaGetErrorString(error)
-            raise CudaError(f"{name}: {text.decode() if isinstance(text, bytes) else text}")
-        return values
+        return _called(self._cuda, name, *arguments)

@@ -40,6 +40,10 @@ class Runtime(Protocol):
         """`cpu` or `cuda`."""
 
     @property
+    def gpu(self) -> int | None:
+        """Which of the visible GPUs; None on a CPU."""
+
+    @property
     def precision(self) -> str:
         """`float32`, `fp16`, `int8` or `fp8`: of the graph that is loaded."""
 
@@ -58,3 +62,8 @@ class Runtime(Protocol):
 
     def close(self) -> None:
         """Frees the device's memory; the object is dead afterwards."""
+
+
+def device_name(runtime: Runtime) -> str:
+    """`cpu`, or the GPU's name, such as `cuda:1`."""
+    return runtime.device if runtime.gpu is None else f"{runtime.device}:{runtime.gpu}"

@@ -39,7 +39,8 @@ class OnnxRuntime:
 
     Args:
         model: the ONNX file, or what is in one.
-        cuda: run on the GPU.
+        cuda: run on a GPU.
+        gpu: which of the visible ones.
         precision: what the graph computes in, to be told to whoever asks.
         threads: CPU threads inside one operator; 0 for one per usable core.
 
@@ -52,7 +53,13 @@ class OnnxRuntime:
     batches: tuple[int, ...] = ()
 
     def __init__(
-        self, model: Path | bytes, *, cuda: bool, threads: int = 0, precision: str = "float32"
+        self,
+        model: Path | bytes,
+        *,
+        cuda: bool,
+        gpu: int = 0,
+        threads: int = 0,
+        precision: str = "float32",
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
@@ -63,8 +70,9 @@ class OnnxRuntime:
             raise RuntimeUnavailableError(
                 f"this ONNX Runtime has no {wanted}: install the `gpu` extra on a GPU node"
             )
+        provider = (wanted, {"device_id": str(gpu)}) if cuda else wanted
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=[wanted])
+            self._session = onnxruntime.InferenceSession(model, options, providers=[provider])
         except Exception as error:  # its exceptions share no base but Exception
             name = model if isinstance(model, Path) else "the graph"
             raise RuntimeUnavailableError(f"ONNX Runtime cannot load {name}: {error}") from error
@@ -80,6 +88,7 @@ class OnnxRuntime:
                 "GPU was asked for"
             )
         self.device = "cuda" if cuda else "cpu"
+        self.gpu = gpu if cuda else None
         self.precision = precision
 
     def _work_on(self, provider: str) -> set[str]:

@@ -184,6 +184,7 @@ class TensorRtRuntime:
     def __init__(self, plan: Plan, cuda: Cuda, largest: int, trt: ModuleType) -> None:
         self.precision = plan.facts.key.precision
         self.provider = f"TensorRT {plan.facts.key.tensorrt}"
+        self.gpu = cuda.index
         self._cuda = cuda
         self._trt = trt
         self._log = log_of(trt)

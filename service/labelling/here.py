@@ -55,7 +55,7 @@ def label_here(
     try:
         asyncio.run(_label_all(videos, model, parameters, settings, add))
     finally:
-        model.runtime.close()
+        model.close()
 
 
 def load(bundle: Bundle, settings: Settings) -> LoadedModel:
@@ -75,8 +75,9 @@ async def _label_all(
 ) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_FETCHES))
     clips = parameters.views * parameters.crops
-    # Decoders never wait for work, and two batches of clips are ready or in the engine.
-    ahead = settings.decode_workers + math.ceil(2 * max_batch(settings, model.runtime) / clips)
+    # Decoders never wait for work, and two batches of clips are ready or in each engine.
+    running = 2 * max_batch(settings, model.runtime) * len(model.runtimes)
+    ahead = settings.decode_workers + math.ceil(running / clips)
     if any(map(is_url, videos.values())):
         ahead += _FETCHES
     todo = iter(videos.items())
@@ -177,7 +178,7 @@ class Engine:
         self._parameters = parameters
         self._failures = 0
         self._batcher = Batcher(
-            [model.runtime],
+            model.runtimes,
             max_batch=max_batch(settings, model.runtime),
             max_queue=most_waiting,
             settle_s=settings.batch_settle_ms / 1e3,

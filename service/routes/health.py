@@ -6,10 +6,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
+from export.runtime import device_name
 from service.errors import NotReadyError
 from service.metrics import CONTENT_TYPE, Metrics
 from service.requests import PROBLEM_RESPONSES
-from service.schemas import LiveResponse, ModelName, ModelState, ReadyResponse
+from service.schemas import EngineState, LiveResponse, ModelName, ModelState, ReadyResponse
 from service.state import Accepting
 
 router = APIRouter(tags=["health"])
@@ -50,6 +51,12 @@ async def ready(
         device=runtime.device,
         precision=runtime.precision,
         tensorrt=host.tensorrt,
+        engines=tuple(
+            EngineState(device=device_name(runtime), healthy=healthy)
+            for runtime, healthy in zip(
+                host.current.runtimes, host.current.batcher.healthy, strict=True
+            )
+        ),
         models=tuple(
             ModelState(
                 name=host.name,

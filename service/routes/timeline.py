@@ -12,7 +12,6 @@ from fastapi import APIRouter, Query, Request, Response
 from model.video import Limits
 from service.errors import QueueFullError
 from service.events import MEDIA_TYPES, EventStream, choose_format
-from service.loading import max_batch
 from service.logging import request_id
 from service.requests import PROBLEM_RESPONSES, answer_in_time, merge_fields, video_body
 from service.schemas import (
@@ -139,8 +138,7 @@ async def _begin(
     job = StreamJob(upload.path, model.bundle.config.preprocessing, cut, limits)
     pieces = await stack.enter_async_context(state.streams.stream(job))
     made = Timeline(model.bundle, cut, parameters, request_id.get())
-    ahead = 2 * max_batch(settings, model.runtime)
-    events = events_of(pieces, model, made, ahead, priority)
+    events = events_of(pieces, model, made, model.ahead, priority)
     stack.push_async_callback(events.aclose)
     first = await anext(events)
     return _counted(state, first, events)

@@ -44,16 +44,20 @@ from tests.service.test_models import DEMO, metric, publish, serving, wait_until
 class FakeGpu:
     """Stands for `TensorRt`; what it loads is the bundle's own graph, times `factor`."""
 
-    def __init__(self, graph: Path, factor: float = 1.0) -> None:
-        self.cuda = SimpleNamespace(index=0)
-        self.graph, self.factor = graph, factor
+    def __init__(
+        self, graph: Path, factor: float = 1.0, *, index: int = 0, name: str = "Fake"
+    ) -> None:
+        self.cuda = SimpleNamespace(index=index)
+        self.graph, self.factor, self.name = graph, factor, name
+        self.fails: str | None = None
+        self.ran = 0
         self.loaded: list[Path] = []
         self.closed = 0
 
     def wanted(self, bundle: Bundle, precision: str, batches: tuple[int, ...]) -> Wanted:
         found, graph, sha256 = graph_of(bundle, precision, "9.0")
         key = PlanKey(
-            gpu="Fake",
+            gpu=self.name,
             compute_capability="9.0",
             tensorrt="11",
             precision=found,
@@ -62,10 +66,13 @@ class FakeGpu:
         return Wanted(key, graph, sha256, engines_folder(bundle))
 
     def load(self, plan: Plan, largest: int) -> Any:
+        if self.fails is not None:
+            raise RuntimeUnavailableError(self.fails)
         self.loaded.append(plan.path)
         session = OnnxRuntime(self.graph, cuda=False, threads=1)
 
         def run(frames: np.ndarray) -> Outputs:
+            self.ran += 1
             logits, embedding = session.run(frames)
             return Outputs(logits * np.float32(self.factor), embedding)
 
@@ -74,7 +81,7 @@ class FakeGpu:
             session.close()
 
         facts = {"engine": "tensorrt", "provider": "TensorRT 11", "device": "cuda"}
-        shape = {"slots": 2, "batches": (1, 8, 16)}
+        shape = {"gpu": self.cuda.index, "slots": 2, "batches": (1, 8, 16)}
         return SimpleNamespace(**facts, **shape, precision="float32", run=run, close=close)
 
 
@@ -110,7 +117,7 @@ def store(tmp_path: Path) -> BundleStore:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, store: BundleStore) -> FakeGpu:
     gpu = FakeGpu(store.open("demo").file(ONNX_FLOAT32))
-    monkeypatch.setattr("service.models.find_tensorrt", lambda settings: (gpu, BUILDING))
+    monkeypatch.setattr("service.models.find_tensorrt", lambda settings: ((gpu,), BUILDING))
     return gpu
 
 
@@ -304,7 +311,7 @@ def test_what_turns_tensorrt_off() -> None:
         load_settings(device="cpu"),
     ):
         found, why = find_tensorrt(settings)
-        assert (found, why.state) == (None, "off")
+        assert (found, why.state) == ((), "off")
         assert why.reason
 
 
@@ -314,7 +321,7 @@ def test_a_machine_without_a_gpu_says_what_is_missing(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("service.engines.TensorRt", missing)
     found, why = find_tensorrt(load_settings())
-    assert found is None
+    assert found == ()
     assert str(why) == "unavailable: there is no NVIDIA driver"
 
 
@@ -376,7 +383,7 @@ def test_int8_looks_for_tensorrt_and_serves_on_the_cpu_where_there_is_none(
     store: BundleStore,
 ) -> None:
     here, found = find_tensorrt(load_settings(store=store.root, precision="int8"))
-    assert here is None
+    assert here == ()
     assert found.state == "unavailable"
 
 

@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import pytest
 from click.testing import CliRunner
-from pydantic.fields import FieldInfo
 
 from service.cli import cli
 from service.settings import ENV_PREFIX, Settings, SettingsError, load_settings
@@ -31,8 +30,17 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     return settings
 
 
-def another_value(field: FieldInfo) -> Any:
+# Of text that not every address is an example of.
+EXAMPLES = {"gpu": "0,1", "source_hosts": "videos.example.org", "webhook_hosts": "*.example.org"}
+# What a setting cannot be without.
+COMPANIONS = {"store_url": {"store": "/somewhere"}}
+
+
+def another_value(name: str) -> Any:
     """A value that the field may have and does not have by default."""
+    if name in EXAMPLES:
+        return EXAMPLES[name]
+    field = Settings.model_fields[name]
     default = field.get_default(call_default_factory=True)
     types = get_args(field.annotation) or (field.annotation,)
     choices = [value for value in types if isinstance(value, str)]
@@ -54,15 +62,18 @@ def variable(name: str) -> str:
 
 @FIELDS
 def test_every_setting_has_a_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    value = another_value(Settings.model_fields[name])
+    value = another_value(name)
     monkeypatch.setenv(variable(name), str(value))
+    companions = COMPANIONS.get(name, {})
+    for companion, needed in companions.items():
+        monkeypatch.setenv(variable(companion), needed)
     changed = {
         field
         for field in Settings.model_fields
         if getattr(load_settings(), field)
         != Settings.model_fields[field].get_default(call_default_factory=True)
     }
-    assert changed == {name}
+    assert changed == {name, *companions}
     assert getattr(load_settings(), name) == value
 
 
@@ -72,7 +83,9 @@ def test_every_setting_has_a_flag_that_beats_its_variable(
 ) -> None:
     field = Settings.model_fields[name]
     monkeypatch.setenv(variable(name), str(field.get_default(call_default_factory=True) or "x"))
-    value = another_value(field)
+    for companion, needed in COMPANIONS.get(name, {}).items():
+        monkeypatch.setenv(variable(companion), needed)
+    value = another_value(name)
     result = CliRunner().invoke(cli, ["serve", f"--{name.replace('_', '-')}", str(value)])
     assert result.exit_code == 0, result.output
     assert [getattr(settings, name) for settings in served] == [value]
@@ -113,6 +126,11 @@ def test_an_empty_variable_counts_as_none(name: str, monkeypatch: pytest.MonkeyP
         ("TIMESFORMER_PORT", "web"),
         ("TIMESFORMER_PORT", "70000"),
         ("TIMESFORMER_DEVICE", "tpu"),
+        ("TIMESFORMER_GPU", "first"),
+        ("TIMESFORMER_GPU", "-1"),
+        ("TIMESFORMER_GPU", "0,,1"),
+        ("TIMESFORMER_GPU", "0,all"),
+        ("TIMESFORMER_GPU", "1,01"),
         ("TIMESFORMER_MAX_BATCH_CLIPS", "0"),
         ("TIMESFORMER_BATCH_SETTLE_MS", "nan"),
         ("TIMESFORMER_DECODE_TIMEOUT_S", "-1"),

@@ -25,7 +25,7 @@ class Engine:
     """Answers each batch once it may, and remembers the sizes."""
 
     engine, provider, device, precision = "fake", "fake", "cpu", "float32"
-    slots, batches = 1, ()
+    gpu, slots, batches = None, 1, ()
 
     def __init__(self) -> None:
         self.ran: list[int] = []
@@ -56,7 +56,7 @@ def play(bundle: Bundle, scenario: Scenario, run: Any = None) -> Metrics:
         if run is not None:
             engines[0].run = run
         serving, tried = (
-            ServedModel(LoadedModel(bundle, engine), settings, metrics) for engine in engines
+            ServedModel(LoadedModel(bundle, (engine,)), settings, metrics) for engine in engines
         )
         candidate = Candidate(version="2", mode="shadow", share=1)
         trial = Trial(candidate, tried, metrics, lambda: serving, lambda trial, reason: None)

@@ -25,7 +25,15 @@ from export.bundle import (
     BundleStore,
     Choice,
 )
-from export.runtime import Device, Precision, Runtime, RuntimeUnavailableError, load_runtime
+from export.runtime import (
+    Device,
+    Precision,
+    Runtime,
+    RuntimeUnavailableError,
+    device_name,
+    load_runtime,
+    load_runtimes,
+)
 from export.runtime.onnxruntime import OnnxRuntime
 from tests.export.conftest import (
     COLOURS,
@@ -111,6 +119,30 @@ def test_an_engine_that_falls_back_in_silence_is_found_out(
     )
     with pytest.raises(RuntimeUnavailableError, match="fell back to CPUExecutionProvider"):
         load_runtime(bundle, "cuda")
+
+
+@pytest.mark.parametrize("gpu", [0, 3])
+def test_the_session_is_made_on_the_gpu_that_was_asked_for(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, gpu: int
+) -> None:
+    real, asked = onnxruntime.InferenceSession, []
+
+    class OnCuda(real):  # type: ignore[valid-type,misc]
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider"]
+
+        def get_provider_graph_assignment_info(self) -> list[object]:
+            return []
+
+    def session(path: object, options: object, providers: list[object]) -> OnCuda:
+        asked.extend(providers)
+        return OnCuda(path, options, ["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    (runtime,) = load_runtimes(bundle, "cuda", gpus=(gpu,))
+    assert asked == [("CUDAExecutionProvider", {"device_id": str(gpu)})]
+    assert (runtime.gpu, device_name(runtime)) == (gpu, f"cuda:{gpu}")
 
 
 def test_work_that_strays_to_the_cpu_is_found_out_though_the_session_is_on_the_gpu(
