@@ -31,13 +31,17 @@ StartService = Callable[..., AbstractContextManager[Service]]
 
 
 @contextlib.contextmanager
-def run_service(*flags: str) -> Iterator[Service]:
-    """Runs `timesformer serve` on a free port; it is ready inside the block."""
+def run_service(*flags: str, command: tuple[str, ...] = (str(TIMESFORMER),)) -> Iterator[Service]:
+    """Runs `timesformer serve` on a free port; it is ready inside the block.
+
+    Args:
+        command: what runs in the place of `timesformer`.
+    """
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("TIMESFORMER_")
     }
     with subprocess.Popen(
-        [TIMESFORMER, "serve", "--port", "0", "--device", "cpu", *flags],
+        [*command, "serve", "--port", "0", "--device", "cpu", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

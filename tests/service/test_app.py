@@ -28,6 +28,7 @@ def test_it_is_alive_and_ready_and_says_what_runs_it(client: httpx.Client) -> No
         "device": "cpu",
         "precision": "float32",
         "tensorrt": "off: the CPU is to be used",
+        "engines": [{"device": "cpu", "healthy": True}],
         "models": [{"name": "demo", "version": "1", "refused": False}],
     }
 

@@ -146,6 +146,8 @@ class TestExport:
             "active": True,
             "temperature": 1.0,
             "products": {},
+            "auto": {},
+            "rejected": {},
         }
         assert parity["passed"]
         assert parity["clips"] == 7  # three crops of two videos, and noise

@@ -126,6 +126,27 @@ def test_one_that_cannot_be_loaded_does_not_keep_the_others_from_serving(
         assert metric(client, 'timesformer_active_bundle_refused{model="plain"}') == 0
 
 
+def test_a_default_whose_engine_fails_leaves_it_ready_for_the_others_and_says_so(
+    serve: Serve, store: BundleStore, red: Path
+) -> None:
+    breaks_on_light = 1e-38
+    store.activate("plain", publish_colours(store, "plain", divisor=breaks_on_light).version)
+    content = red.read_bytes()
+    with serve(store=store.root, model="plain,inverse", watch_interval_s=0) as client:
+        assert client.get("/health/ready").json()["model"]["name"] == "plain"
+        for _ in range(3):
+            assert client.post(URL, content=content).status_code == 500
+        ready = client.get("/health/ready")
+        assert (ready.status_code, ready.json()["model"]["name"]) == (200, "inverse")
+        assert ready.json()["engines"] == [{"device": "cpu", "healthy": True}]
+        broken = client.get("/health/ready?model=plain")
+        assert (broken.status_code, broken.json()["code"]) == (503, "not_ready")
+        assert client.get("/health/ready?model=inverse").status_code == 200
+        assert metric(client, 'timesformer_engines_healthy{model="plain"}') == 0
+        assert metric(client, 'timesformer_engines_healthy{model="inverse"}') == 1
+        assert best(client.post(URL, params={"model": "inverse"}, content=content))[0] == "inverse"
+
+
 def test_a_swap_of_one_that_is_refused_leaves_the_others_to_swap(
     serve: Serve, store: BundleStore
 ) -> None:
