@@ -271,7 +271,9 @@ def metric(service: Service, name: str) -> str:
 
 
 SCENARIOS = {
-    "decoder_killed": Scenario(decoder_killed, frozenset({"422 decoder_crashed", "503 decoder_unavailable"})),
+    "decoder_killed": Scenario(
+        decoder_killed, frozenset({"422 decoder_crashed", "503 decoder_unavailable"})
+    ),
     "server_killed": Scenario(server_killed, frozenset({LOST})),
     "disk_full": Scenario(disk_full, frozenset({"503 spool_full"})),
     "pointer_corrupt": Scenario(pointer_corrupt),
