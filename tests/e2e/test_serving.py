@@ -9,8 +9,10 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,68 @@ def test_a_second_signal_ends_it_at_once(
         service.process.send_signal(second)
         assert service.process.wait(60) == 128 + second
         assert left_after_a_moment(workers) == set()
+
+
+ENGINE_THAT_HANGS = """
+import threading
+from export.runtime.onnxruntime import OnnxRuntime
+from service.cli import main
+
+real = OnnxRuntime.run
+
+def run(engine, frames):
+    if not frames.any():  # the warm-up's clips are black
+        return real(engine, frames)
+    print("the engine hangs", flush=True)
+    threading.Event().wait()
+
+OnnxRuntime.run = run
+if __name__ == "__main__":  # decoders, which are spawned, import this too
+    main()
+"""
+
+
+@contextlib.contextmanager
+def hanging_service(start_service: Any, path: Path, *flags: str) -> Iterator[Any]:
+    """A service whose engine never comes back from its first batch, which it has begun."""
+    path.write_text(ENGINE_THAT_HANGS)
+    with start_service(*flags, command=(sys.executable, str(path))) as service:
+
+        def post() -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                service.client.post("/v1/classify", content=SAMPLE_CLIP.read_bytes())
+
+        client = threading.Thread(target=post)
+        client.start()
+        while not any("the engine hangs" in line for line in service.log):
+            assert client.is_alive()
+            time.sleep(0.01)
+        yield service
+        client.join()
+
+
+def test_an_engine_that_hangs_does_not_hold_up_the_stop_for_ever(
+    start_service: Any, tmp_path: Path
+) -> None:
+    flags = ("--shutdown-grace-s", "1")
+    with hanging_service(start_service, tmp_path / "serve.py", *flags) as service:
+        workers = children_of(service.process.pid)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(120) == 1
+        assert left_after_a_moment(workers) == set()
+    assert any("an engine does not end and is left" in line for line in service.log)
+
+
+def test_a_second_signal_also_ends_a_stop_that_waits_for_the_engine(
+    start_service: Any, tmp_path: Path
+) -> None:
+    flags = ("--shutdown-grace-s", "600")
+    with hanging_service(start_service, tmp_path / "serve.py", *flags) as service:
+        service.process.send_signal(signal.SIGTERM)
+        while not any('"stopping"' in line for line in service.log):
+            time.sleep(0.01)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(120) == 128 + signal.SIGTERM
 
 
 def test_it_says_what_its_start_took(service: Any) -> None:
