@@ -56,6 +56,7 @@ def same_windows(result: dict[str, Any], other: dict[str, Any]) -> bool:
     return seen(result) == pytest.approx(seen(other), abs=1e-4)
 
 
+@pytest.mark.timeout(1800)  # waits for as long as the jobs get on
 def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
     start_service: Any, minutes: bytes, tmp_path: Path
 ) -> None:
