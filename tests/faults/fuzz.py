@@ -1,6 +1,7 @@
 """Damaged videos by the thousand against a running service: no 5xx, no hang, no leak, no leftover.
 
     python -m tests.faults.fuzz VIDEO_FOLDER [--count 10000] [--seed 0] [--clients 4]
+        [--path /v1/timeline]
 
 Each request is a real file with bytes flipped, cut out, overwritten or spliced from another file.
 Prints what came back by status and code, and the server's memory at a tenth, half and the end;
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import orjson
 
 from tests.e2e.conftest import Service, run_service
 
@@ -33,7 +35,7 @@ def main() -> None:
         run_service("--spool-dir", spool, "--log-level", "warning") as service,
     ):
         outcomes, memory = load(service, files, options)
-        left = list(Path(spool).iterdir())
+        left = list(Path(spool).glob("*/*"))  # each server has a folder of its own in it
         zombies = [pid for pid, state in children(service.process.pid) if state.startswith("Z")]
         restarts = [
             line
@@ -55,6 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--path", choices=["/v1/classify", "/v1/timeline"], default="/v1/classify")
     return parser.parse_args()
 
 
@@ -71,12 +74,10 @@ def load(
         body = mutate(files, rng)
         started = time.monotonic()
         try:
-            response = service.client.post("/v1/classify", content=body)
+            response = service.client.post(options.path, content=body)
         except httpx.HTTPError as error:
             return 599, f"{type(error).__name__} after {time.monotonic() - started:.0f} s"
-        if response.status_code == 200:
-            return 200, "truncated" if response.json()["video"]["truncated"] else "whole"
-        return response.status_code, response.json()["code"]
+        return outcome_of(response)
 
     with concurrent.futures.ThreadPoolExecutor(options.clients) as pool:
         for number, outcome in enumerate(pool.map(post, range(options.count)), start=1):
@@ -84,6 +85,20 @@ def load(
             if number in milestones:
                 memory.append(resident_bytes(service.process.pid))
     return outcomes, memory
+
+
+def outcome_of(response: httpx.Response) -> tuple[int, str]:
+    """Status and code; of a stream of events those that its last event has."""
+    if response.status_code != 200:
+        return response.status_code, response.json()["code"]
+    last = orjson.loads(response.content.splitlines()[-1])
+    match last.get("event"):
+        case None | "summary":
+            return 200, "truncated" if last["video"]["truncated"] else "whole"
+        case "error":
+            return last["status"], last["code"]
+        case other:
+            return 599, f"ends with {other}"
 
 
 def mutate(files: list[bytes], rng: np.random.Generator) -> bytes:

@@ -38,6 +38,7 @@ def main() -> None:
             "--store": folder / "store",
             "--api-keys-file": folder / "keys.json",
             "--spool-dir": folder,
+            "--jobs-dir": folder / "jobs",
             "--log-level": "error",
             **options.flags,
         }
