@@ -99,7 +99,11 @@ async def submit(
     return _accepted(response, jobs, job)
 
 
-@router.get("/jobs", responses=_ONE, summary="List jobs")
+@router.get(
+    "/jobs",
+    responses={**_ONE, 422: problem_response("A parameter is wrong.")},
+    summary="List jobs",
+)
 async def list_jobs(
     request: Request,
     state: Running,

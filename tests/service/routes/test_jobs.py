@@ -206,6 +206,13 @@ def test_jobs_are_listed_in_pages_from_new_to_old(serve: Any, video: Path, tmp_p
         assert found == made[::-1]
 
 
+def test_a_page_of_no_jobs_is_refused_as_described(client: httpx.Client) -> None:
+    answer = client.get(URL, params={"limit": 0})
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_parameters")
+    described = client.get("/openapi.json").json()["paths"][URL]["get"]["responses"]["422"]
+    assert list(described["content"]) == [answer.headers["content-type"]]
+
+
 def test_only_its_owner_and_an_administrator_see_a_job(
     serve: Any, video: Path, tmp_path: Path
 ) -> None:
