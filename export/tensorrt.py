@@ -37,6 +37,7 @@ from export.runtime.plans import (
     PlanFacts,
     PlanKey,
     find_plan,
+    layers_file,
     locked,
     plans_in,
     profiles,
@@ -459,8 +460,10 @@ def refit(trt: ModuleType, plan: Plan, graph: Path, log: Any) -> bytes:
     raise PlanError(f"{plan.path.name} cannot be refitted with {graph.name}: {problem}")
 
 
-def _inspect(trt: ModuleType, job: BuildJob, plan: bytes, log: Any) -> dict[str, int] | None:
-    """Layers of the engine by kind; the inspector's whole answer goes beside the plan.
+def _inspect(
+    trt: ModuleType, job: BuildJob, plan: bytes, log: Any
+) -> dict[str, dict[str, int]] | None:
+    """Layers of the engine; the inspector's whole answer goes beside the plan.
 
     None where the engine cannot be loaded: TensorRT-RTX builds on machines that cannot run it.
     """
@@ -471,13 +474,22 @@ def _inspect(trt: ModuleType, job: BuildJob, plan: bytes, log: Any) -> dict[str,
         raise PlanError(f"TensorRT cannot load the plan that it has just built: {log.why()}")
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    write_whole(job.plan.with_suffix(".layers"), text.encode())
-    layers = json.loads(text).get("Layers", [])
-    return dict(Counter(_kind(layer) for layer in layers))
+    write_whole(layers_file(job.plan), text.encode())
+    return engine_layers(text)
 
 
-def _kind(layer: object) -> str:
-    return str(layer.get("LayerType", "unnamed")) if isinstance(layer, dict) else "unnamed"
+def engine_layers(inspected: str) -> dict[str, dict[str, int]]:
+    """How many layers of each kind give each type, by what the engine's inspector says in JSON."""
+    counted: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for layer in json.loads(inspected).get("Layers", []):
+        kind, given = "unnamed", "unknown"  # a plan that tells names alone has strings here
+        if isinstance(layer, dict):
+            kind = str(layer.get("LayerType", kind))
+            for output in layer.get("Outputs", [])[:1]:
+                # TensorRT 10 has both in one, such as `Row major linear FP16 format`.
+                given = str(output.get("DataType") or output.get("Format/Datatype") or given)
+        counted[kind][given] += 1
+    return {kind: dict(counted[kind]) for kind in sorted(counted)}
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ class PlanFacts(_Model):
     network: dict[str, dict[str, int]] = Field(
         description="layers that compute, by kind and by the type of what they give"
     )
-    engine: dict[str, int] | None = Field(
-        None, description="the engine's layers by kind, as its inspector names them"
+    engine: dict[str, dict[str, int]] | None = Field(
+        None, description="the same of the engine, as its inspector names kinds and types"
     )
     warnings: tuple[str, ...] = ()
 
@@ -104,6 +104,11 @@ class PlanFacts(_Model):
 class Plan(NamedTuple):
     path: Path
     facts: PlanFacts
+
+
+def layers_file(plan: Path) -> Path:
+    """Where the engine inspector's whole answer lies, if the machine could load the engine."""
+    return plan.with_suffix(".layers")
 
 
 def profiles(batches: tuple[int, ...]) -> list[tuple[int, int, int]]:

@@ -127,8 +127,12 @@ def build(
 @engines_option
 @json_option
 def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_json: bool) -> None:
-    """List the plans of BUNDLE, or of every version of the store."""
-    from export.runtime.plans import engines_folder, plans_in
+    """List the plans of BUNDLE, or of every version of the store.
+
+    With --json also what each computes in: layers by kind and type, of the network as it was read
+    and of the engine that TensorRT made of it, and the file with all that its inspector says.
+    """
+    from export.runtime.plans import engines_folder, layers_file, plans_in
 
     rows = []
     for each in find_bundles(bundle, store, all_versions=True):
@@ -136,6 +140,7 @@ def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_
             current = plan.facts.graph_sha256 in {
                 entry.sha256 for entry in each.manifest.files.values()
             }
+            layers = layers_file(plan.path)
             rows.append(
                 {
                     "name": each.name,
@@ -145,6 +150,11 @@ def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_
                     "refittable": plan.facts.refittable,
                     "of_this_graph": current,
                     "path": str(plan.path),
+                    "seconds": plan.facts.seconds,
+                    "network": plan.facts.network,
+                    "engine": plan.facts.engine,
+                    "layers": str(layers) if layers.is_file() else None,
+                    "warnings": plan.facts.warnings,
                 }
             )
     if as_json:

@@ -21,7 +21,15 @@ from onnx import TensorProto, helper, numpy_helper
 from export import tensorrt
 from export.onnx import export_onnx
 from export.rewrite import rewrite
-from export.runtime.plans import PlanError, PlanKey, find_plan, plans_in, profiles, read_plan
+from export.runtime.plans import (
+    PlanError,
+    PlanKey,
+    find_plan,
+    layers_file,
+    plans_in,
+    profiles,
+    read_plan,
+)
 from export.runtime.tensorrt import log_of
 from export.tensorrt import BuildJob, build_plan, layer_types, parse, structure
 from model.config import ATTENTION_TYPES
@@ -369,6 +377,53 @@ def test_a_timing_cache_is_used_kept_and_begun_anew_where_it_does_not_fit(
     path.write_bytes(b"another build's")
     tensorrt._keep_timing_cache(config, path)
     assert path.read_bytes() == b"measured+another build's"
+
+
+INSPECTED = """{"Layers": [
+    {"Name": "a", "LayerType": "gemm", "Outputs": [{"Name": "x", "DataType": "Half"}]},
+    {"Name": "b", "LayerType": "gemm", "Outputs": [{"Name": "y", "DataType": "Int8"}]},
+    {"Name": "c", "LayerType": "gemm", "Outputs": [{"Name": "z", "DataType": "Half"}]},
+    {"Name": "d", "LayerType": "kgen",
+     "Outputs": [{"Name": "w", "Format/Datatype": "Row major linear FP32 format"}]},
+    {"Name": "e", "LayerType": "signal", "Outputs": []},
+    "a name alone"]}"""
+
+
+class TestInspection:
+    """Only a GPU loads an engine: here on a stand-in, whose answers look as TensorRT's do."""
+
+    def test_layers_are_counted_by_kind_and_type(self) -> None:
+        assert tensorrt.engine_layers(INSPECTED) == {
+            "gemm": {"Half": 2, "Int8": 1},
+            "kgen": {"Row major linear FP32 format": 1},
+            "signal": {"unknown": 1},
+            "unnamed": {"unknown": 1},
+        }
+        assert tensorrt.engine_layers("{}") == {}
+
+    def module(self, engine: object) -> Any:
+        return SimpleNamespace(
+            Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine),
+            LayerInformationFormat=SimpleNamespace(JSON="json"),
+        )
+
+    def test_the_whole_answer_lies_beside_the_plan(self, colours: Path, folder: Path) -> None:
+        inspector = SimpleNamespace(get_engine_information=lambda form: INSPECTED)
+        engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
+        folder.mkdir()
+        wanted = job(colours, folder, module="tensorrt")
+        found = tensorrt._inspect(self.module(engine), wanted, b"plan", None)
+        assert found == tensorrt.engine_layers(INSPECTED)
+        assert layers_file(wanted.plan).read_text() == INSPECTED
+        assert list(plans_in(folder)) == []
+
+    def test_a_plan_that_cannot_be_loaded_again_is_an_error(
+        self, colours: Path, folder: Path
+    ) -> None:
+        log = SimpleNamespace(why=lambda: "wrong version")
+        wanted = job(colours, folder, module="tensorrt")
+        with pytest.raises(PlanError, match=r"cannot load the plan .*: wrong version"):
+            tensorrt._inspect(self.module(None), wanted, b"plan", log)
 
 
 class TestRefit:

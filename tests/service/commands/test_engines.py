@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from export.bundle import BundleStore
 from export.runtime.cuda import Cuda
 from export.runtime.interface import RuntimeUnavailableError
-from export.runtime.plans import Gpu
+from export.runtime.plans import Gpu, layers_file
 from export.tensorrt import BuildJob
 from service.cli import cli
 from tests.export.conftest import publish_colours
@@ -82,6 +82,19 @@ class TestBuild:
         assert [(row["version"], row["batches"], row["of_this_graph"]) for row in rows] == [
             ("2", [2], True)
         ]
+        assert rows[0]["network"]["MATRIX_MULTIPLY"] == {"FLOAT": 1}
+        assert (rows[0]["engine"], rows[0]["layers"]) == (None, None), "no GPU has loaded it"
+        counted = {"gemm": {"Half": 3}}
+        facts_file = Path(facts["path"]).with_suffix(".json")
+        told = {**json.loads(facts_file.read_text()), "engine": counted}
+        facts_file.write_text(json.dumps(told))
+        layers_file(Path(facts["path"])).write_text("{}")
+        (row,) = json.loads(
+            timesformer("engines", "list", "--engines", tmp_path / "plans",
+                        store.root / "colours" / "2", "--json").stdout
+        )  # fmt: skip
+        assert row["engine"] == counted
+        assert row["layers"] == str(layers_file(Path(facts["path"])))
         table = timesformer(
             "engines", "list", "--store", store.root, "--engines", tmp_path / "plans"
         )
