@@ -85,8 +85,9 @@ def test_its_numbers_are_float32_in_their_shortest_form() -> None:
 def test_its_description_has_its_body_parameters_and_problems(client: httpx.Client) -> None:
     description = client.get("/openapi.json").json()
     embed = description["paths"]["/v1/embed"]["post"]
-    assert [parameter["name"] for parameter in embed["parameters"]] == ["views", "crops"]
+    names = [parameter["name"] for parameter in embed["parameters"]]
+    assert names == ["model", "views", "crops", "X-Request-Priority", "X-Request-Timeout"]
     form = embed["requestBody"]["content"]["multipart/form-data"]["schema"]
-    assert set(form["properties"]) == {"file", "views", "crops"}
+    assert set(form["properties"]) == {"file", "source_url", "model", "views", "crops"}
     assert {"400", "408", "413", "415", "422", "503", "504"} <= set(embed["responses"])
     assert description["components"]["schemas"]["EmbedResponse"]["examples"]
