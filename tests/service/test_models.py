@@ -226,7 +226,7 @@ def test_a_damaged_pointer_changes_nothing(
     refused = 'timesformer_swaps_total{model="demo",result="refused"}'
     with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
         (store.root / "demo" / ACTIVE).write_text(pointer)
-        wait_until(lambda: metric(client, refused) == 1)
+        wait_until(lambda: metric(client, refused) >= 1)  # half a file may be met before the whole
         assert serving(client) == "1"
         (store.root / "demo" / ACTIVE).unlink()
         store.activate("demo", "2")
