@@ -58,6 +58,8 @@ def find_gpus(settings: Settings) -> tuple[int, ...]:
     except RuntimeUnavailableError as error:
         if named is None and settings.device == "cuda":
             raise RuntimeUnavailableError(f"TIMESFORMER_GPU=all: {error}") from error
+        if named is None:
+            logger.warning("TIMESFORMER_GPU=all: GPUs cannot be counted, one is taken: %s", error)
         return named or (0,)  # whoever loads an engine there says what is missing
     if named is None:
         return tuple(range(count))

@@ -265,7 +265,7 @@ class TestWhichGpus:
             asyncio.run(Models(settings, Metrics()).start())
 
     def test_all_of_none_is_an_error_where_a_gpu_must_be_used(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         def count() -> int:
             raise RuntimeUnavailableError("there is no NVIDIA driver")
@@ -274,6 +274,7 @@ class TestWhichGpus:
         with pytest.raises(RuntimeUnavailableError, match="GPU=all: there is no NVIDIA driver"):
             find_gpus(load_settings(gpu="all", device="cuda"))
         assert find_gpus(load_settings(gpu="all")) == (0,)
+        assert "GPUs cannot be counted, one is taken: there is no NVIDIA driver" in caplog.text
         assert find_gpus(load_settings(gpu="1,0", device="cuda")) == (1, 0)
 
     def test_tensorrt_is_on_all_of_them_or_on_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
