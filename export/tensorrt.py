@@ -481,11 +481,11 @@ def _inspect(
 def engine_layers(inspected: str) -> dict[str, dict[str, int]]:
     """How many layers of each kind give each type, by what the engine's inspector says in JSON."""
     counted: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for layer in json.loads(inspected).get("Layers", []):
+    for told in json.loads(inspected).get("Layers", []):
         kind, given = "unnamed", "unknown"  # a plan that tells names alone has strings here
-        if isinstance(layer, dict):
-            kind = str(layer.get("LayerType", kind))
-            for output in layer.get("Outputs", [])[:1]:
+        if isinstance(told, dict):
+            kind = str(told.get("LayerType", kind))
+            for output in told.get("Outputs", [])[:1]:
                 # TensorRT 10 has both in one, such as `Row major linear FP16 format`.
                 given = str(output.get("DataType") or output.get("Format/Datatype") or given)
         counted[kind][given] += 1
