@@ -51,7 +51,7 @@ class EventStream(Response):
     """Sends events as they come.
 
     Args:
-        stack: closed when all is sent, or as soon as the client has gone.
+        stack: closed before the end is sent, or as soon as the client has gone.
         deadline: by the event loop's clock.
         stall_s: longest time that the client may take to read an event.
         on_error: told the code of what ended the stream.
@@ -124,6 +124,8 @@ class EventStream(Response):
             logger.exception("a stream of events broke")
             broken = InternalError("Something broke on our side; the log has more.")
             await self._send_error(send, broken)
+        # First, so that a client which has read the end finds the decoder free again.
+        await self._stack.aclose()
         await send({"type": "http.response.body", "body": b""})
 
     async def _send(self, send: Send, event: TimelineEvent) -> None:
