@@ -6,6 +6,9 @@ said in `model/schemes.py`; how foreign checkpoints name the weights, in `model/
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -41,21 +44,28 @@ class DropPath(nn.Module):
         self.clips = 0
         self.rows: Tensor | None = None
 
-    def forward(self, *branches: Tensor) -> tuple[Tensor, ...]:
-        """Drops or keeps all the given branches of a clip together; kept ones are scaled up."""
+    def forward(self, branches: int, like: Tensor) -> Tensor | None:
+        """Draws which of so many branches are kept for each clip of `like` (clips, ...).
+
+        Returns:
+            Factors (branches, clips) of the dtype of `like`: 0 drops, the others scale up what is
+            kept. None keeps all as they are.
+        """
         if not self.training or self.rate == 0:
-            return branches
-        first = branches[0]
+            return None
         if self.rows is None:
-            keep = first.new_empty(len(first)).bernoulli_(1 - self.rate)
+            keep = like.new_empty(branches, len(like)).bernoulli_(1 - self.rate)
         else:
-            parts = len(first) // len(
-                self.rows
-            )  # of a clip: space-only attends to each frame alone
-            drawn = first.new_empty(self.clips, parts).bernoulli_(1 - self.rate)
-            keep = drawn[self.rows].flatten()
-        keep = keep.div_(1 - self.rate)
-        return tuple(branch * keep.reshape(-1, *[1] * (branch.ndim - 1)) for branch in branches)
+            parts = len(like) // len(self.rows)  # space-only attends to each frame of a clip alone
+            drawn = like.new_empty(branches, self.clips, parts).bernoulli_(1 - self.rate)
+            keep = drawn[:, self.rows].flatten(1)
+        return keep.div_(1 - self.rate)
+
+
+def _scaled(update: Tensor, keep: Tensor | None, branch: int) -> Tensor:
+    if keep is None:
+        return update
+    return update * keep[branch].to(update.dtype).reshape(-1, *[1] * (update.ndim - 1))
 
 
 class Block(nn.Module):
@@ -77,18 +87,23 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, config.mlp_dim)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        for attention in self.before.values():
-            (update,) = self.drop_path(attention(patches))
-            patches = patches + update
-        cls_update, patch_update = self.drop_path(
-            *attend_with_class_token(self.attn, self.grouping, self.norm1(cls), self.norm1(patches))
+    def draw(self, cls: Tensor) -> Tensor | None:
+        """What `forward` keeps of clips like `cls`: factors (branches, clips), or None for all."""
+        return self.drop_path(len(self.before) + 2, cls)  # type: ignore[no-any-return]
+
+    def forward(
+        self, cls: Tensor, patches: Tensor, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One block; `keep` is what `draw` gave."""
+        for number, attention in enumerate(self.before.values()):
+            patches = patches + _scaled(attention(patches), keep, number)
+        cls_update, patch_update = attend_with_class_token(
+            self.attn, self.grouping, self.norm1(cls), self.norm1(patches)
         )
-        cls, patches = cls + cls_update, patches + patch_update
-        cls_update, patch_update = self.drop_path(
-            self.mlp(self.norm2(cls)), self.mlp(self.norm2(patches))
-        )
-        return cls + cls_update, patches + patch_update
+        cls = cls + _scaled(cls_update, keep, -2)
+        patches = patches + _scaled(patch_update, keep, -2)
+        cls_update, patch_update = self.mlp(self.norm2(cls)), self.mlp(self.norm2(patches))
+        return cls + _scaled(cls_update, keep, -1), patches + _scaled(patch_update, keep, -1)
 
 
 class PatchEmbed(nn.Module):
@@ -147,11 +162,14 @@ class TimeSformer(nn.Module):
             class token after the final LayerNorm.
         """
         cls, patches = self._embed(frames)
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
+            # Here and not in the block, which draws other numbers when it is computed once more:
+            # `torch.compile` does not keep the random state for that.
+            keep = block.draw(cls)
             if self.recompute and self.training:
-                cls, patches = checkpoint(block, cls, patches, use_reentrant=False)
+                cls, patches = checkpoint(block, cls, patches, keep, use_reentrant=False)
             else:
-                cls, patches = block(cls, patches)
+                cls, patches = block(cls, patches, keep)
         if self.config.attention_type == "space_only":
             cls = cls.reshape(-1, self.config.num_frames, cls.shape[-1]).mean(dim=1, keepdim=True)
         embedding = self.norm(cls)[:, 0]

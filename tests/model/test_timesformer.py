@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 
 from model.config import ATTENTION_TYPES
-from model.timesformer import DropPath, TimeSformer
+from model.timesformer import Block, DropPath, TimeSformer
 from tests.model.conftest import random_frames, random_model, tiny_config
 
 
@@ -109,12 +111,31 @@ def test_stochastic_depth_rises_linearly() -> None:
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
-def test_a_dropped_branch_is_dropped_whole_and_kept_ones_are_scaled() -> None:
+def test_branches_are_dropped_per_clip_and_the_kept_ones_scaled_up() -> None:
     torch.manual_seed(0)
-    drop = DropPath(0.25).train()
-    cls, patches = drop(torch.ones(4000, 1), torch.ones(4000, 2, 3))
-    values = patches.reshape(4000, -1)
-    assert bool((values == values[:, :1]).all())
-    assert torch.equal(cls[:, 0], values[:, 0])
-    assert values.unique().tolist() == pytest.approx([0.0, 4 / 3])
-    assert values.mean().item() == pytest.approx(1.0, abs=0.05)
+    keep = DropPath(0.25).train()(3, torch.ones(4000, 1, 8))
+    assert keep is not None
+    assert keep.shape == (3, 4000)
+    assert keep.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert keep.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert not torch.equal(keep[0], keep[1])
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_a_dropped_branch_adds_nothing_to_its_clip(attention_type: str) -> None:
+    config = tiny_config(attention_type)
+    model = random_model(config)
+    block = cast(Block, model.blocks[0])
+    with torch.no_grad():
+        before = model._embed(random_frames(config))
+        after = block(*before)
+        keep = torch.ones(len(block.before) + 2, len(before[0]))
+        keep[:, 0] = 0
+        for tensor, whole, kept in zip(before, after, block(*before, keep), strict=True):
+            assert torch.equal(kept[0], tensor[0])
+            assert torch.equal(kept[1:], whole[1:])
+            assert not torch.equal(whole[0], tensor[0])
+        for branch in range(len(keep)):
+            keep = torch.ones_like(keep)
+            keep[branch] = 0
+            assert not torch.equal(block(*before, keep)[1], after[1])

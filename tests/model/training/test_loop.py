@@ -220,6 +220,12 @@ def test_recomputed_activations_give_the_same_weights(
     same_result(tmp_path, whole)
 
 
+def test_they_do_so_in_a_compiled_network(colours: Path, whole: Path, tmp_path: Path) -> None:
+    """Which branches are dropped is not drawn anew for the gradients."""
+    run(colours, tmp_path, machine=Machine(recompute=True, compile="eager"))
+    same_result(tmp_path, whole)
+
+
 def test_only_clips_of_many_patches_are_recomputed_unasked(colours: Path, tmp_path: Path) -> None:
     """`hr` and `large` do not fit otherwise; on the others it would only cost time."""
     for variant, expected in (("base", False), ("long-32", False), ("hr", True), ("large", True)):
