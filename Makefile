@@ -7,7 +7,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 # A lock is whole. Resolved again, pip takes an extra (`coverage[toml]`) of a newer release for missing.
 LOCKED = --no-deps --require-hashes --requirement
 
-.PHONY: serve setup test lint format types unit docs lock bench bench-peers test-faults test-images test-ray test-slow demo schemes deploy-tools clean test-load
+.PHONY: serve setup test lint format types unit docs lock bench bench-peers test-faults test-images test-ray test-slow demo schemes deploy-tools kserve-client clean test-load
 
 serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
 	.venv/bin/timesformer serve --port $(PORT) --log-format text
@@ -83,6 +83,13 @@ $(RAY)/.done: requirements.lock deploy/ray/requirements.lock pyproject.toml
 	$(RAY)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
 	touch $@
 
+KSERVE = build/kserve
+kserve-client: $(KSERVE)/.done ## KServe's client, for the test that talks to the service with it; 0.5 GB
+$(KSERVE)/.done: tests/kserve/requirements.lock
+	$(PYTHON) -m venv $(KSERVE)
+	$(KSERVE)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile $(LOCKED) $<
+	touch $@
+
 demo: .venv/.dev ## render, train and export the bundled demo model again (hours on two cores)
 	.venv/bin/timesformer data demo build/demo/set
 	.venv/bin/python -m model.demo.pretrain --out build/demo/start.safetensors
@@ -109,6 +116,7 @@ $(TOOLS)/.done: tests/deploy/requirements.lock
 
 lock: .venv/.dev
 	.venv/bin/uv pip compile tests/deploy/requirements.in $(LOCK) --output-file tests/deploy/requirements.lock
+	.venv/bin/uv pip compile tests/kserve/requirements.in $(LOCK) --output-file tests/kserve/requirements.lock
 	.venv/bin/uv pip compile tests/faults/requirements.in $(LOCK) --output-file tests/faults/requirements.lock
 	.venv/bin/uv pip compile pyproject.toml --extra cpu $(LOCK) --output-file requirements.lock
 	.venv/bin/uv pip compile pyproject.toml --extra objectstore --constraint requirements.lock $(LOCK) \
