@@ -391,7 +391,8 @@ class Batcher:
         if batch.slots:
             self._events.batch_started(worker.index, len(batch.slots))
             pieces = self._infer(worker, batch)
-        self._tell(self._finish, worker, pieces, started, self._loop.time())
+        ended = self._loop.time()
+        self._tell(self._finish, worker, len(batch.slots), pieces, started, ended)
 
     def _tell(self, callback: Callable[..., None], *arguments: object) -> None:
         if not self._loop.is_closed():
@@ -431,15 +432,18 @@ class Batcher:
         ]
         return [piece for own in alone for piece in self._infer(worker, own)]
 
-    def _finish(self, worker: _Worker, pieces: list[_Piece], started: float, ended: float) -> None:
+    def _finish(
+        self, worker: _Worker, clips: int, pieces: list[_Piece], started: float, ended: float
+    ) -> None:
+        """Hands out what came of a batch; of one that failed, only what is wanted still."""
         worker.jobs -= 1
-        if pieces:
-            worker.previous = sum(len(piece.batch.slots) for piece in pieces)
+        if clips:
+            worker.previous = clips
             # With two batches on their way, the time of one includes some of the other.
             seconds = ended - max(started, worker.free_since)
             worker.free_since = ended
             self._events.batch_ended(worker.index, seconds)
-            self._note_rate(seconds / worker.previous)
+            self._note_rate(seconds / clips)
         for batch, outputs in pieces:
             if outputs is None:
                 self._retry(worker, batch)

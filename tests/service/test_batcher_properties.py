@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter
 from typing import Any, NamedTuple
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.batcher import Batcher, Events
@@ -118,6 +118,22 @@ class Caller:
     max_batch=st.integers(1, 6),
     max_queue=st.integers(9, 40),
     broken=st.sets(st.integers(0, 2)),
+)
+@example(  # a batch fails of which nothing is wanted any more
+    happenings=[
+        Arrive(1, "high", None, False),
+        Begin(0),
+        Arrive(1, "high", 0.01, False),
+        Arrive(1, "high", 0.01, False),
+        Begin(0),
+        Wait(0.05),
+    ],
+    engines=1,
+    slots=2,
+    batches=(),
+    max_batch=2,
+    max_queue=9,
+    broken={0},
 )
 @settings(max_examples=300, deadline=None)
 def test_every_request_is_answered_once_and_right_whatever_happens(

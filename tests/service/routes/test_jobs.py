@@ -89,9 +89,9 @@ def test_the_video_goes_when_the_job_has_ended(serve: Any, video: Path, tmp_path
         job = client.post(URL, params={"kind": "embed"}, content=video.read_bytes()).json()
         ended(client, job["id"])
         eventually(lambda: list((tmp_path / "videos").iterdir()), lambda found: not found)
-        text = client.get("/metrics").text
+        counted = 'timesformer_jobs{state="done"} 1.0'
+        text = eventually(lambda: client.get("/metrics").text, lambda text: counted in text)
         assert "timesformer_jobs_bytes 0.0" in text
-        assert 'timesformer_jobs{state="done"} 1.0' in text
         assert 'timesformer_jobs_ended_total{kind="embed",state="done"} 1.0' in text
         assert 'timesformer_job_seconds_count{kind="embed"} 1.0' in text
 
