@@ -3,7 +3,8 @@
     make bench-peers        or        python -m tests.benchmarks.peers.run --help
 
 Clips are sent ready: to the service as Open Inference Protocol v2 with binary tensors, to peers in
-what they take bytes in. One load generator for all, a closed loop over keep-alive connections.
+what they take bytes in. One load generator for all, a closed loop over keep-alive connections: wrk,
+or where that is not installed a slower one in Python, which shares the cores with what it measures.
 Rounds go from server to server and start with the engine in a bare loop, so that a neighbour on the
 machine meets them all; ratios are taken round by round.
 """
@@ -15,12 +16,15 @@ import asyncio
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,13 +41,35 @@ HERE = Path(__file__).parent
 PEERS = ("service", "litserve", "bentoml", "ray")
 
 
+class Post(NamedTuple):
+    """The request that a server takes."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    def raw(self) -> bytes:
+        headers = {"Host": "localhost", **self.headers, "Content-Length": str(len(self.body))}
+        lines = [f"POST {self.path} HTTP/1.1", *(": ".join(item) for item in headers.items())]
+        return "\r\n".join([*lines, "", ""]).encode() + self.body
+
+
 class Server(NamedTuple):
-    """One that runs, and the request that it takes."""
+    """One that runs, and what it is asked."""
 
     name: str
     port: int
-    request: bytes
+    post: Post
     process: subprocess.Popen[bytes]
+
+
+class Load(NamedTuple):
+    """What came of a closed loop of requests, all of them answered with 200."""
+
+    answers: int
+    rate: float
+    p50_ms: float
+    p99_ms: float
 
 
 def main() -> None:
@@ -69,7 +95,8 @@ def main() -> None:
         memory = {server.name: memory_mib(server) for server in servers}
         for _ in range(options.rounds):
             loop = bare(runtime, clip, batch, options.seconds)
-            found = {"bare loop": {"rate": loop, "ratio": 1.0}}
+            # Of all processes on the machine, ours of the round before included.
+            found = {"bare loop": {"rate": loop, "ratio": 1.0, "load": os.getloadavg()[0]}}
             for server in servers:
                 found[server.name] = measure(server, options, loop)
             rounds.append(found)
@@ -88,6 +115,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 32])
+    generator = "wrk" if shutil.which("wrk") else "python"
+    parser.add_argument("--generator", default=generator, choices=("wrk", "python"))
     parser.add_argument("--json", type=Path, help="write all figures here")
     return parser.parse_args()
 
@@ -120,18 +149,18 @@ def started(
         command += ["--store", str(options.store), "--model", options.model, "--device", "cpu"]
         command += ["--port", str(port), "--max-batch-clips", str(options.max_batch)]
         command += ["--log-level", "warning", "--decode-workers", "1"]
-        request = v2(options.model, clip)
+        post = v2(options.model, clip)
     else:
-        request = raw(clip) if name == "ray" else form(clip)
+        post = raw(clip) if name == "ray" else form(clip)
     folder = None if name == "service" else HERE
     log = (options.python.parents[2] / f"{name}.log").open("wb")
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
     )
-    server = Server(name, port, request, process)
+    server = Server(name, port, post, process)
     try:
         wait_for(server)
-        asyncio.run(load(server, options.concurrency, options.seconds / 2))
+        asyncio.run(closed_loop(server, options.concurrency, options.seconds / 2))
         yield server
     finally:
         tree = [process.pid, *descendants(process.pid)]
@@ -147,7 +176,7 @@ def wait_for(server: Server) -> None:
     until = time.monotonic() + 180
     while True:
         try:
-            asyncio.run(load(server, 1, 0.01))
+            asyncio.run(closed_loop(server, 1, 0.01))
             return
         except (OSError, asyncio.IncompleteReadError, RuntimeError) as error:
             if time.monotonic() > until or server.process.poll() is not None:
@@ -155,57 +184,73 @@ def wait_for(server: Server) -> None:
             time.sleep(0.5)
 
 
-def v2(model: str, clip: np.ndarray) -> bytes:
+def v2(model: str, clip: np.ndarray) -> Post:
     item = {"name": "frames", "datatype": "UINT8", "shape": clip.shape}
     tensor = {**item, "parameters": {"binary_data_size": clip.nbytes}}
     outputs = [{"name": "logits", "parameters": {"binary_data": True}}]
     head = orjson.dumps({"inputs": [tensor], "outputs": outputs})
-    extra = b"Inference-Header-Content-Length: %d\r\n" % len(head)
-    return post(f"/v2/models/{model}/infer", head + clip.tobytes(), extra)
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    return Post(f"/v2/models/{model}/infer", headers, head + clip.tobytes())
 
 
-def raw(clip: np.ndarray) -> bytes:
-    return post("/infer", clip.tobytes(), b"Content-Type: application/octet-stream\r\n")
+def raw(clip: np.ndarray) -> Post:
+    return Post("/infer", {"Content-Type": "application/octet-stream"}, clip.tobytes())
 
 
-def form(clip: np.ndarray) -> bytes:
+def form(clip: np.ndarray) -> Post:
     head = b'--x\r\nContent-Disposition: form-data; name="frames"; filename="a.bin"\r\n'
     body = head + b"Content-Type: application/octet-stream\r\n\r\n" + clip.tobytes()
-    extra = b"Content-Type: multipart/form-data; boundary=x\r\n"
-    return post("/infer", body + b"\r\n--x--\r\n", extra)
-
-
-def post(path: str, body: bytes, extra: bytes) -> bytes:
-    head = b"POST %b HTTP/1.1\r\nHost: localhost\r\n%bContent-Length: %d\r\n\r\n"
-    return head % (path.encode(), extra, len(body)) + body
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    return Post("/infer", headers, body + b"\r\n--x--\r\n")
 
 
 def measure(server: Server, options: argparse.Namespace, loop: float) -> dict[str, float]:
+    load = python_load if options.generator == "python" else wrk_load
     pids = [server.process.pid, *descendants(server.process.pid)]
     before = cpu_seconds(pids)
-    latencies, seconds = asyncio.run(load(server, options.concurrency, options.seconds))
+    found = load(server, options.concurrency, options.seconds)
     used = cpu_seconds(pids) - before
-    alone, _ = asyncio.run(load(server, 1, options.seconds / 2))
-    rate = len(latencies) / seconds
+    alone = load(server, 1, options.seconds / 2)
     return {
-        "rate": rate,
-        "ratio": rate / loop,
-        "cpu_ms": used / len(latencies) * 1e3,
-        "p50_ms": statistics.median(latencies) * 1e3,
-        "p99_ms": sorted(latencies)[int(0.99 * len(latencies))] * 1e3,
-        "alone_p50_ms": statistics.median(alone) * 1e3,
+        **found._asdict(),
+        "ratio": found.rate / loop,
+        "cpu_ms": used / found.answers * 1e3,
+        "alone_p50_ms": alone.p50_ms,
     }
 
 
-async def load(server: Server, clients: int, seconds: float) -> tuple[list[float], float]:
+def wrk_load(server: Server, clients: int, seconds: float) -> Load:
+    url = f"http://127.0.0.1:{server.port}{server.post.path}"
+    with tempfile.NamedTemporaryFile() as body:
+        Path(body.name).write_bytes(server.post.body)
+        command = ["wrk", "--threads", "1", "--connections", str(clients), "--duration"]
+        command += [f"{math.ceil(seconds)}s", "--script", str(HERE / "post.lua"), url, "--"]
+        command += [body.name, *(part for item in server.post.headers.items() for part in item)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = json.loads(printed.splitlines()[-1])
+    if found["failures"]:
+        raise RuntimeError(f"{server.name} refused or failed {found['failures']} requests")
+    answers, seconds = found["answers"], found["seconds"]
+    return Load(answers, answers / seconds, found["p50_ms"], found["p99_ms"])
+
+
+def python_load(server: Server, clients: int, seconds: float) -> Load:
+    latencies, took = asyncio.run(closed_loop(server, clients, seconds))
+    p99 = sorted(latencies)[int(0.99 * len(latencies))]
+    p50 = statistics.median(latencies)
+    return Load(len(latencies), len(latencies) / took, p50 * 1e3, p99 * 1e3)
+
+
+async def closed_loop(server: Server, clients: int, seconds: float) -> tuple[list[float], float]:
     """Latencies of what was answered, and how long it took."""
+    request = server.post.raw()
     begun = time.perf_counter()
     latencies: list[float] = []
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         while (start := time.perf_counter()) < begun + seconds:
-            writer.write(server.request)
+            writer.write(request)
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             if not head.startswith(b"http/1.1 200"):
                 raise RuntimeError(f"{server.name} refused: {head.decode()}")
@@ -266,8 +311,9 @@ def report(
 
     loop = median("bare loop", "rate")
     print(
-        f"{options.model}, {options.concurrency} clients, {options.rounds} rounds, versions "
-        f"{versions(options)}; bare loop {loop:.1f} clips/s in batches of {batch}"
+        f"{options.model}, {options.concurrency} clients by {options.generator}, {options.rounds} "
+        f"rounds, load average {median('bare loop', 'load'):.1f}, versions {versions(options)}; "
+        f"bare loop {loop:.1f} clips/s in batches of {batch}"
     )
     print(
         "| server | clips/s | of the bare loop | CPU ms a clip | p50 ms | p99 ms "
