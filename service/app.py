@@ -12,6 +12,8 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI
+from fastapi.routing import APIRoute
+from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 
 from service import errors
@@ -28,12 +30,16 @@ from service.routes import admin, classify, embed, health, inference_protocol, j
 from service.routes import models as model_list
 from service.sandbox import LAYERS
 from service.settings import Settings
+from service.shortcut import Shortcut
 from service.sources import Sources
 from service.spool import Spool
 from service.state import State
 from service.tracing import open_tracer
 
 logger = logging.getLogger(__name__)
+# Of the framework's own: `service/tracing.py` and `service/metrics.py` have it, and each request
+# would be asked whether there is any.
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 _NICENESS = 10  # of the decoders of jobs, which nobody waits for
 
 
@@ -52,18 +58,21 @@ def create_app(settings: Settings) -> FastAPI:
         openapi_url="/openapi.json" if settings.pages == "on" else None,
         docs_url=None,  # FastAPI's own loads its script from elsewhere
         redoc_url=None,
+        telemetry=_NO_TELEMETRY,
     )
     app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
     app.state.stopping = app.state.hangs = False
     app.state.keyring = Keyring(settings.api_keys_file) if settings.api_keys_file else None
     errors.install(app, app.state.metrics)
     app.state.tracer = open_tracer(settings.tracing)
+    # Added last is outermost.
+    hot_routes = [route for route in inference_protocol.hot.routes if isinstance(route, APIRoute)]
+    app.add_middleware(Shortcut, routes=hot_routes, answer=inference_protocol.admit_and_infer)
     if settings.cors_origins:
         _allow_origins(app, settings.cors_origins)
     app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
     groups = classify, embed, timeline, jobs, inference_protocol, model_list
-    # The one with the most requests first: routes are tried in this order.
-    for router in (inference_protocol.direct, *(group.router for group in groups)):
+    for router in (*(group.router for group in groups), inference_protocol.hot):
         app.include_router(router, dependencies=[Depends(allow("infer"))])
     for router in (health.router, inference_protocol.probes):
         app.include_router(router)
@@ -77,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
 def create_admin_app(app: FastAPI) -> FastAPI:
     """Administration and metrics of a running app, to be served apart from it."""
     title = "TimeSformer administration"
-    apart = FastAPI(title=title, version=app.version, openapi_url=None)
+    apart = FastAPI(title=title, version=app.version, openapi_url=None, telemetry=_NO_TELEMETRY)
     apart.state = app.state
     errors.install(apart, app.state.metrics)
     apart.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)

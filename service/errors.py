@@ -271,14 +271,17 @@ def answer_to(path: str, error: ServiceError, **extra: Any) -> Response:
     )
 
 
+def refuse(request: Request, error: ServiceError, **extra: Any) -> Response:
+    """The answer to a request that ends in an error, which is counted by its code."""
+    metrics: Metrics = request.app.state.metrics
+    metrics.rejected.labels(error.code).inc()
+    return answer_to(request.scope["path"], error, **extra)
+
+
 def install(app: FastAPI, metrics: Metrics) -> None:
-    """Answers every error of the app, and counts it by its code."""
+    """Answers every error of the app."""
     for code in codes():
         metrics.rejected.labels(code)  # at 0, so that the first one is seen as a rise
-
-    def refuse(request: Request, error: ServiceError, **extra: Any) -> Response:
-        metrics.rejected.labels(error.code).inc()
-        return answer_to(request.scope["path"], error, **extra)
 
     @app.exception_handler(ServiceError)
     async def service_error(request: Request, error: ServiceError) -> Response:

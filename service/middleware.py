@@ -10,7 +10,6 @@ import re
 import time
 import uuid
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import InternalError, answer_to
@@ -43,9 +42,9 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        headers = Headers(scope=scope)
-        identifier = headers.get(REQUEST_ID_HEADER, "")
-        span = self._tracer.begin(_method(scope), parse_traceparent(headers.get("traceparent", "")))
+        identifier = _header(scope, b"x-request-id")
+        parent = parse_traceparent(_header(scope, b"traceparent"))
+        span = self._tracer.begin(_method(scope), parent)
         if not _REQUEST_ID.fullmatch(identifier):
             identifier = uuid.uuid4().hex
         token = request_id.set(identifier)
@@ -56,11 +55,12 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = identifier
-                _add_security_headers(message["headers"])
+                headers = message["headers"]
+                headers.append((b"x-request-id", identifier.encode("ascii")))
+                _add_security_headers(headers)
                 if scope["app"].state.stopping:
                     # So that the client's next request goes elsewhere.
-                    MutableHeaders(scope=message)["Connection"] = "close"
+                    headers.append((b"connection", b"close"))
             await send(message)
 
         with spanned(span):
@@ -83,16 +83,17 @@ class RequestContext:
     def _account(self, scope: Scope, route: str, status: int, seconds: float) -> None:
         self._metrics.requests.labels(route, _method(scope), str(status)).inc()
         level = logging.DEBUG if route in {"/health/live", "/health/ready", "/metrics"} else 20
-        logger.log(
-            level,
-            "request",
-            extra={
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": status,
-                "seconds": round(seconds, 4),
-            },
-        )
+        if logger.isEnabledFor(level):
+            facts = {"method": scope["method"], "path": scope["path"], "status": status}
+            logger.log(level, "request", extra={**facts, "seconds": round(seconds, 4)})
+
+
+def _header(scope: Scope, wanted: bytes) -> str:
+    """The first header of a name; nothing if there is none."""
+    for name, value in scope["headers"]:
+        if name == wanted:
+            return str(value, "latin-1")
+    return ""
 
 
 def _add_security_headers(headers: list[tuple[bytes, bytes]]) -> None:

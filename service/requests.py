@@ -157,7 +157,7 @@ def observe(metrics: Metrics, model: str, seconds: dict[str, float], clips: int)
     record_stages(seconds)
     metrics.request_clips.observe(clips)
     for stage, value in seconds.items():
-        metrics.stage_seconds.labels(model, stage).observe(value)
+        metrics.of_stage(model, stage).observe(value)
 
 
 def _observe_video(metrics: Metrics, upload: Upload, clips: Clips) -> None:
@@ -249,16 +249,24 @@ async def answer_in_time(request: Request, timeout_s: float, work: Awaitable[T])
     Raises:
         RequestTimeoutError, ClientDisconnectedError: `work` was cancelled.
     """
-    task = asyncio.ensure_future(work)
     # The body has been read, so the next message can only be the client's leaving.
     leaving = asyncio.ensure_future(request.receive())
+    waiting = True
+
+    def give_up(_: object) -> None:
+        if waiting:
+            limit.reschedule(0)
+
     try:
-        await asyncio.wait({task, leaving}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
+        async with asyncio.timeout(timeout_s) as limit:
+            leaving.add_done_callback(give_up)
+            return await work
+    except TimeoutError:
+        if not limit.expired():
+            raise
         if leaving.done():
-            raise ClientDisconnectedError("The client went away.")
-        raise RequestTimeoutError(f"There was no answer after {timeout_s:g} s.")
+            raise ClientDisconnectedError("The client went away.") from None
+        raise RequestTimeoutError(f"There was no answer after {timeout_s:g} s.") from None
     finally:
+        waiting = False
         leaving.cancel()
-        task.cancel()

@@ -77,11 +77,14 @@ class Request:
 
     def give(self, clip: int, rows: Sequence[NDArray[np.float32]], now: float) -> None:
         """Takes what the network says of one clip; with the last of them the caller is answered."""
-        self._rows = self._rows or tuple(
-            np.empty((len(self.clips), len(row)), row.dtype) for row in rows
-        )
-        for all_rows, row in zip(self._rows, rows, strict=True):
-            all_rows[clip] = row
+        if len(self.clips) == 1:
+            self._rows = tuple(row[np.newaxis] for row in rows)
+        else:
+            self._rows = self._rows or tuple(
+                np.empty((len(self.clips), len(row)), row.dtype) for row in rows
+            )
+            for all_rows, row in zip(self._rows, rows, strict=True):
+                all_rows[clip] = row
         self._missing -= 1
         # The caller may have gone: setting a result on its future would be an error.
         if self._missing == 0 and self.wanted:

@@ -91,7 +91,7 @@ async def receive(
         yield Upload(file.path, file.size, fields, time.perf_counter() - started)
 
 
-async def receive_tensors(request: Request, limit: Limit, timeout_s: float) -> bytearray:
+async def receive_tensors(request: Request, limit: Limit, timeout_s: float) -> bytes | bytearray:
     """Receives a body that goes to the network as it is, in memory.
 
     Raises:
@@ -101,15 +101,21 @@ async def receive_tensors(request: Request, limit: Limit, timeout_s: float) -> b
     body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):
-            async for chunk in request.stream():
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnectedError("The client went away.")
+                chunk: bytes = message.get("body", b"")
                 if len(body) + len(chunk) > limit.bytes:
                     raise _too_large(limit)
+                is_last = not message.get("more_body", False)
+                if is_last and not body:
+                    return chunk
                 body += chunk
+                if is_last:
+                    return body
     except TimeoutError:
         raise _too_slow(timeout_s) from None
-    except ClientDisconnect:
-        raise ClientDisconnectedError("The client went away.") from None
-    return body
 
 
 async def _receive(request: Request, file: SpoolFile, max_bytes: int) -> dict[str, str]:
