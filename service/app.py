@@ -71,8 +71,9 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.cors_origins:
         _allow_origins(app, settings.cors_origins)
     app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
-    groups = classify, embed, timeline, jobs, inference_protocol, model_list
-    for router in (*(group.router for group in groups), inference_protocol.hot):
+    protocol = inference_protocol.router, inference_protocol.hot
+    groups = classify, embed, timeline, jobs, model_list
+    for router in (*(group.router for group in groups), *protocol):
         app.include_router(router, dependencies=[Depends(allow("infer"))])
     for router in (health.router, inference_protocol.probes):
         app.include_router(router)
