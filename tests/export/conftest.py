@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -172,6 +174,24 @@ def _full_disk(after: int) -> Iterator[None]:
 def full_disk() -> Callable[[int], AbstractContextManager[None]]:
     """Inside the block the kernel refuses to write files beyond so many bytes."""
     return _full_disk
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unmeasured_exporter() -> Iterator[None]:
+    """Coverage does not follow torch's exporter, whose calls would take it as long again."""
+    export = torch.onnx.export
+
+    def unmeasured(*args: Any, **options: Any) -> Any:
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return export(*args, **options)
+        finally:
+            sys.settrace(trace)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", unmeasured)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
