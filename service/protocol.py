@@ -59,6 +59,16 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._in_head, self._in_body = False, True
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        cycle = self.cycle
+        if self.parser.should_upgrade() or cycle.response_complete or cycle.body:
+            super().on_body(body)
+            return
+        # The first piece is often all there is; uvicorn's way would copy it twice more, and stop
+        # and start the reading.
+        cycle.body = body  # type: ignore[assignment]
+        cycle.message_event.set()
+
     def on_message_complete(self) -> None:
         self._in_body = False
         self._stop_timer()

@@ -6,6 +6,7 @@ extensions "binary tensor data" and "http compression". Bytes in, clips out; arr
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import zlib
@@ -187,6 +188,7 @@ def _split(text: bytes) -> tuple[bytes, bytes | None]:
     return text, None
 
 
+@functools.lru_cache(maxsize=64)  # clients send the same JSON again and again
 def _request(header: bytes) -> InferRequest:
     if len(header) > MAX_HEADER_BYTES:
         raise InvalidTensorError(

@@ -23,6 +23,7 @@ class Engine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(os.environ["ENGINE_THREADS"])
         options.log_severity_level = 3
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = onnxruntime.InferenceSession(
             os.environ["ENGINE_MODEL"], options, providers=["CPUExecutionProvider"]
         )

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from export.runtime import (
     load_runtimes,
 )
 from export.runtime.onnxruntime import OnnxRuntime
+from model.demo import STORE
 from tests.export.conftest import (
     COLOURS,
     PASSED,
@@ -82,6 +84,17 @@ def test_several_threads_may_run_it_at_once(bundle: Bundle) -> None:
 
 
 @without_gpu
+def test_its_threads_sleep_as_soon_as_a_batch_is_done() -> None:
+    runtime = OnnxRuntime(BundleStore(STORE).open("demo").file(ONNX_FLOAT32), cuda=False, threads=2)
+    used = 0.0
+    for _ in range(10):
+        runtime.run(np.zeros((1, 8, 64, 64, 3), np.uint8))
+        after = time.process_time()  # CPU time of all threads
+        time.sleep(0.05)
+        used += time.process_time() - after
+    assert used < 0.05
+
+
 def test_a_gpu_that_is_asked_for_and_not_there_is_an_error(bundle: Bundle) -> None:
     with pytest.raises(RuntimeUnavailableError, match="no CUDAExecutionProvider"):
         load_runtime(bundle, "cuda")
