@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from uvicorn import Config
+from uvicorn.server import ServerState
 
 from service import protocol
 from tests.service.conftest import Serve
@@ -104,3 +108,55 @@ def test_pipelined_requests_are_all_answered(impatient: httpx.Client) -> None:
         body = b"Content-Length: 5\r\n\r\nwords"
         connection.sendall(3 * (HEAD + body))
         assert read_until_closed(connection).count(b"HTTP/1.1 4") == 3
+
+
+class Wire(asyncio.Transport):
+    """A connection that nobody is at the other end of."""
+
+    reading = True
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def write(self, data: Any) -> None:
+        """Answers go nowhere."""
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def test_a_body_in_one_piece_is_taken_as_it_is_and_more_waits_for_the_app() -> None:
+    async def run() -> None:
+        pieces: asyncio.Queue[bytes] = asyncio.Queue()
+        wanted = asyncio.Semaphore(0)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            for _ in range(2):
+                await wanted.acquire()
+                pieces.put_nowait((await receive())["body"])
+
+        kind = protocol.with_head_timeout(10)
+        config = Config(app, http=kind, lifespan="off", log_config=None)
+        config.load()
+        connection = kind(config=config, server_state=ServerState(), app_state={})
+        wire = Wire()
+        connection.connection_made(wire)
+        blocks = [bytes([number]) * 100_000 for number in range(3)]
+        connection.data_received(HEAD + b"Content-Length: 1000000\r\n\r\n" + blocks[0])
+        assert wire.reading
+        connection.data_received(blocks[1])
+        assert not wire.reading
+        wanted.release()
+        assert await pieces.get() == blocks[0] + blocks[1]
+        assert wire.reading
+        connection.data_received(blocks[2])
+        wanted.release()
+        assert await pieces.get() == blocks[2]
+
+    asyncio.run(run())
