@@ -64,8 +64,8 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
-        # Its threads wait spinning for one another, which within a batch is worth 5 %. After it they
-        # would spin on for 50 ms: a lone request took 60 ms of CPU time so, and takes 25.
+        # Its threads spin while they wait for one another, which within a batch is worth 5 %. They
+        # would go on for 50 ms after it: a lone request took 60 ms of CPU time so, and takes 25.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         wanted = _CUDA if cuda else _CPU
