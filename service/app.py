@@ -26,6 +26,7 @@ from service.metrics import Metrics
 from service.middleware import REQUEST_ID_HEADER, RequestContext
 from service.mirror import Mirror
 from service.models import Models
+from service.network import LocalNetwork, Network
 from service.routes import admin, classify, embed, health, inference_protocol, jobs, page, timeline
 from service.routes import models as model_list
 from service.sandbox import LAYERS
@@ -33,7 +34,7 @@ from service.settings import Settings
 from service.shortcut import Shortcut
 from service.sources import Sources
 from service.spool import Spool
-from service.state import State
+from service.state import Intake, State
 from service.tracing import open_tracer
 
 logger = logging.getLogger(__name__)
@@ -60,17 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         telemetry=_NO_TELEMETRY,
     )
-    app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
-    app.state.stopping = app.state.hangs = False
-    app.state.keyring = Keyring(settings.api_keys_file) if settings.api_keys_file else None
-    errors.install(app, app.state.metrics)
-    app.state.tracer = open_tracer(settings.tracing)
-    # Added last is outermost.
-    hot_routes = [route for route in inference_protocol.hot.routes if isinstance(route, APIRoute)]
-    app.add_middleware(Shortcut, routes=hot_routes, answer=inference_protocol.admit_and_infer)
-    if settings.cors_origins:
-        _allow_origins(app, settings.cors_origins)
-    app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
+    _prepare(app, settings, Keyring(settings.api_keys_file) if settings.api_keys_file else None)
     protocol = inference_protocol.router, inference_protocol.hot
     groups = classify, embed, timeline, jobs, model_list
     for router in (*(group.router for group in groups), *protocol):
@@ -82,6 +73,34 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.admin_port is None:
         _administrate(app)
     return app
+
+
+def create_intake_app(settings: Settings, keyring: Keyring | None) -> FastAPI:
+    """What each of several workers does itself; it begins with `taking_in`.
+
+    Raises:
+        SettingsError: as `create_app`.
+    """
+    app = FastAPI(title="TimeSformer", openapi_url=None, telemetry=_NO_TELEMETRY)
+    _prepare(app, settings, keyring)
+    for router in (inference_protocol.hot, classify.router, embed.router):
+        app.include_router(router, dependencies=[Depends(allow("infer"))])
+    return app
+
+
+def _prepare(app: FastAPI, settings: Settings, keyring: Keyring | None) -> None:
+    """What is the same for every app that answers the public."""
+    app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
+    app.state.stopping = app.state.hangs = False
+    app.state.keyring, app.state.workers = keyring, None
+    errors.install(app, app.state.metrics)
+    app.state.tracer = open_tracer(settings.tracing)
+    # Added last is outermost.
+    hot_routes = [route for route in inference_protocol.hot.routes if isinstance(route, APIRoute)]
+    app.add_middleware(Shortcut, routes=hot_routes, answer=inference_protocol.admit_and_infer)
+    if settings.cors_origins:
+        _allow_origins(app, settings.cors_origins)
+    app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
 
 
 def create_admin_app(app: FastAPI) -> FastAPI:
@@ -113,8 +132,11 @@ def _allow_origins(app: FastAPI, origins: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(app: FastAPI) -> AsyncIterator[None]:
+async def running(app: FastAPI, *, behind_workers: bool = False) -> AsyncIterator[None]:
     """Loads the model, starts decoders and batcher; stops them at the end of the block.
+
+    Args:
+        behind_workers: other processes decode what is to be classified.
 
     Raises:
         BundleError, RuntimeUnavailableError: the model cannot be served.
@@ -123,7 +145,7 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     metrics: Metrics = app.state.metrics
     spool = Spool(settings.spool_dir, settings.max_spool_bytes)
-    decoders = _decoders(settings, metrics, spool, settings.decode_workers)
+    decoders = _decoders(settings, metrics, spool, settings.decode_workers, lazy=behind_workers)
     streams = _decoders(settings, metrics, spool, settings.timeline_workers, lazy=True)
     mirror = Mirror(settings, metrics)
     sources = Sources(settings, metrics)
@@ -136,14 +158,25 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
             _timed("decoders", decoders.start(), metrics),
             streams.start(),
         )
-        tell_of_sandbox(settings, metrics, decoders)
-        _watch(metrics, settings, decoders)
+        if not behind_workers:
+            metrics.workers.set(1)
+            _watch(metrics, settings, decoders)
+        metrics.watch_disk("spool", settings.spool_dir)
+        metrics.watch_disk("store", store_of(settings).root)
         metrics.timelines_waiting.set_function(lambda: streams.waiting)
         metrics.spool_bytes.set_function(lambda: spool.used_bytes)
         if kept_jobs is not None:
             await kept_jobs.start()
         app.state.service = State(
-            settings, metrics, models, decoders, streams, spool, sources, kept_jobs
+            settings=settings,
+            metrics=metrics,
+            network=LocalNetwork(models),
+            decoders=decoders,
+            spool=spool,
+            sources=sources,
+            models=models,
+            streams=streams,
+            jobs=kept_jobs,
         )
         metrics.ready.set(1)
         try:
@@ -163,6 +196,32 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(app.state.tracer.close)
 
 
+@contextlib.asynccontextmanager
+async def taking_in(app: FastAPI, network: Network) -> AsyncIterator[None]:
+    """Starts the decoders of one of several workers; stops them at the end of the block.
+
+    Raises:
+        SettingsError: the spool cannot be written, or the required sandbox not be had.
+    """
+    settings: Settings = app.state.settings
+    metrics: Metrics = app.state.metrics
+    spool = Spool(settings.spool_dir, settings.max_spool_bytes)
+    decoders = _decoders(settings, metrics, spool, settings.decode_workers)
+    sources = Sources(settings, metrics)
+    try:
+        await decoders.start()
+        _watch(metrics, settings, decoders)
+        metrics.spool_bytes.set_function(lambda: spool.used_bytes)
+        app.state.service = Intake(settings, metrics, network, decoders, spool, sources)
+        yield
+    finally:
+        app.state.service = None
+        decoders.close()
+        sources.close()
+        spool.close()
+        await asyncio.to_thread(app.state.tracer.close)
+
+
 async def _timed(stage: str, start: Coroutine[Any, Any, None], metrics: Metrics) -> None:
     started = time.perf_counter()
     await start
@@ -170,12 +229,15 @@ async def _timed(stage: str, start: Coroutine[Any, Any, None], metrics: Metrics)
 
 
 def _watch(metrics: Metrics, settings: Settings, decoders: DecoderPool) -> None:
-    """From here on `/metrics` asks these parts how they are."""
+    """From here on `/metrics` asks the decoders how they are.
+
+    Raises:
+        SettingsError: as `tell_of_sandbox`.
+    """
+    tell_of_sandbox(settings, metrics, decoders)
     metrics.decoders.set(settings.decode_workers)
     metrics.decoders_busy.set_function(lambda: decoders.busy)
     metrics.decode_waiting.set_function(lambda: decoders.waiting)
-    metrics.watch_disk("spool", settings.spool_dir)
-    metrics.watch_disk("store", store_of(settings).root)
 
 
 def tell_of_sandbox(settings: Settings, metrics: Metrics, decoders: DecoderPool) -> None:

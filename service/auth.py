@@ -172,6 +172,12 @@ class Keyring:
         finally:
             usage.running -= 1
 
+    @contextlib.asynccontextmanager
+    async def counting(self, key: ApiKey) -> AsyncIterator[None]:
+        """`use`, for requests; where others count as well, they are asked."""
+        with self.use(key):
+            yield
+
     def _stat(self) -> tuple[int, int] | None:
         with contextlib.suppress(OSError):
             found = self._path.stat()
@@ -193,8 +199,8 @@ _bearer = HTTPBearer(auto_error=False, description="An API key, if the service a
 _header = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same, in a header.")
 
 
-@contextlib.contextmanager
-def admitted(request: Request, scope: Scope, presented: str | None) -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def admitted(request: Request, scope: Scope, presented: str | None) -> AsyncIterator[None]:
     """Runs the block if the key that was presented has the scope. Who may administrate may infer.
 
     Raises:
@@ -215,7 +221,7 @@ def admitted(request: Request, scope: Scope, presented: str | None) -> Iterator[
     if scope not in key.scopes and "admin" not in key.scopes:
         raise ForbiddenError(f"This key lacks the scope `{scope}`.")
     request.state.priority, request.state.api_key = key.priority, key
-    with keyring.use(key):
+    async with keyring.counting(key):
         yield
 
 
@@ -241,7 +247,8 @@ def allow(scope: Scope) -> Callable[..., AsyncIterator[None]]:
         bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
         header: Annotated[str | None, Security(_header)],
     ) -> AsyncIterator[None]:
-        with admitted(request, scope, bearer.credentials if bearer is not None else header):
+        presented = bearer.credentials if bearer is not None else header
+        async with admitted(request, scope, presented):
             yield
 
     return check

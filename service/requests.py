@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from fastapi import Request
@@ -19,13 +19,12 @@ from service.errors import (
     PROBLEM_TYPE,
     ClientDisconnectedError,
     RequestTimeoutError,
-    ServiceError,
 )
 from service.metrics import Metrics
+from service.network import GaveWayError, Wanted
 from service.outgoing import MAX_URL
 from service.schemas import Problem, Timings, ViewParameters, inlined_schema
-from service.served import ServedModel
-from service.state import State
+from service.state import Intake
 from service.tracing import record_stages
 from service.turns import Answer
 from service.uploads import FILE_FIELD, SOURCE_FIELD, Upload, receive
@@ -108,19 +107,18 @@ class VideoAnswer(NamedTuple, Generic[P]):
     timings: Timings
 
 
-async def answer_video(request: Request, state: State, query: P) -> VideoAnswer[P]:
+async def answer_video(request: Request, state: Intake, query: P) -> VideoAnswer[P]:
     """Receives the request's video, decodes it and runs its clips through the network.
 
     Raises:
-        ServiceError: as `receive`, `DecoderPool.decode`, `Batcher.submit` and `answer_in_time`.
+        ServiceError: as `receive`, `DecoderPool.decode`, `Held.answer` and `answer_in_time`.
         RequestValidationError: a parameter is wrong.
     """
     started = time.perf_counter()
     settings = state.settings
     urgency = urgency_of(request)
     # Now, so that a name that is wrong, or a video that there is no room for, costs no upload.
-    serving = state.models.find(query.model).candidates.serving
-    serving.batcher.check_room(query.views * query.crops, urgency.priority)
+    await state.network.check_room(query.model, query.views * query.crops, urgency.priority)
     state.decoders.check_room()
     async with (
         within(urgency.deadline),
@@ -200,47 +198,32 @@ def merge_parameters(query: P, fields: dict[str, str], max_clips: int) -> P:
 
 
 async def _process(
-    state: State, upload: Upload, parameters: ViewParameters, urgency: Urgency, key: str | None
+    state: Intake, upload: Upload, parameters: ViewParameters, urgency: Urgency, key: str | None
 ) -> tuple[Bundle, Clips, float, Answer]:
     """Decodes, then infers, in the model that the request names.
 
     Returns the bundle that answered, the clips, the seconds of decoding and the answer.
     """
-    candidates = state.models.find(parameters.model).candidates
-    model = candidates.pick(key)
-    batcher = candidates.serving.batcher
-    with batcher.reserved(parameters.views * parameters.crops, urgency.priority) as release:
-        try:
-            found = await _run(state, model, upload, parameters, urgency, release)
-        except ServiceError as error:
-            if not candidates.gives_way(model, error):
-                raise
-            model = candidates.serving
-            found = await _run(state, model, upload, parameters, urgency, release)
-    clips, decode_s, answer = found
-    candidates.answered(model, clips.frames, answer)
-    return model.bundle, clips, decode_s, answer
+    wanted = Wanted(parameters.model, key=key)
+    try:
+        return await _look(state, wanted, upload, parameters, urgency)
+    except GaveWayError:
+        return await _look(state, wanted._replace(canary=False), upload, parameters, urgency)
 
 
-async def _run(
-    state: State,
-    model: ServedModel,
-    upload: Upload,
-    parameters: ViewParameters,
-    urgency: Urgency,
-    release: Callable[[], None],
-) -> tuple[Clips, float, Answer]:
+async def _look(
+    state: Intake, wanted: Wanted, upload: Upload, parameters: ViewParameters, urgency: Urgency
+) -> tuple[Bundle, Clips, float, Answer]:
     started = time.perf_counter()
-    # One version from sampling to labels, also when another takes over meanwhile.
-    with model.in_use():
-        preprocessing = model.bundle.config.preprocessing
+    asked = parameters.views * parameters.crops
+    async with state.network.for_video(wanted, asked, urgency.priority) as held:
+        preprocessing = held.bundle.config.preprocessing
         clips = await state.decoders.decode(
             Job(upload.path, preprocessing, parameters.views, parameters.crops)
         )
         decode_s = time.perf_counter() - started
-        release()
-        answer = await model.batcher.submit(clips.frames, urgency.priority, urgency.deadline)
-        return clips, decode_s, answer
+        answered = await held.answer(clips.frames, urgency.priority, urgency.deadline)
+        return held.bundle, clips, decode_s, answered.answer
 
 
 async def answer_in_time(request: Request, timeout_s: float, work: Awaitable[T]) -> T:

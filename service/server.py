@@ -5,27 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import shlex
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
-import uvicorn
 import uvloop
 from fastapi import FastAPI
-from uvicorn import Config
 
 from model.demo import SAMPLE_CLIP
 from service.app import create_admin_app, create_app, running
+from service.listening import Server, configuration
 from service.logging import configure
 from service.metrics import Metrics
-from service.protocol import with_head_timeout
 from service.settings import Settings
+from service.state import State
+from service.workers import Workers
 
 logger = logging.getLogger(__name__)
 _IMPORTED = time.monotonic()
@@ -57,66 +54,77 @@ async def _serve(settings: Settings, imports_s: float) -> None:
 
 
 async def _run(app: FastAPI, settings: Settings, signals: contextlib.ExitStack) -> None:
-    async with running(app):
-        servers = [
-            _Server(configuration(app, settings, lifespan="off"), _welcome(app.state.metrics))
-        ]
-        if settings.admin_port is not None:
-            config = configuration(create_admin_app(app), settings, lifespan="off")
-            config.port = settings.admin_port
-            servers.insert(0, _Server(config, _admin_welcome))
-        signals.enter_context(_until_stopped(app, servers, settings.shutdown_delay_s))
-        await asyncio.gather(*(server.serve() for server in servers))
+    several = settings.workers > 1
+    async with running(app, behind_workers=several):
+        others = [_admin_server(app, settings)] if settings.admin_port is not None else []
+        if several:
+            await _run_workers(app, settings, signals, others)
+            return
+        config = configuration(app, settings, lifespan="off")
+        server = Server(config, lambda: _welcome(app.state.metrics, server.url))
+        servers = [*others, server]
+        signals.enter_context(
+            _until_stopped(app, settings.shutdown_delay_s, lambda: _stop_listening(servers))
+        )
+        await asyncio.gather(*(each.serve() for each in servers))
 
 
-def configuration(app: FastAPI, settings: Settings, lifespan: Literal["on", "off"]) -> Config:
-    """How uvicorn is run."""
-    return Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        lifespan=lifespan,
-        http=with_head_timeout(settings.head_timeout_s),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s),
+async def _run_workers(
+    app: FastAPI, settings: Settings, signals: contextlib.ExitStack, others: list[Server]
+) -> None:
+    """The workers have the port; what they forward comes over a socket of this process's own."""
+    state: State = app.state.service
+    app.state.workers = workers = Workers(
+        settings, state.metrics, state.network, app.state.keyring, state.spool
     )
+    stop = asyncio.Event()
+    config = configuration(
+        app, settings, lifespan="off", uds=str(workers.forwarding), date_header=False
+    )
+    servers = [*others, Server(config)]
+    serving = [asyncio.create_task(each.serve()) for each in servers]
+    try:
+        url = await workers.start()
+        signals.enter_context(
+            _until_stopped(app, settings.shutdown_delay_s, stop.set, workers.tell_stopping)
+        )
+        _welcome(state.metrics, url)
+        await stop.wait()
+        await workers.stop()
+    finally:
+        await workers.close()
+        _stop_listening(servers)
+        await asyncio.gather(*serving)
 
 
-class _Server(uvicorn.Server):
-    """Calls `on_start` with its address once it listens, and leaves signals to others."""
+def _admin_server(app: FastAPI, settings: Settings) -> Server:
+    config = configuration(
+        create_admin_app(app), settings, lifespan="off", port=settings.admin_port
+    )
+    server = Server(
+        config, lambda: print(f"\nadministration and metrics at {server.url}", flush=True)
+    )
+    return server
 
-    def __init__(self, config: Config, on_start: Callable[[str], None]) -> None:
-        super().__init__(config)
-        self._on_start = on_start
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        # uvicorn's own raises the signal again when it is done, which would end the process with
-        # the engine and the decoders still open, and with another status than 0.
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started and not self.should_exit:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            shown = "localhost" if host in {"0.0.0.0", "127.0.0.1", "::"} else host  # noqa: S104
-            self._on_start(f"http://{shown}:{port}")
+def _stop_listening(servers: list[Server]) -> None:
+    for server in servers:
+        server.should_exit = True
 
 
 @contextlib.contextmanager
-def _until_stopped(app: FastAPI, servers: list[_Server], delay_s: float) -> Iterator[None]:
-    """Stops the servers on a signal.
+def _until_stopped(
+    app: FastAPI,
+    delay_s: float,
+    stop_listening: Callable[[], object],
+    on_signal: Callable[[], object] = lambda: None,
+) -> Iterator[None]:
+    """Stops the service on a signal.
 
     SIGTERM: first not ready, so that balancers send no more, and after the delay no new requests.
     Ctrl-C: at once no new requests. A second signal: the end, whatever runs.
     """
     loop = asyncio.get_running_loop()
-
-    def stop_listening() -> None:
-        for server in servers:
-            server.should_exit = True
 
     def stop(number: signal.Signals) -> None:
         if app.state.stopping:
@@ -124,6 +132,7 @@ def _until_stopped(app: FastAPI, servers: list[_Server], delay_s: float) -> Iter
             os._exit(128 + number)
         app.state.stopping = True
         app.state.metrics.ready.set(0)
+        on_signal()
         wait_s = delay_s if number == signal.SIGTERM else 0.0
         logger.info("stopping", extra={"signal": number.name, "no_new_requests_in_s": wait_s})
         loop.call_later(wait_s, stop_listening)
@@ -138,25 +147,18 @@ def _until_stopped(app: FastAPI, servers: list[_Server], delay_s: float) -> Iter
             loop.remove_signal_handler(number)
 
 
-def _welcome(metrics: Metrics) -> Callable[[str], None]:
-    def print_it(url: str) -> None:
-        total_s = process_age_s()
-        metrics.start_seconds.labels("total").set(total_s)
-        stages = metrics.start_stages()
-        logger.info("started", extra={stage: round(value, 2) for stage, value in stages.items()})
-        clip = shlex.quote(str(SAMPLE_CLIP))
-        print(
-            f"\nready at {url} after {total_s:.1f} s\n\n"
-            f"  curl -F file=@{clip} {url}/v1/classify\n"
-            f"  or drop a video onto {url}/ ; the API is at {url}/docs\n",
-            flush=True,
-        )
-
-    return print_it
-
-
-def _admin_welcome(url: str) -> None:
-    print(f"\nadministration and metrics at {url}", flush=True)
+def _welcome(metrics: Metrics, url: str) -> None:
+    total_s = process_age_s()
+    metrics.start_seconds.labels("total").set(total_s)
+    stages = metrics.start_stages()
+    logger.info("started", extra={stage: round(value, 2) for stage, value in stages.items()})
+    clip = shlex.quote(str(SAMPLE_CLIP))
+    print(
+        f"\nready at {url} after {total_s:.1f} s\n\n"
+        f"  curl -F file=@{clip} {url}/v1/classify\n"
+        f"  or drop a video onto {url}/ ; the API is at {url}/docs\n",
+        flush=True,
+    )
 
 
 def process_age_s() -> float:

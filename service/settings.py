@@ -54,6 +54,15 @@ class Settings(BaseSettings):
         description="Address to listen on. Set 0.0.0.0 in a container or behind a proxy.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that take requests in: HTTP, uploads, decoding and answers. More "
+        "than one where that keeps a core busy before the engines are. Whatever the number, each "
+        "device has one engine of a model, in a process that all of them ask. They share "
+        "`decode_workers`, `max_decode_queue` and `max_spool_bytes` out among them.",
+    )
     admin_port: int | None = Field(
         None,
         ge=0,
@@ -388,12 +397,34 @@ class Settings(BaseSettings):
                 f"max_queue_clips ({self.max_queue_clips}) is below max_clips_per_request "
                 f"({self.max_clips_per_request}): the largest request could never be queued"
             )
-        if self.max_spool_bytes is not None and self.max_spool_bytes < self.max_upload_bytes:
+        share = self._spool_share
+        if share is not None and share < self.max_upload_bytes:
+            shared = f", shared out among {self.workers + 1} processes," if self.workers > 1 else ""
             raise ValueError(
-                f"max_spool_bytes ({self.max_spool_bytes}) is below max_upload_bytes "
+                f"max_spool_bytes ({self.max_spool_bytes}){shared} is below max_upload_bytes "
                 f"({self.max_upload_bytes}): the largest upload would never fit"
             )
         return self
+
+    def of_worker(self, number: int) -> Settings:
+        """The settings of one of several workers, with its share of what they share."""
+        decoders, more = divmod(self.decode_workers, self.workers)
+        share = {
+            "decode_workers": max(1, decoders + (number < more)),
+            "max_decode_queue": max(1, self.max_decode_queue // self.workers),
+            "max_spool_bytes": self._spool_share,
+        }
+        return self.model_copy(update=share)
+
+    def of_engines(self) -> Settings:
+        """Those of the process with the engines beside them, which spools long videos."""
+        return self.model_copy(update={"max_spool_bytes": self._spool_share})
+
+    @property
+    def _spool_share(self) -> int | None:
+        if self.max_spool_bytes is None or self.workers == 1:
+            return self.max_spool_bytes
+        return self.max_spool_bytes // (self.workers + 1)
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Settings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -12,6 +12,9 @@ from service.metrics import CONTENT_TYPE, Metrics
 from service.requests import PROBLEM_RESPONSES
 from service.schemas import EngineState, LiveResponse, ModelName, ModelState, ReadyResponse
 from service.state import Accepting
+
+if TYPE_CHECKING:
+    from service.workers import Workers
 
 router = APIRouter(tags=["health"])
 metrics_router = APIRouter(tags=["health"])
@@ -75,6 +78,8 @@ async def ready(
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request) -> Response:
-    """The metrics of this process in the Prometheus text format, also while it is not ready."""
+    """The metrics of the service in the Prometheus text format, also while it is not ready."""
     metrics: Metrics = request.app.state.metrics
-    return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    workers: Workers | None = request.app.state.workers
+    text = metrics.render() if workers is None else await workers.render()
+    return Response(text, headers={"Content-Type": CONTENT_TYPE})

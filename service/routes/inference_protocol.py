@@ -17,13 +17,14 @@ from fastapi import APIRouter, Request, Response
 
 from export.bundle import Bundle
 from service.auth import admitted, presented_key
-from service.errors import ModelNotFoundError, ServiceError
+from service.network import Wanted
 from service.requests import CANARY_KEY, answer_in_time, observe
 from service.schemas import (
     InferRequest,
     InferResponse,
     LiveResponse,
     ModelMetadata,
+    ModelName,
     ModelReady,
     ProtocolError,
     ServerMetadata,
@@ -31,8 +32,7 @@ from service.schemas import (
     TensorMetadata,
     inlined_schema,
 )
-from service.served import ServedModel
-from service.state import Accepting, Running, State, running_state
+from service.state import Accepting, Intake, Running, Taking, taking_state
 from service.tensors import HEADER_LENGTH, Body, Inference, body_limit, decode, encode
 from service.turns import PRIORITIES, Answer, Priority
 from service.uploads import Limit, receive_tensors
@@ -138,7 +138,7 @@ async def server_metadata() -> ServerMetadata:
 )
 async def model_metadata(request: Request, state: Running) -> ModelMetadata:
     """The names, datatypes and shapes of its inputs and outputs."""
-    model = _model(request, state)
+    model = state.network.model(_wanted(request))
     manifest = model.bundle.manifest
     inputs, outputs = (
         tuple(
@@ -170,7 +170,7 @@ async def model_metadata(request: Request, state: Running) -> ModelMetadata:
 )
 async def model_ready(request: Request, state: Running) -> ModelReady:
     """200 if it is the one that serves."""
-    return ModelReady(name=_model(request, state).bundle.name)
+    return ModelReady(name=state.network.model(_wanted(request)).bundle.name)
 
 
 hot = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -196,7 +196,7 @@ hot = APIRouter(prefix="/v2", tags=["open inference protocol"])
     },
     openapi_extra=_infer_extra(_VERSIONED),
 )
-async def infer(request: Request, state: Running) -> Response:
+async def infer(request: Request, state: Taking) -> Response:
     """Joins the clips with those of other clients and answers with the network's outputs."""
     started = time.perf_counter()
     settings = state.settings
@@ -204,19 +204,18 @@ async def infer(request: Request, state: Running) -> Response:
     header_length = request.headers.get(HEADER_LENGTH)
     # Found before the body is read, and again afterwards: it may have been swapped meanwhile, and
     # a slow sender must not keep an old version open.
+    clip_shape = _clip_shape(await state.network.find(_wanted(request)))
     limit = min(
         Limit(settings.max_upload_bytes),
-        body_limit(
-            header_length, _clip_shape(_model(request, state)), settings.max_clips_per_request
-        ),
+        body_limit(header_length, clip_shape, settings.max_clips_per_request),
     )
     async with within(urgency.deadline):
         content = await receive_tensors(request, limit, settings.upload_timeout_s)
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     uploaded = time.perf_counter()
     work = _run(request, state, Body(content, encoding, header_length), limit, urgency)
-    bundle, inference, answer = await answer_in_time(request, settings.request_timeout_s, work)
-    names = {"model_name": bundle.name, "model_version": bundle.version}
+    model, inference, answer = await answer_in_time(request, settings.request_timeout_s, work)
+    names = {"model_name": model.name, "model_version": model.version}
     tensors = {"logits": answer.logits, "embedding": answer.embedding}
     body, length = encode(dict(names), tensors, inference.request)
     seconds = {
@@ -225,7 +224,7 @@ async def infer(request: Request, state: Running) -> Response:
         "inference": answer.inference_s,
         "total": time.perf_counter() - started,
     }
-    observe(state.metrics, bundle.name, seconds, len(inference.frames))
+    observe(state.metrics, model.name, seconds, len(inference.frames))
     if length is None:
         return Response(body, media_type="application/json")
     headers = {HEADER_LENGTH: str(length)}
@@ -234,82 +233,40 @@ async def infer(request: Request, state: Running) -> Response:
 
 async def admit_and_infer(request: Request) -> Response:
     """`infer` with what it depends on, for the routes of `hot`: see `service/shortcut.py`."""
-    with admitted(request, "infer", presented_key(request)):
-        return await infer(request, await running_state(request))
+    async with admitted(request, "infer", presented_key(request)):
+        return await infer(request, await taking_state(request))
 
 
-def _model(request: Request, state: State) -> ServedModel:
-    """The version that the path names: the one that serves, or the candidate.
-
-    Raises:
-        ModelNotFoundError: there is no such model or version.
-    """
-    candidates = state.models.find(request.path_params["model"]).candidates
-    serving, wanted = candidates.serving, request.path_params.get("version")
-    if wanted is None:
-        return serving
-    known = {serving.bundle.version: serving}
-    if candidates.trial is not None:
-        known[candidates.trial.candidate.version] = candidates.trial.model
-    if wanted not in known:
-        raise ModelNotFoundError(
-            f"no such version serves here; '{serving.bundle.name}' has {', '.join(known)}"
-        )
-    return known[wanted]
+def _wanted(request: Request) -> Wanted:
+    """The version that the path names."""
+    path = request.path_params
+    return Wanted(path["model"], path.get("version"), request.headers.get(CANARY_KEY))
 
 
-def _clip_shape(model: ServedModel) -> tuple[int, ...]:
-    config = model.bundle.config
+def _clip_shape(bundle: Bundle) -> tuple[int, ...]:
+    config = bundle.config
     return (config.num_frames, config.image_size, config.image_size, 3)
 
 
 async def _run(
-    request: Request, state: State, body: Body, limit: Limit, urgency: Urgency
-) -> tuple[Bundle, Inference, Answer]:
+    request: Request, state: Intake, body: Body, limit: Limit, urgency: Urgency
+) -> tuple[ModelName, Inference, Answer]:
     """Decodes the body and infers, within the time that it gives itself.
 
     Raises:
-        ServiceError: as `decode` and `Batcher.submit`.
+        ServiceError: as `decode` and `Held.answer`.
     """
-    loop = asyncio.get_running_loop()
-    model = _model(request, state)
-    with model.in_use():
+    async with state.network.for_clips(_wanted(request)) as held:
         read = partial(
             decode,
             body,
-            _clip_shape(model),
+            _clip_shape(held.bundle),
             max_clips=state.settings.max_clips_per_request,
             limit=limit,
         )
+        loop = asyncio.get_running_loop()
         inference = read() if body.is_quick else await loop.run_in_executor(_DECODER, read)
         asked = inference.request.parameters
         urgency = urgency.asking(_PRIORITIES[asked.priority], asked.timeout / 1e6)
-        bundle, answer = await _infer(request, state, model, inference, urgency)
-        return bundle, inference, answer
-
-
-async def _infer(
-    request: Request,
-    state: State,
-    model: ServedModel,
-    inference: Inference,
-    urgency: Urgency,
-) -> tuple[Bundle, Answer]:
-    """Runs the clips through a version that was asked for, or through whichever is to answer."""
-    candidates = state.models.find(request.path_params["model"]).candidates
-    work = inference.frames, urgency.priority, urgency.deadline
-    if "version" in request.path_params:
-        return model.bundle, await model.batcher.submit(*work)
-    if model is candidates.serving:  # else another took over meanwhile, and the clips are for this
-        model = candidates.pick(request.headers.get(CANARY_KEY), same_clips=True)
-    try:
-        with model.in_use():
-            answer = await model.batcher.submit(*work)
-    except ServiceError as error:
-        if not candidates.gives_way(model, error):
-            raise
-        model = candidates.serving
-        with model.in_use():
-            answer = await model.batcher.submit(*work)
-    candidates.answered(model, inference.frames, answer)
-    return model.bundle, answer
+        version, answer = await held.answer(inference.frames, urgency.priority, urgency.deadline)
+        return ModelName(name=held.bundle.name, version=version), inference, answer

@@ -127,13 +127,24 @@ def run_service(settings: Settings, decode: bool, connection: Connection) -> Non
     uvloop.run(run())  # as `timesformer serve` does
 
 
-async def load(port: int, clients: int, seconds: float) -> list[float]:
-    """A closed loop of clients over keep-alive connections; the latencies of what was answered."""
+def video_request() -> bytes:
+    """As it goes over the wire."""
     body = SAMPLE_CLIP.read_bytes()
-    request = (
+    return (
         b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: video/mp4\r\n"
         b"Content-Length: %d\r\n\r\n" % len(body)
     ) + body
+
+
+async def load(
+    port: int, clients: int, seconds: float, request: bytes | None = None
+) -> list[float]:
+    """A closed loop of clients over keep-alive connections; the latencies of what was answered.
+
+    Args:
+        request: by default that of the demo model's clip.
+    """
+    request = request or video_request()
     until = time.perf_counter() + seconds
     latencies: list[float] = []
 
@@ -142,7 +153,7 @@ async def load(port: int, clients: int, seconds: float) -> list[float]:
         while (started := time.perf_counter()) < until:
             writer.write(request)
             head = await reader.readuntil(b"\r\n\r\n")
-            length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+            length = int(head.lower().split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
             answer = await reader.readexactly(length)
             if not head.startswith(b"HTTP/1.1 200"):
                 raise RuntimeError(f"the service refused: {json.loads(answer)}")

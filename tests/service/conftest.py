@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 
 from service.app import create_app
-from service.server import configuration
+from service.listening import configuration
 from service.settings import load_settings
 
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
