@@ -41,7 +41,7 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings, imports_s: float) -> None:
-    app = create_app(settings)
+    app = create_app(settings.of_engines())
     app.state.metrics.start_seconds.labels("imports").set(imports_s)
     # Not in the app's lifespan, where an error of ours would end as a framework's traceback.
     # Signals are heard until all is closed: the second one also ends a stop that hangs.

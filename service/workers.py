@@ -186,7 +186,9 @@ class _Worker:
             return
         await asyncio.wait([self._task], timeout=limit_s)
         if self._process is not None:
-            logger.error("a worker is killed, as it does not end", extra={"worker": self.number})
+            if limit_s:
+                facts = {"worker": self.number}
+                logger.error("a worker is killed, as it does not end", extra=facts)
             self._process.kill()
         await asyncio.gather(self._task, return_exceptions=True)
 

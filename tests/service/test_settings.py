@@ -207,3 +207,24 @@ def test_a_wrong_setting_ends_the_command_with_code_2(monkeypatch: pytest.Monkey
     result = CliRunner().invoke(cli, ["serve"])
     assert result.exit_code == 2
     assert "did you mean TIMESFORMER_PORT?" in result.stderr
+
+
+def test_several_workers_share_out_what_is_for_all_of_them() -> None:
+    settings = load_settings(
+        workers=3,
+        decode_workers=8,
+        max_decode_queue=64,
+        max_spool_bytes=4000,
+        max_upload_bytes=1000,
+    )
+    shares = [settings.of_worker(number) for number in range(3)]
+    assert [share.decode_workers for share in shares] == [3, 3, 2]
+    assert [share.max_decode_queue for share in shares] == [21, 21, 21]
+    assert [share.max_spool_bytes for share in (*shares, settings.of_engines())] == [1000] * 4
+    assert load_settings(workers=4, decode_workers=1).of_worker(3).decode_workers == 1
+
+
+def test_the_largest_upload_fits_into_a_workers_share_of_the_spool() -> None:
+    with pytest.raises(SettingsError, match=r"shared out among 4 processes, is below"):
+        load_settings(workers=3, max_spool_bytes=3999, max_upload_bytes=1000)
+    assert load_settings(max_spool_bytes=1000, max_upload_bytes=1000).workers == 1
