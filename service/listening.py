@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn import Config
 
 from service.protocol import with_head_timeout
@@ -16,7 +17,7 @@ from service.settings import Settings, SettingsError
 
 
 def configuration(
-    app: Any, settings: Settings, lifespan: Literal["on", "off"], **more: Any
+    app: ASGIApp, settings: Settings, lifespan: Literal["on", "off"], **more: Any
 ) -> Config:
     """How uvicorn is run; `more` of its options win over ours."""
     ours = {

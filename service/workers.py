@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from service import merging, worker
 from service.auth import Keyring
@@ -105,7 +106,7 @@ class Workers:
     def tell_stopping(self) -> None:
         """From here on clients are asked to go elsewhere."""
         for each in self._workers:
-            each.order("stopping")
+            each.tell_stopping()
 
     async def stop(self) -> None:
         """Takes no new requests, and ends the workers once theirs are answered or cut off."""
@@ -143,18 +144,17 @@ class _Worker:
         self.number = number
         self.samples: list[Sample] = []
         """What its present process has last said of its metrics."""
+        self.is_ready = False
+        """Whether its present process listens."""
         self._post = post
         self._on_death = on_death
         self._process: BaseProcess | None = None
         self._wire: Wire | None = None
         self._stopping = asyncio.Event()
+        self._told_stopping = False
         self._asked: asyncio.Future[None] | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        return self._wire is not None and self._ready.done() and not self._wire.lost
 
     async def begin(self) -> None:
         """Starts a process, and others after it until `stop`; back once the first one listens.
@@ -165,32 +165,36 @@ class _Worker:
         self._task = asyncio.create_task(self._keep_up(), name=f"worker {self.number}")
         await self._ready
 
-    def order(self, order: str) -> None:
-        if self._wire is not None and not self._wire.lost:
-            self._wire.send({"order": order})
+    def tell_stopping(self) -> None:
+        self._told_stopping = True
+        self._order("stopping")
 
     def ask_metrics(self) -> asyncio.Future[None]:
         """Done once `samples` are new, or it is gone."""
         if self._asked is None or self._asked.done():
             self._asked = asyncio.get_running_loop().create_future()
-            self.order("metrics")
+            self._order("metrics")
         return self._asked
 
     async def stop(self, limit_s: float) -> None:
         """Lets its process end, and kills it after a while."""
         self._stopping.set()
-        self.order("stop")
+        self._order("stop")
         for listener in self._post.listeners:
             listener.close()
         if self._task is None:
             return
         await asyncio.wait([self._task], timeout=limit_s)
         if self._process is not None:
-            if limit_s:
+            if limit_s > 0:
                 facts = {"worker": self.number}
                 logger.error("a worker is killed, as it does not end", extra=facts)
             self._process.kill()
         await asyncio.gather(self._task, return_exceptions=True)
+
+    def _order(self, order: str) -> None:
+        if self._wire is not None and not self._wire.lost:
+            self._wire.send({"order": order})
 
     async def _keep_up(self) -> None:
         retry_s = _RETRY_S
@@ -224,20 +228,27 @@ class _Worker:
             # Spawned, not forked: a fork of a process with engine threads and GPUs is a trap.
             # By this thread, which lasts: to the kernel it is the parent that the worker ends with.
             context = multiprocessing.get_context("spawn")
-            self._process = context.Process(
+            process = context.Process(
                 target=worker.main, args=(self._post, theirs), name=f"worker {self.number}"
             )
-            self._process.start()
+            try:
+                process.start()
+            except OSError:
+                logger.exception("a worker cannot be started", extra={"worker": self.number})
+                ours.close()
+                return None
+        self._process = process
         loop = asyncio.get_running_loop()
         _, self._wire = await loop.create_unix_connection(Wire, sock=ours)
+        if self._stopping.is_set():
+            self._order("stop")
         try:
             while True:
                 self._hear(**(await self._wire.receive()).head)
         except ConnectionError:
-            pass
-        if self._asked is not None and not self._asked.done():
-            self._asked.set_result(None)
-        process, self._process = self._process, None
+            self.is_ready = False
+        self._have_samples(self.samples)
+        self._process = None
         await asyncio.to_thread(_reap, process)
         return process.exitcode
 
@@ -245,17 +256,24 @@ class _Worker:
         self,
         ready: bool = False,
         failed: str | None = None,
-        samples: list[list[object]] | None = None,
+        samples: list[list[Any]] | None = None,
     ) -> None:
         if samples is not None:
-            self.samples = [Sample(*sample) for sample in samples]  # type: ignore[arg-type]
-            if self._asked is not None and not self._asked.done():
-                self._asked.set_result(None)
-        elif not self._ready.done():
-            if failed is None:
-                self._ready.set_result(None)
-            else:
+            self._have_samples([Sample(*sample) for sample in samples])
+        if ready:
+            self.is_ready = True
+            if self._told_stopping:
+                self._order("stopping")
+        if not self._ready.done():
+            if failed is not None:
                 self._ready.set_exception(SettingsError(failed))
+            elif ready:
+                self._ready.set_result(None)
+
+    def _have_samples(self, samples: list[Sample]) -> None:
+        self.samples = samples
+        if self._asked is not None and not self._asked.done():
+            self._asked.set_result(None)
 
 
 def _reap(process: BaseProcess) -> None:
