@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.workers [--workers 1 2] [--concurrency 16] [--seconds 5] [--rounds 3]
 
-Videos are decoded for real; clips come ready over `/v2`. CPU time is that of the service's own
-processes by what they are for, so it says something on a machine that others use too; requests a
-second do not. The load generator runs on the same cores.
+Videos are decoded for real; clips come ready over `/v2`. CPU time is that of the event loops'
+threads: what one process of Python can do ends where that of a second is one second. It says
+something on a machine that others use too; requests a second do not. The load generator runs on the
+same cores.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ class Figures(NamedTuple):
     p50_ms: float
     p99_ms: float
     engines_ms: float
-    """CPU time a request, of the process with the engines, theirs included."""
+    """CPU time a request, of the event loop beside the engines."""
     workers_ms: float
-    """Of the workers, without decoders; 0 if there is one."""
+    """Of those of all workers together; 0 if there is one, which is the other's."""
 
 
 def main() -> None:
     """Prints a line for each kind of request and number of workers: medians of the rounds."""
     options = parse()
-    print("kind    workers  req/s  p50 ms  p99 ms  CPU ms: engines' process  workers")
+    print("kind    workers  req/s  p50 ms  p99 ms  loop beside engines, ms  workers' loops, ms")
     for kind, request in (("clips", clip_request()), ("videos", video_request())):
         rounds: dict[int, list[Figures]] = {count: [] for count in options.workers}
         for _ in range(options.rounds):
@@ -51,7 +52,7 @@ def main() -> None:
             middle = Figures(*map(statistics.median, zip(*figures, strict=True)))
             print(
                 f"{kind:7} {count:7}  {middle.per_second:5.0f}  {middle.p50_ms:6.1f}  "
-                f"{middle.p99_ms:6.1f}  {middle.engines_ms:24.2f}  {middle.workers_ms:7.2f}"
+                f"{middle.p99_ms:6.1f}  {middle.engines_ms:23.2f}  {middle.workers_ms:18.2f}"
             )
 
 
@@ -85,8 +86,8 @@ def measure(workers: int, request: bytes, concurrency: int, seconds: float) -> F
 
 
 def cpu_s(pid: int) -> float:
-    """What a process has used so far, without its children."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    """What the first thread of a process has used so far."""
+    fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * _TICK_S
 
 
