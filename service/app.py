@@ -18,7 +18,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service import errors
 from service.auth import Keyring, allow
-from service.decoding import LOSSES, DecoderPool, WorkerLimits
+from service.decoder import WorkerLimits
+from service.decoding import LOSSES, DecoderPool
 from service.job_work import Means
 from service.jobs import Jobs
 from service.loading import store_of

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from model.video import Limits
 from service.classification import classification, embedding_of
-from service.decoding import DecoderPool, Job
+from service.decoder import Job
+from service.decoding import DecoderPool
 from service.models import Models
 from service.schemas import (
     ClassifyParameters,

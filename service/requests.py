@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from export.bundle import Bundle
 from model.video import Clips
 from model.video.opening import CODECS
-from service.decoding import Job
+from service.decoder import Job
 from service.errors import (
     PROBLEM_TYPE,
     ClientDisconnectedError,

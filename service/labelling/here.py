@@ -15,7 +15,8 @@ from export.bundle import Bundle
 from model.training.remote import is_url, local_video
 from model.video import Clips, VideoError
 from service.batcher import Batcher
-from service.decoding import DecoderPool, Job, WorkerLimits
+from service.decoder import Job, WorkerLimits
+from service.decoding import DecoderPool
 from service.engines import Engines, find_tensorrt
 from service.errors import InternalError, VideoRejectedError
 from service.labelling.errors import LabellingError

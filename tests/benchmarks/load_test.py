@@ -28,7 +28,8 @@ from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import SAMPLE_CLIP, STORE
 from model.video import Clips, load_clips
 from service.app import create_app
-from service.decoding import DecoderPool, Job
+from service.decoder import Job
+from service.decoding import DecoderPool
 from service.loading import find_bundle
 from service.settings import Settings, load_settings
 from tests.benchmarks.queue_simulator import (

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -21,16 +22,17 @@ import pytest
 
 from model.config import Preprocessing
 from model.video import Limits, load_clips
-from service.decoding import (
-    DecoderPool,
+from service.decoder import (
+    _BEGUN,
     Job,
+    Worker,
     WorkerLimits,
+    WorkerLostError,
     _answer,
     _refusals,
-    _Worker,
-    _worker_main,
-    _WorkerLostError,
+    worker_main,
 )
+from service.decoding import DecoderPool
 from service.errors import DecoderUnavailableError, QueueFullError, VideoRejectedError
 from service.sandbox import LAYERS
 from service.settings import MIB
@@ -97,20 +99,63 @@ def test_a_refused_video_keeps_its_worker(video: Path, tmp_path: Path) -> None:
     assert with_pool(body) == []
 
 
-def test_a_worker_that_dies_is_replaced_and_only_its_request_fails(video: Path) -> None:
+def test_a_worker_that_dies_is_replaced_and_only_its_request_fails(
+    video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def body(pool: DecoderPool) -> None:
-        (pid,) = child_pids()
-        os.kill(pid, signal.SIGSTOP)  # so that it is killed while it has work
-        job = asyncio.create_task(pool.decode(Job(video, SEEN, 1, 1)))
-        await asyncio.sleep(0.2)
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(VideoRejectedError) as refusal:
-            await job
+        begin = Worker.begin
+
+        def killed(worker: Worker, *arguments: Any) -> None:
+            begin(worker, *arguments)
+            assert worker._process is not None
+            worker._process.kill()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "begin", killed)
+            with pytest.raises(VideoRejectedError) as refusal:
+                await pool.decode(Job(video, SEEN, 60, 3))
         assert refusal.value.code == "decoder_crashed"
         clips = await pool.decode(Job(video, SEEN, 1, 1))
         assert len(clips.frames) == 1
 
     assert with_pool(body) == ["decoder_crashed"]
+
+
+def test_a_worker_that_dies_before_it_looks_at_its_video_costs_nobody_anything(
+    video: Path,
+) -> None:
+    async def body(pool: DecoderPool) -> None:
+        (pid,) = child_pids()
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)  # so that it is killed while it has work
+        job = asyncio.create_task(pool.decode(Job(video, SEEN, 1, 1)))
+        await asyncio.sleep(0.2)
+        os.kill(pid, signal.SIGKILL)
+        assert len((await job).frames) == 1
+
+    assert with_pool(body) == ["decoder_died"]
+
+
+def test_decoders_that_die_at_once_again_and_again_are_a_503(
+    video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(pool: DecoderPool) -> None:
+        once = Worker._start_once
+
+        def short_lived(worker: Worker) -> None:
+            once(worker)
+            assert worker._process is not None
+            worker._process.kill()
+            worker._connection.poll(20)  # until it is dead, so that what it is sent is lost
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "_start_once", short_lived)
+            kill_the_worker()
+            with pytest.raises(DecoderUnavailableError):
+                await pool.decode(Job(video, SEEN, 1, 1))
+        assert len((await pool.decode(Job(video, SEEN, 1, 1))).frames) == 1
+
+    assert set(with_pool(body)) == {"decoder_died"}
 
 
 def test_a_worker_that_hangs_is_replaced_after_the_time_limit(video: Path) -> None:
@@ -178,7 +223,7 @@ def test_a_video_over_the_memory_limit_is_refused_not_fatal(video: Path) -> None
 
     ours, theirs = multiprocessing.Pipe()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.decoding.load_clips", Hungry())
+        patch.setattr("service.decoder.load_clips", Hungry())
         with _refusals(theirs):
             _answer(theirs, Job(video, SEEN, 1, 1), Limits())
     refusal = orjson.loads(ours.recv_bytes())
@@ -189,11 +234,12 @@ def test_the_worker_loop_answers_until_its_parent_is_gone(video: Path) -> None:
     # In a thread-free child of fork: the limits must not fall on the test process.
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
-    worker = context.Process(target=_worker_main, args=(theirs, LIMITS, os.getpid()))
+    worker = context.Process(target=worker_main, args=(theirs, LIMITS, os.getpid()))
     worker.start()
     theirs.close()
     assert set(orjson.loads(ours.recv_bytes())) <= set(LAYERS)
     ours.send_bytes(pickle.dumps(Job(video, SEEN, 1, 1)))
+    assert ours.recv_bytes() == _BEGUN
     assert orjson.loads(ours.recv_bytes())["facts"]["frames"] == 60
     assert len(ours.recv_bytes()) == 4 * 32 * 32 * 3
     ours.close()
@@ -204,7 +250,8 @@ def test_the_worker_loop_answers_until_its_parent_is_gone(video: Path) -> None:
 _SERVER = """
 import asyncio, multiprocessing, time
 from model.video import Limits
-from service.decoding import DecoderPool, WorkerLimits
+from service.decoder import WorkerLimits
+from service.decoding import DecoderPool
 
 async def main():
     limits = WorkerLimits(memory_bytes=2 << 30, timeout_s=600.0, video=Limits())
@@ -244,7 +291,7 @@ def test_a_worker_whose_server_was_gone_before_it_began_ends() -> None:
     no_longer = subprocess.Popen(["true"])
     no_longer.wait()
     context = multiprocessing.get_context("spawn")
-    worker = context.Process(target=_worker_main, args=(theirs, LIMITS, no_longer.pid), daemon=True)
+    worker = context.Process(target=worker_main, args=(theirs, LIMITS, no_longer.pid), daemon=True)
     worker.start()
     theirs.close()
     worker.join(60)
@@ -271,12 +318,12 @@ def test_a_worker_that_was_taken_over_gets_no_further(
     video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[bytes]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    worker = _Worker(LIMITS._replace(timeout_s=0.2))
+    worker = Worker(LIMITS._replace(timeout_s=0.2))
     worker._connection, theirs = multiprocessing.Pipe()
     for answer in answers:
         theirs.send_bytes(answer)
-    with pytest.raises(_WorkerLostError):
-        worker.decode(Job(video, SEEN, 1, 1))
+    with pytest.raises(WorkerLostError):
+        worker.clips(Job(video, SEEN, 1, 1))
     assert not (tmp_path / "harm").exists()
 
 
@@ -300,7 +347,7 @@ def test_a_worker_that_died_between_two_videos_costs_nobody_anything(video: Path
 def test_a_worker_that_is_killed_while_it_starts_is_started_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    worker = _Worker(LIMITS)
+    worker = Worker(LIMITS)
     once = worker._start_once
     starts = []
 
@@ -320,11 +367,11 @@ def test_decoders_that_cannot_be_started_are_a_503_until_they_can(
     video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(pool: DecoderPool) -> None:
-        def no_memory(worker: _Worker) -> None:
+        def no_memory(worker: Worker) -> None:
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(_Worker, "_start_once", no_memory)
+            patch.setattr(Worker, "_start_once", no_memory)
             kill_the_worker()
             with pytest.raises(DecoderUnavailableError) as caught:
                 await pool.decode(Job(video, SEEN, 1, 1))

@@ -15,7 +15,8 @@ from model.config import Preprocessing
 from model.video import Clips, Limits, load_clips
 from service import sandbox
 from service.app import tell_of_sandbox
-from service.decoding import DecoderPool, Job, WorkerLimits
+from service.decoder import Job, WorkerLimits
+from service.decoding import DecoderPool
 from service.errors import VideoRejectedError
 from service.metrics import Metrics
 from service.settings import MIB, SettingsError, load_settings
