@@ -27,7 +27,7 @@ from model.demo import SAMPLE_CLIP
 from service.auth import ApiKey, new_key, write_keys
 from service.spool import Spool
 from tests.e2e.conftest import TIMESFORMER, run_service
-from tests.e2e.test_serving import children_of, left_after_a_moment
+from tests.e2e.test_serving import children_of, left_after_a_moment, stall
 from tests.service.test_models import DEMO, publish
 
 pytestmark = pytest.mark.timeout(1200)  # a start is that of five processes
@@ -401,6 +401,18 @@ def test_on_sigterm_it_answers_what_runs_exits_with_0_and_leaves_nothing(tmp_pat
         assert list(tmp_path.iterdir()) == []
         with pytest.raises(httpx.ConnectError):
             service.client.get("/health/live")
+
+
+def test_a_second_signal_ends_all_of_it_at_once(tmp_path: Path) -> None:
+    flags = ("--workers", "2", "--decode-workers", "2", "--spool-dir", str(tmp_path))
+    with run_service(*flags, "--shutdown-grace-s", "600") as service, stall(service, tmp_path):
+        family = family_of(service.process.pid)
+        service.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: any('"stopping"' in line for line in service.log))
+        # As a terminal does it, to all that run in it.
+        os.killpg(service.process.pid, signal.SIGINT)
+        assert service.process.wait(120) == 128 + signal.SIGINT
+        assert left_after_a_moment(family) == set()
 
 
 def test_after_kill_9_nobody_is_left(tmp_path: Path) -> None:
