@@ -264,11 +264,14 @@ class _Worker:
             self.is_ready = True
             if self._told_stopping:
                 self._order("stopping")
-        if not self._ready.done():
-            if failed is not None:
-                self._ready.set_exception(SettingsError(failed))
-            elif ready:
+            if not self._ready.done():
                 self._ready.set_result(None)
+        if failed is not None:
+            if self._ready.done():  # as the first one it came up; there is nobody to tell but these
+                facts = {"worker": self.number, "reason": failed}
+                logger.error("a worker does not start", extra=facts)
+            else:
+                self._ready.set_exception(SettingsError(failed))
 
     def _have_samples(self, samples: list[Sample]) -> None:
         self.samples = samples

@@ -113,6 +113,30 @@ def test_a_worker_that_does_not_start_says_why(tmp_path: Path) -> None:
     run(case)
 
 
+def test_one_that_cannot_be_replaced_says_why_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine, spool = tmp_path / "mine", tmp_path / "spool"
+    mine.mkdir()
+    spool.mkdir()
+
+    async def case() -> None:
+        async with workers_of(settings_of(mine), spool) as workers:
+            url = await workers.start()
+            mine.rename(tmp_path / "gone")
+            os.kill(pids(workers)[0], signal.SIGKILL)
+            await until(lambda: "TIMESFORMER_SPOOL_DIR: cannot write" in str(reasons(caplog)))
+            (tmp_path / "gone").rename(mine)
+            assert {each.status_code for each in await answers(url, 4)} == {200}
+            await until(lambda: sum(each.is_ready for each in workers._workers) == 2)
+
+    run(case)
+
+
+def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [getattr(record, "reason", "") for record in caplog.records]
+
+
 def test_one_that_does_not_answer_is_killed_when_all_are_to_end(tmp_path: Path) -> None:
     async def case() -> None:
         async with workers_of(settings_of(tmp_path, workers=1), tmp_path) as workers:
