@@ -38,9 +38,12 @@ docs: .venv/.dev ## pages and manifests that are made from definitions elsewhere
 bench: .venv/.dev ## figures for this machine; never part of pass or fail
 	.venv/bin/python -m tests.benchmarks.serving
 
-bench-peers: .venv/.dev ## the service beside LitServe, BentoML and Ray Serve; minutes, and 0.7 GB
+PEER_MODELS ?= toy tiny base
+bench-peers: .venv/.dev ## the service beside LitServe, BentoML and Ray Serve; half an hour, and 2 GB
 	test -d build/peers/store || tests/benchmarks/peers/setup.sh
-	.venv/bin/python -m tests.benchmarks.peers.run --json build/peers/result.json
+	for model in $(PEER_MODELS); do \
+		.venv/bin/python -m tests.benchmarks.peers.run --model $$model --json build/peers/$$model.json || exit; \
+	done
 
 VIDEOS ?= ../shared/videos
 FAULTS = build/faults
