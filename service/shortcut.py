@@ -1,5 +1,5 @@
 """The way of the hottest requests past the framework, whose routing, dependency injection and exit
-stacks took a quarter of the CPU time of a clip that was sent ready (docs/measurements.md). The
+stacks took a fifth of the event loop's time for a clip that was sent ready. The
 description of the API is still made from the routes.
 """
 
