@@ -14,7 +14,10 @@ from onnx import shape_inference as inference
 
 # What gives numbers that were there before needs no rounding again.
 _MOVES = frozenset(
-    {"Concat", "Expand", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+    {
+        *("Concat", "Expand", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"),
+        "Where",
+    }
 )
 
 

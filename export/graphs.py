@@ -60,11 +60,17 @@ def precisions_of(bundle: Bundle) -> frozenset[Precision]:
 class Clips:
     """What ranges are measured on."""
 
-    magnitudes: NDArray[np.uint8]
-    """Clips on which nothing may overflow: also such as no camera gives."""
     ranges: NDArray[np.uint8]
     """Clips like those to be served, whose numbers 8 bits are to tell apart."""
+    gate: NDArray[np.uint8]
+    """Those that the graphs will be held to: on them nothing may overflow either, and no product
+    is left in 8 bits that puts their answers off."""
     source: str
+    """Of `ranges`."""
+
+    @property
+    def all(self) -> NDArray[np.uint8]:
+        return np.concatenate([self.ranges, self.gate])
 
 
 @dataclass
@@ -114,8 +120,8 @@ def write_graphs(
     if clips is None:
         raise ValueError("graphs for GPUs need clips to calibrate on")
     written.calibrated = True
-    report(f"measuring ranges on {len(clips.magnitudes)} clips")
-    magnitudes = record_magnitudes(source, clips.magnitudes)
+    report(f"measuring ranges on {len(clips.all)} clips")
+    magnitudes = record_magnitudes(source, clips.all)
     report("rounding to FP16")
     halves = folder / ONNX_FP16
     products = export_fp16(source, halves, magnitudes)
@@ -124,7 +130,10 @@ def write_graphs(
         candidates = linears(source)
         report(f"counting numbers on {len(clips.ranges)} clips")
         spread = record_spreads(
-            source, dict.fromkeys(linear.activation for linear in candidates), clips.ranges
+            source,
+            dict.fromkeys(linear.activation for linear in candidates),
+            clips.all,
+            counted=len(clips.ranges),
         )
     for kind in eight:
 

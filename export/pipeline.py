@@ -116,9 +116,8 @@ def export_bundle(
     measured_on = None
     if not GPU_KINDS.isdisjoint(kinds):
         report("preparing the clips to calibrate on")
-        ranges_on = calibration_clips(config, calibration)
         source = calibration.name if calibration else "rendered"
-        measured_on = Clips(np.concatenate([clips, ranges_on]), ranges_on, source)
+        measured_on = Clips(calibration_clips(config, calibration), clips, source)
     with store.staging(name) as staging:
         report("writing the weights")
         _write_weights(model, staging / WEIGHTS, names)

@@ -8,7 +8,8 @@ product that 8 bits put too far off stays in FP16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import bisect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,22 +20,21 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx import shape_inference as inference
 
 from export.bundle import Parity, ProductReport
-from export.emulation import emulate
 from export.fp16 import check_types, half_name
 from export.onnx import ExportError
 from export.precision import large_products
 from export.ranges import METHODS, Calibration, Format, Method
 from export.runtime.interface import Outputs
-from export.runtime.onnxruntime import OnnxRuntime
+from export.switches import Switches
 from export.verify import LIMITS, compare
 
 Float32 = NDArray[np.float32]
 
 # A result that is off by more than a tenth of its own length says little.
 _PRODUCT_ERROR = 0.1
-# Of the room that the gate leaves: other clips may fare worse than those that are calibrated on.
+# Of the room that the gate leaves: other clips may fare worse than those that are tried.
 _ROOM = 0.5
-# Clips that methods are compared on; each is run for every one of them.
+# Clips that methods are compared on; each is run for every one of them, the others once.
 _COMPARED = 4
 # Products, or several that read the same, whose cost is measured, on the clip that fares worst.
 _TRIED = 24
@@ -101,7 +101,7 @@ def export_qdq(
         report(f"comparing ranges for {form.name.upper()}: {method}")
         trials.use(method)
         if trials.fitting:
-            found[method] = trials.cosines(trials.fitting)
+            found[method] = trials.cosines(trials.fitting, trials.some_clips(_COMPARED))
     if not found:
         raise ExportError(f"{form.name.upper()} puts every product off by more than a tenth")
     agreement = {method: min(cosines.values()) for method, cosines in found.items()}
@@ -130,11 +130,13 @@ class _Trials:
         self.errors: dict[str, float] = {}
         """How far each candidate is off, of its own length."""
         self._model = model
+        self._names = frozenset(linear.name for linear in candidates)
         self._candidates = candidates
         self._calibration = calibration
         self._scales: dict[str, NDArray[np.float16]] = {}
-        count = min(_COMPARED, len(calibration.clips))
-        self._clips = np.linspace(0, len(calibration.clips) - 1, count).round().astype(int).tolist()
+        some = {linear.activation: form.scale(1.0) for linear in candidates}
+        eight = quantize_products(model, form, some, self._names)
+        self._switches = Switches(model, eight, self._names)
 
     def use(self, method: Method) -> None:
         spreads = self._calibration.spreads
@@ -166,57 +168,74 @@ class _Trials:
     def written(self, chosen: Collection[str]) -> ModelProto:
         return quantize_products(self._model, self.form, self._scales, chosen)
 
-    def cosine(self, chosen: Collection[str]) -> float:
-        """The worst clip's, of logits or embedding, with the float32 graph's answers."""
-        return min(self.cosines(chosen).values())
-
-    def cosines(
-        self, chosen: Collection[str], clips: Collection[int] | None = None
-    ) -> dict[int, float]:
-        """The same of each clip, by its number; of all that methods are compared on by default."""
+    def cosines(self, chosen: Collection[str], clips: Iterable[int]) -> dict[int, float]:
+        """The worse one of logits and embedding with the float32 graph's answers, by clip."""
         found = {}
-        runtime = OnnxRuntime(emulate(self.written(chosen)), cuda=False)
-        try:
-            for index in self._clips if clips is None else clips:
-                answers = runtime.run(self._calibration.clips[index][None])
-                reference = Outputs(*(part[index][None] for part in self._calibration.answers))
-                found[index] = worst_cosine(compare(reference, answers))
-        finally:
-            runtime.close()
+        scales = {half_name(name): scale for name, scale in self._scales.items()}
+        for index in clips:
+            frames = self._calibration.clips[index][None]
+            answers = self._switches.run(frames, scales, chosen)
+            reference = Outputs(*(part[index][None] for part in self._calibration.answers))
+            found[index] = worst_cosine(compare(reference, answers))
         return found
+
+    @property
+    def clips(self) -> range:
+        return range(len(self._calibration.clips))
+
+    def some_clips(self, count: int) -> list[int]:
+        """Of those that are counted, spread evenly."""
+        last = self._calibration.counted - 1
+        numbers: list[int] = np.linspace(0, last, min(count, last + 1)).round().astype(int).tolist()
+        return numbers
 
 
 def _near_enough(
-    trials: _Trials, cosines: Mapping[int, float], report: Callable[[str], None]
+    trials: _Trials, known: Mapping[int, float], report: Callable[[str], None]
 ) -> tuple[frozenset[str], dict[str, str]]:
     """The products to be of 8 bits, and why others are not that might be.
 
+    The fewest stay in FP16, those first that by themselves cost the worst clip most, that bring it
+    near enough; then the same for the clip that is the worst after that, until none is too far off.
+
     Args:
-        cosines: of each clip, with all that fit.
+        known: cosines of some clips, with all that fit.
     """
-    worst, reached = min(cosines.items(), key=lambda each: each[1])
     name = trials.form.name.upper()
-    chosen = trials.fitting
+    fitting = trials.fitting
     wanted = 1 - (1 - (LIMITS[trials.form.name].cosine or 0.0)) * _ROOM
-    if reached >= wanted:
-        return chosen, {}
-    groups = trials.groups(chosen)[:_TRIED]
+    rest = [clip for clip in trials.clips if clip not in known]
+    report(f"comparing {name} on {len(rest)} more clips")
+    cosines = {**known, **trials.cosines(fitting, rest)}
+    worst = min(cosines, key=lambda clip: cosines[clip])
+    if cosines[worst] >= wanted:
+        return fitting, {}
+    groups = trials.groups(fitting)[:_TRIED]
     alone = {}
     for index, group in enumerate(groups):
         report(f"measuring what {name} costs: {index + 1} of {len(groups)}")
         alone[group] = trials.cosines(group, [worst])[worst]
     groups.sort(key=lambda group: alone[group])
-    given_up: dict[str, str] = {}
-    step = max(1, len(groups) // 8)
-    while reached < wanted and groups and chosen > groups[0]:
-        for group in groups[:step]:
-            chosen -= group
-            reason = f"{name} there alone takes the cosine to {alone[group]:.5f}"
-            given_up.update(dict.fromkeys(group, reason))
-        del groups[:step]
-        report(f"keeping {len(given_up)} products from {name}")
-        reached = trials.cosine(chosen)
-    return chosen, given_up
+    if fitting == frozenset().union(*groups):
+        groups.pop()  # one is left, or there would be no such graph
+    kept = 0
+    while cosines[worst] < wanted and kept < len(groups):
+
+        def near(count: int, clip: int = worst) -> bool:
+            report(f"trying {name} without {count} of {len(groups)}")
+            return trials.cosines(fitting.difference(*groups[:count]), [clip])[clip] >= wanted
+
+        sizes = range(kept + 1, len(groups))
+        kept = sizes[0] + bisect.bisect_left(sizes, True, key=near) if sizes else kept + 1
+        cosines = trials.cosines(fitting.difference(*groups[:kept]), trials.clips)
+        worst = min(cosines, key=lambda clip: cosines[clip])
+    given_up = {
+        product: f"{name} there alone takes the cosine to {alone[group]:.5f}"
+        for group in groups[:kept]
+        for product in group
+    }
+    report(f"keeping {len(given_up)} products from {name}")
+    return fitting.difference(given_up), given_up
 
 
 def _told(

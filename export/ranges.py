@@ -118,36 +118,45 @@ _UPPER = np.append(_EDGES[1:], np.float32(np.inf))
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a float32 graph computes on the calibration clips."""
+    """What a float32 graph computes on some clips."""
 
     clips: NDArray[np.uint8]
+    counted: int
+    """How many of them, from the first, the spreads are of."""
     spreads: Mapping[str, Spread]
     """Of each tensor that was asked for."""
     answers: Outputs
+    """To all clips."""
 
 
-def record_spreads(path: Path, names: Iterable[str], clips: NDArray[np.uint8]) -> Calibration:
+def record_spreads(
+    path: Path, names: Iterable[str], clips: NDArray[np.uint8], counted: int | None = None
+) -> Calibration:
     """Runs a float32 graph and counts the numbers of some of its tensors.
 
     Args:
         path: as `export_onnx` wrote it.
         names: tensors whose last axis are channels.
         clips: uint8 (clips, time, height, width, 3); they go through one at a time.
+        counted: how many of them, from the first, are counted; the others are answered only.
     """
     names = tuple(names)
     session = _session(path, names)
     counts = {name: np.zeros(_BINS, np.int64) for name in names}
     rows: dict[str, list[Float32]] = {name: [] for name in names}
     answers = []
-    for clip in clips:
+    counted = len(clips) if counted is None else counted
+    for index, clip in enumerate(clips):
         found = session.run(None, {INPUT_NAME: clip[None]})
         answers.append(found[: len(OUTPUT_NAMES)])
+        if index >= counted:
+            continue
         for name, values in zip(names, found[len(OUTPUT_NAMES) :], strict=True):
             counts[name] += count(values)
             rows[name].append(values[:_SAMPLED].copy())
     logits, embedding = (np.concatenate(part) for part in zip(*answers, strict=True))
     spreads = {name: Spread(counts[name], np.concatenate(rows[name])) for name in names}
-    return Calibration(clips, spreads, Outputs(logits, embedding))
+    return Calibration(clips, counted, spreads, Outputs(logits, embedding))
 
 
 def count(values: Float32) -> NDArray[np.int64]:

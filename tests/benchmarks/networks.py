@@ -9,9 +9,12 @@ from model.timesformer import TimeSformer
 
 
 def random_model(config: ModelConfig) -> TimeSformer:
-    """No weight is zero; the scale is that of trained weights, so that attention is not uniform."""
+    """The same in every run. No weight is zero; the scale is that of trained weights, so that
+    attention is not uniform."""
     generator = torch.Generator().manual_seed(0)
-    model = TimeSformer(config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for what the constructor draws
+        model = TimeSformer(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.03)

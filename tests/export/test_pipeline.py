@@ -41,7 +41,7 @@ from export.precision import round_weight
 from export.reference import run_reference
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verify import LIMITS, Limits
-from model.checkpoints import Checkpoint, load_checkpoint
+from model.checkpoints import Checkpoint, load_checkpoint, save_safetensors
 from model.cost import cost
 from model.timesformer import TimeSformer
 from model.training.calibration import calibrate
@@ -49,6 +49,7 @@ from model.training.errors import DataError
 from model.training.evaluation import predict
 from model.training.sources import Sample, VideoList
 from model.video import UndecodableVideo, load_clips
+from tests.model.conftest import random_model, tiny_config
 
 from .conftest import write_video
 
@@ -268,6 +269,23 @@ class TestExporting:
             assert (product.precision == "fp16" and product.error is not None) == bool(
                 product.reason
             )
+
+    def test_fp8_keeps_as_many_products_as_it_must_to_pass(
+        self, store: BundleStore, video: Path, tmp_path: Path
+    ) -> None:
+        """In FP8 throughout, this network's answers to clips of one colour are at 0.993, though
+        those to rendered ones are not."""
+        config = tiny_config()
+        save_safetensors(random_model(config, seed=3), tmp_path / "third.safetensors", config)
+        third = load_checkpoint(tmp_path / "third.safetensors")
+        bundle = export_bundle(third, "third", store, videos=[video], precisions=["fp8"])
+        parity = bundle.manifest.verification[ONNX_FP8]
+        assert parity.centred_cosine is not None
+        assert parity.embedding_cosine is not None
+        assert min(parity.centred_cosine, parity.embedding_cosine) > 0.9974
+        products = bundle.manifest.products[ONNX_FP8]
+        assert sum(product.precision == "fp8" for product in products) > len(products) / 3
+        assert any("FP8 there alone" in str(product.reason) for product in products)
 
     def test_auto_holds_what_passes_and_says_what_is_fastest(
         self, checkpoint: Checkpoint, store: BundleStore, video: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
@@ -22,8 +23,16 @@ from export.fp16 import export_fp16
 from export.onnx import ExportError, export_onnx
 from export.pipeline import run_reference
 from export.products import record_magnitudes
-from export.qdq import Linear, Quantized, check_quantized, export_qdq, linears
-from export.ranges import FORMATS, Calibration, record_spreads
+from export.qdq import (
+    Linear,
+    Quantized,
+    _Trials,
+    check_quantized,
+    export_qdq,
+    linears,
+    worst_cosine,
+)
+from export.ranges import FORMATS, Calibration, Method, record_spreads
 from export.rewrite import rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
@@ -237,6 +246,58 @@ def test_products_are_kept_until_the_answers_are_near_enough(
     runtime = OnnxRuntime(emulate(onnx.load(tmp_path / "q.onnx")), cuda=False)
     parity = compare(case.exported.calibration.answers, runtime.run(case.clips))
     assert min(parity.centred_cosine or 0, parity.embedding_cosine or 0) >= strict
+
+
+@pytest.mark.parametrize("method", ["max", "percentile"])
+def test_what_is_tried_answers_bit_for_bit_as_what_is_then_written(
+    case: Case, method: Method
+) -> None:
+    """Switched by inputs in one session, or a graph of its own: the same roundings."""
+    exported, form = case.exported, FORMATS[case.kind]
+    trials = _Trials(onnx.load(case.fp16), form, exported.linears, exported.calibration)
+    trials.use(method)
+    names = sorted(trials.fitting)
+    for chosen in (names, names[::2], names[:1]):
+        runtime = OnnxRuntime(emulate(trials.written(chosen)), cuda=False)
+        for clip, told in trials.cosines(chosen, trials.clips).items():
+            reference = Outputs(*(part[clip][None] for part in exported.calibration.answers))
+            answers = runtime.run(case.clips[clip][None])
+            assert told == worst_cosine(compare(reference, answers)) < 1
+
+
+def test_the_same_network_becomes_the_same_graph_each_time(case: Case, tmp_path: Path) -> None:
+    again = case.exported.quantize(case.kind, tmp_path / "again.onnx")
+    assert again == case.quantized
+    assert (tmp_path / "again.onnx").read_bytes() == case.path.read_bytes()
+
+
+def test_a_clip_that_fares_worse_than_those_that_are_compared_keeps_products(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ranges are chosen on some clips; what stays in FP16 is decided on all."""
+    form = FORMATS[case.kind]
+    trials = _Trials(onnx.load(case.fp16), form, case.exported.linears, case.exported.calibration)
+    trials.use(case.quantized.method)
+    cosines = trials.cosines(trials.fitting, trials.clips)
+    worst = min(cosines, key=lambda clip: cosines[clip])
+    order = [*(clip for clip in cosines if clip != worst), worst]
+    counted = case.exported.calibration
+    calibration = dataclasses.replace(
+        counted,
+        clips=counted.clips[order],
+        counted=len(order) - 1,
+        answers=Outputs(*(part[order] for part in counted.answers)),
+    )
+    others = min(cosines[clip] for clip in order[:-1])
+    limit = 2 * (cosines[worst] + others) / 2 - 1  # half its room lies between the two
+    limits = {form.name: LIMITS[form.name]._replace(cosine=limit)}
+    monkeypatch.setattr("export.qdq.LIMITS", limits)
+    monkeypatch.setattr("export.qdq.METHODS", (case.quantized.method,))
+    quantized = export_qdq(
+        *(case.fp16, tmp_path / "q.onnx", form, case.exported.linears),
+        *(case.exported.products, calibration),
+    )
+    assert any("there alone" in str(each.reason) for each in quantized.products)
 
 
 class TestChecks:

@@ -121,3 +121,19 @@ def test_spreads_are_of_the_tensors_asked_for_and_answers_the_graphs(
         flat = values.reshape(-1, values.shape[-1])
         nearest = np.abs(flat[None] - spread.rows[:3, None]).max(axis=2).min(axis=1)
         assert nearest.max() < 1e-4, "the rows are rows of the tensor"
+
+
+def test_clips_beyond_those_that_are_counted_are_answered_only(tmp_path: Path) -> None:
+    model = random_model(tiny_config())
+    path = tmp_path / "model.onnx"
+    export_onnx(rewrite(model), path)
+    clips = random_frames(model.config, batch=3).numpy()
+    names = [linears(path)[0].activation]
+    some, few = (
+        record_spreads(path, names, clips, counted=2),
+        record_spreads(path, names, clips[:2]),
+    )
+    assert (some.counted, few.counted) == (2, 2)
+    np.testing.assert_array_equal(some.spreads[names[0]].counts, few.spreads[names[0]].counts)
+    np.testing.assert_array_equal(some.spreads[names[0]].rows, few.spreads[names[0]].rows)
+    assert len(some.answers.logits) == 3

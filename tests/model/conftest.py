@@ -37,9 +37,14 @@ def tiny_config(attention_type: str = "divided_space_time", **changes: Any) -> M
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> TimeSformer:
-    """Eval mode; no weight zero or one, so that losing or swapping any of them shows."""
+    """Eval mode; no weight zero or one, so that losing or swapping any of them shows.
+
+    The same for a seed in every run, the weights that the constructor draws included.
+    """
     generator = torch.Generator().manual_seed(seed)
-    model = TimeSformer(config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TimeSformer(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
