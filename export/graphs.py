@@ -25,9 +25,10 @@ from export.bundle import (
 from export.fp16 import export_fp16
 from export.onnx import ExportError
 from export.precision import quantize
-from export.products import record_magnitudes
+from export.products import MagnitudeRecorder
 from export.qdq import export_qdq, linears
-from export.ranges import FORMATS, Calibration, record_spreads
+from export.ranges import FORMATS, SpreadRecorder
+from export.recording import record
 
 Precision = Literal["float32", "fp16", "int8", "fp8", "auto"]
 
@@ -120,27 +121,22 @@ def write_graphs(
     if clips is None:
         raise ValueError("graphs for GPUs need clips to calibrate on")
     written.calibrated = True
+    eight = [kind for kind in FORMATS if kind in kinds]
+    candidates = linears(source) if eight else ()
+    magnitudes = MagnitudeRecorder()
+    spreads = SpreadRecorder((each.activation for each in candidates), len(clips.ranges))
     report(f"measuring ranges on {len(clips.all)} clips")
-    magnitudes = record_magnitudes(source, clips.all)
+    answers = record(source, clips.all, magnitudes, spreads)
     report("rounding to FP16")
     halves = folder / ONNX_FP16
-    products = export_fp16(source, halves, magnitudes)
-    eight = [kind for kind in FORMATS if kind in kinds]
-    if eight:
-        candidates = linears(source)
-        report(f"counting numbers on {len(clips.ranges)} clips")
-        spread = record_spreads(
-            source,
-            dict.fromkeys(linear.activation for linear in candidates),
-            clips.all,
-            counted=len(clips.ranges),
-        )
+    products = export_fp16(source, halves, magnitudes.magnitudes)
+    counted = spreads.calibration(clips.all, answers)
     for kind in eight:
 
-        def write(kind: str = kind, calibration: Calibration = spread) -> None:
+        def write(kind: str = kind) -> None:
             file = GRAPHS[kind]
             found = export_qdq(
-                halves, folder / file, FORMATS[kind], candidates, products, calibration, report
+                halves, folder / file, FORMATS[kind], candidates, products, counted, report
             )
             written.products[file] = found.products
             written.methods[file] = found.method

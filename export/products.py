@@ -5,18 +5,17 @@ What FP16, INT8 and FP8 are decided by: a product whose numbers do not fit stays
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
-from export.onnx import INPUT_NAME, ExportError
-from export.runtime.cores import usable_cores
+from export.onnx import ExportError
+from export.recording import Shapes, record
 
 Magnitudes = Mapping[str, float]
 """Largest absolute value of each tensor, by its name."""
@@ -52,8 +51,52 @@ def find_products(graph: GraphProto) -> list[Product]:
     ]
 
 
+class MagnitudeRecorder:
+    """Keeps the largest magnitude of all that a graph's products touch."""
+
+    def __init__(self) -> None:
+        self._constant: dict[str, float] = {}
+        self._measured: list[str] = []
+        self._largest: NDArray[np.float32] | None = None
+
+    def attach(self, graph: GraphProto, shapes: Shapes) -> None:
+        weights = {tensor.name: tensor for tensor in graph.initializer}
+        touched = dict.fromkeys(
+            name for product in find_products(graph) for name in product.tensors
+        )
+        self._constant = {
+            name: _largest(onnx.numpy_helper.to_array(weights[name]))
+            for name in touched
+            if name in weights
+        }
+        self._measured = [name for name in touched if name not in weights]
+        for index, name in enumerate(self._measured):
+            for operator in ("ReduceMax", "ReduceMin"):
+                output = f"{operator}_{index}"
+                graph.node.append(helper.make_node(operator, [name], [output], keepdims=0))
+                graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
+
+    def take(self, clip: int, values: Sequence[NDArray[Any]]) -> None:
+        ends = np.abs(np.array(values)).reshape(-1, 2).max(axis=1)
+        self._largest = ends if self._largest is None else np.maximum(self._largest, ends)
+
+    @property
+    def magnitudes(self) -> Magnitudes:
+        """Of all clips that were recorded.
+
+        Raises:
+            ExportError: a number is not finite.
+        """
+        measured = [] if self._largest is None else self._largest.tolist()
+        found = {**self._constant, **dict(zip(self._measured, measured, strict=True))}
+        for name, value in found.items():
+            if not np.isfinite(value):
+                raise ExportError(f"the network computes {value} in {name} on these clips")
+        return found
+
+
 def record_magnitudes(path: Path, clips: NDArray[np.uint8]) -> Magnitudes:
-    """Runs a float32 graph and keeps the largest magnitude of all that its products touch.
+    """The largest magnitudes in a float32 graph on some clips.
 
     Args:
         path: as `export_onnx` wrote it.
@@ -62,30 +105,9 @@ def record_magnitudes(path: Path, clips: NDArray[np.uint8]) -> Magnitudes:
     Raises:
         ExportError: a number is not finite.
     """
-    model = onnx.load(path)
-    graph = model.graph
-    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    touched = dict.fromkeys(name for product in find_products(graph) for name in product.tensors)
-    found = {name: _largest(weights[name]) for name in touched if name in weights}
-    measured = [name for name in touched if name not in weights]
-    del graph.output[:]
-    for index, name in enumerate(measured):
-        for operator in ("ReduceMax", "ReduceMin"):
-            output = f"{operator}_{index}"
-            graph.node.append(helper.make_node(operator, [name], [output], keepdims=0))
-            graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    ends = [session.run(None, {INPUT_NAME: clip[None]}) for clip in clips]
-    largest = np.abs(np.array(ends)).max(axis=0).reshape(-1, 2).max(axis=1)
-    found.update(zip(measured, largest.tolist(), strict=True))
-    for name, value in found.items():
-        if not np.isfinite(value):
-            raise ExportError(f"{path.name} computes {value} in {name} on the calibration clips")
-    return found
+    recorder = MagnitudeRecorder()
+    record(path, clips, recorder)
+    return recorder.magnitudes
 
 
 def _largest(values: NDArray[np.float32]) -> float:

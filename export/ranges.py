@@ -6,21 +6,17 @@ the largest lies need not be known before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-import onnx
-import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
-from onnx import shape_inference as inference
+from onnx import GraphProto, TensorProto, helper, numpy_helper
 
-from export.onnx import INPUT_NAME, OUTPUT_NAMES
-from export.runtime.cores import usable_cores
+from export.recording import Shapes, record
 from export.runtime.interface import Outputs
 
 Float32 = NDArray[np.float32]
@@ -129,73 +125,67 @@ class Calibration:
     """To all clips."""
 
 
-def record_spreads(
-    path: Path, names: Iterable[str], clips: NDArray[np.uint8], counted: int | None = None
-) -> Calibration:
-    """Runs a float32 graph and counts the numbers of some of its tensors.
+class SpreadRecorder:
+    """Counts the numbers of some tensors of a graph.
+
+    Args:
+        names: tensors whose last axis are channels.
+        counted: how many clips, from the first, are counted; None for all.
+    """
+
+    def __init__(self, names: Iterable[str], counted: int | None = None) -> None:
+        self._names = tuple(dict.fromkeys(names))
+        self._most = counted
+        self._counted = 0
+        self._counts = {name: np.zeros(_BINS, np.int64) for name in self._names}
+        self._rows: dict[str, list[Float32]] = {name: [] for name in self._names}
+
+    def attach(self, graph: GraphProto, shapes: Shapes) -> None:
+        random = np.random.default_rng(0)
+        for index, name in enumerate(self._names):
+            *before, channels = shapes[name]
+            total = int(np.prod(before))
+            chosen = random.permutation(total)[:_ROWS]
+            constants = {"flat": np.array([-1, channels]), "rows": chosen}
+            for what, value in constants.items():
+                tensor = numpy_helper.from_array(value.astype(np.int64), f"{what}_{index}")
+                graph.initializer.append(tensor)
+            flat, every, some = f"flat_{index}", f"all_{index}", f"some_{index}"
+            graph.node.append(helper.make_node("Reshape", [name, flat], [every]))
+            graph.node.append(helper.make_node("Gather", [every, f"rows_{index}"], [some]))
+            shape = [len(chosen), channels]
+            graph.output.append(helper.make_tensor_value_info(some, TensorProto.FLOAT, shape))
+
+    def take(self, clip: int, values: Sequence[NDArray[Any]]) -> None:
+        if self._most is not None and clip >= self._most:
+            return
+        self._counted += 1
+        for name, rows in zip(self._names, values, strict=True):
+            self._counts[name] += count(rows)
+            self._rows[name].append(rows[:_SAMPLED].copy())
+
+    def calibration(self, clips: NDArray[np.uint8], answers: Outputs) -> Calibration:
+        """What was found, with the clips that were recorded and the graph's answers to them."""
+        spreads = {
+            name: Spread(self._counts[name], np.concatenate(self._rows[name]))
+            for name in self._names
+        }
+        return Calibration(clips, self._counted, spreads, answers)
+
+
+def record_spreads(path: Path, names: Iterable[str], clips: NDArray[np.uint8]) -> Calibration:
+    """Counts the numbers of some tensors of a float32 graph.
 
     Args:
         path: as `export_onnx` wrote it.
         names: tensors whose last axis are channels.
         clips: uint8 (clips, time, height, width, 3); they go through one at a time.
-        counted: how many of them, from the first, are counted; the others are answered only.
     """
-    names = tuple(names)
-    session = _session(path, names)
-    counts = {name: np.zeros(_BINS, np.int64) for name in names}
-    rows: dict[str, list[Float32]] = {name: [] for name in names}
-    answers = []
-    counted = len(clips) if counted is None else counted
-    for index, clip in enumerate(clips):
-        found = session.run(None, {INPUT_NAME: clip[None]})
-        answers.append(found[: len(OUTPUT_NAMES)])
-        if index >= counted:
-            continue
-        for name, values in zip(names, found[len(OUTPUT_NAMES) :], strict=True):
-            counts[name] += count(values)
-            rows[name].append(values[:_SAMPLED].copy())
-    logits, embedding = (np.concatenate(part) for part in zip(*answers, strict=True))
-    spreads = {name: Spread(counts[name], np.concatenate(rows[name])) for name in names}
-    return Calibration(clips, counted, spreads, Outputs(logits, embedding))
+    recorder = SpreadRecorder(names)
+    return recorder.calibration(clips, record(path, clips, recorder))
 
 
 def count(values: Float32) -> NDArray[np.int64]:
     """How many numbers lie in each bin, whatever their sign."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32).ravel()
     return np.bincount((bits & 0x7FFFFFFF) >> _SHIFT, minlength=_BINS)[:_BINS]
-
-
-def _session(path: Path, names: tuple[str, ...]) -> onnxruntime.InferenceSession:
-    """The graph for one clip, with rows of the named tensors as outputs after its own."""
-    model = onnx.load(path)
-    graph = model.graph
-    graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    shapes = {
-        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        for value in inference.infer_shapes(
-            model, strict_mode=True, data_prop=True
-        ).graph.value_info
-    }
-    random = np.random.default_rng(0)
-    for index, name in enumerate(names):
-        *before, channels = shapes[name]
-        total = int(np.prod(before))
-        chosen = random.permutation(total)[:_ROWS]
-        constants = {"flat": np.array([-1, channels]), "rows": chosen}
-        for what, value in constants.items():
-            tensor = numpy_helper.from_array(value.astype(np.int64), f"{what}_{index}")
-            graph.initializer.append(tensor)
-        graph.node.append(helper.make_node("Reshape", [name, f"flat_{index}"], [f"all_{index}"]))
-        graph.node.append(
-            helper.make_node("Gather", [f"all_{index}", f"rows_{index}"], [f"some_{index}"])
-        )
-        graph.output.append(
-            helper.make_tensor_value_info(
-                f"some_{index}", TensorProto.FLOAT, [len(chosen), channels]
-            )
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )

@@ -135,8 +135,9 @@ def _hugging_face(
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
+    logging: Any = theirs  # which has no types
     shown = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from export import yardsticks
 from export.bench import Entrant, Turn, share_of_limit, speed_up, take_turns, timing
 from export.bundle import ONNX_FLOAT32, ONNX_INT8, Bundle, BundleError
 from export.limit import products_alone
@@ -201,6 +203,20 @@ class TestBundle:
         assert rows[EAGER].timing.multiply_adds_per_second == pytest.approx(
             cost(exported.config).multiply_adds * rows[EAGER].timing.clips_per_second
         )
+
+    @pytest.mark.parametrize("package", ["transformers", "openvino"])
+    def test_a_program_that_is_not_installed_is_named(
+        self, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, package, None)
+        network = AsPublished.of(random_model(tiny_config()))
+        openers = {
+            "transformers": lambda: yardsticks._hugging_face(network, tmp_path, cuda=False),
+            "openvino": lambda: yardsticks._openvino(tmp_path / "model.onnx", 1),
+        }
+        with pytest.raises(ImportError) as missing:
+            openers[package]()
+        assert yardsticks._why(missing.value) == f"{package} is not installed"
 
 
 class TestMachine:

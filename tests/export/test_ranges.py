@@ -11,7 +11,16 @@ from onnx.reference import ReferenceEvaluator
 
 from export.onnx import export_onnx
 from export.qdq import linears
-from export.ranges import FORMATS, METHODS, Format, Spread, count, record_spreads
+from export.ranges import (
+    FORMATS,
+    METHODS,
+    Format,
+    Spread,
+    SpreadRecorder,
+    count,
+    record_spreads,
+)
+from export.recording import record
 from export.rewrite import rewrite
 from model.config import ATTENTION_TYPES
 from tests.model.conftest import random_frames, random_model, tiny_config
@@ -129,10 +138,9 @@ def test_clips_beyond_those_that_are_counted_are_answered_only(tmp_path: Path) -
     export_onnx(rewrite(model), path)
     clips = random_frames(model.config, batch=3).numpy()
     names = [linears(path)[0].activation]
-    some, few = (
-        record_spreads(path, names, clips, counted=2),
-        record_spreads(path, names, clips[:2]),
-    )
+    recorder = SpreadRecorder(names, counted=2)
+    some = recorder.calibration(clips, record(path, clips, recorder))
+    few = record_spreads(path, names, clips[:2])
     assert (some.counted, few.counted) == (2, 2)
     np.testing.assert_array_equal(some.spreads[names[0]].counts, few.spreads[names[0]].counts)
     np.testing.assert_array_equal(some.spreads[names[0]].rows, few.spreads[names[0]].rows)
