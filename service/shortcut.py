@@ -1,6 +1,6 @@
 """The way of the hottest requests past the framework, whose routing, dependency injection and exit
-stacks took a fifth of the event loop's time for a clip that was sent ready. The
-description of the API is still made from the routes.
+stacks took a fifth of the event loop's time for a clip that was sent ready. The description of the
+API is still made from the routes, and under a path prefix they are the framework's to answer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Shortcut:
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and not scope["root_path"]:
+        if scope["type"] == "http" and scope["method"] == "POST" and not scope.get("root_path"):
             for route, matches in self._routes:
                 if found := matches(scope["path"]):
                     scope["route"], scope["path_params"] = route, found.groupdict()

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
+from httpx import ASGITransport
 
+from service.app import create_app, running
 from service.errors import BadRequestError
 from service.metrics import Metrics
+from service.settings import load_settings
 from service.shortcut import Shortcut
 
 URL = "/v2/models/demo/infer"
 MALFORMED = {"content": b"{}"}
+_TENSOR = {"name": "frames", "shape": [1, 8, 64, 64, 3], "datatype": "UINT8", "data": [7] * 98304}
+CLIP = orjson.dumps({"inputs": [_TENSOR]})
 
 
 def ask(scope: dict[str, Any], headers: list[tuple[bytes, bytes]] | None = None) -> list[Any]:
@@ -126,3 +133,22 @@ def test_they_are_counted_by_their_route_and_their_error(open_client: httpx.Clie
 def test_another_method_is_told_which_one_is_right(open_client: httpx.Client) -> None:
     answer = open_client.get(URL)
     assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
+
+
+def test_under_a_prefix_the_framework_gives_the_same_answer(tmp_path: Path) -> None:
+    settings = load_settings(device="cpu", decode_workers=1, spool_dir=tmp_path)
+
+    async def run() -> list[httpx.Response]:
+        app = create_app(settings)
+        plain, behind = ASGITransport(app), ASGITransport(app, root_path="/behind")
+        async with (
+            running(app),
+            httpx.AsyncClient(transport=plain, base_url="http://x") as near,
+            httpx.AsyncClient(transport=behind, base_url="http://x/behind") as far,
+        ):
+            url = URL.removeprefix("/")
+            return [await client.post(url, content=CLIP) for client in (near, far)]
+
+    near, far = asyncio.run(run())
+    assert near.status_code == far.status_code == 200
+    assert near.json() == far.json()
