@@ -162,6 +162,12 @@ class Candidates:
             if trial.model is not keep:
                 self._discard(trial.model)
 
+    def move(self, model: ServedModel) -> None:
+        """The trial goes on with another engine of its version."""
+        if self.trial is None:
+            raise ValueError("there is no trial to go on with")
+        self._begin(self.trial.moved_to(model))
+
     async def loaded(self, bundle: Bundle) -> ServedModel:
         """A version, loaded; the trial's own if it is that one."""
         if self.trial is not None and self.trial.candidate.version == bundle.version:

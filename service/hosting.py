@@ -6,7 +6,7 @@ from one request to the next, and the old one is closed when its last request ha
 One that cannot be used is refused, and the old one stays.
 
 On a GPU with TensorRT a version without a plan is served by ONNX Runtime while its plan is built in
-the background; then the plan takes over in the same way.
+the background; then the plan takes over in the same way. So it is with a version that is tried.
 """
 
 from __future__ import annotations
@@ -110,8 +110,7 @@ class ModelHost:
         """
         async with self._swapping:
             await self._follow()
-            if self._current is not None:
-                await self.candidates.follow()
+            await self._follow_candidate()
 
     def watch(self) -> None:
         """Follows the store from here on."""
@@ -128,8 +127,7 @@ class ModelHost:
                 await self._follow()
             except UNUSABLE as error:
                 self.refuse(str(error))
-            if self._current is not None:
-                await self.candidates.follow()
+            await self._follow_candidate()
 
     def refuse(self, reason: str) -> None:
         """Notes that the store's active version cannot be used, once."""
@@ -160,6 +158,11 @@ class ModelHost:
             self._take_over(await self.candidates.loaded(bundle))
         self._refusal = None
         self._metrics.active_bundle_refused.labels(self.name).set(0)
+
+    async def _follow_candidate(self) -> None:
+        if self._current is not None:
+            await self.candidates.follow()
+            self._build_missing()
 
     async def _watch(self) -> None:
         while True:
@@ -226,6 +229,7 @@ class ModelHost:
         """
         async with self._swapping:
             await self.candidates.begin(candidate)
+            self._build_missing()
 
     async def withdraw_candidate(self) -> None:
         """Lets none be tried.
@@ -265,8 +269,7 @@ class ModelHost:
         model.is_serving, model.is_candidate = True, False
         self._show_info()
         self._tell(model.tensorrt if self._engines else self._tensorrt)
-        if model.tensorrt == BUILDING and self._building is None:
-            self._building = asyncio.create_task(self._build(), name="build of plans")
+        self._build_missing()
         if old is not None:
             facts: dict[str, str] = {"model": self.name}
             if old.bundle.version == bundle.version:
@@ -329,23 +332,52 @@ class ModelHost:
         facts = {"model": self.name, "state": tensorrt.state, "reason": tensorrt.reason}
         logger.log(level, "TensorRT", extra=facts)
 
+    def _build_missing(self) -> None:
+        """Begins to build, unless that goes on already."""
+        if self._building is None and self._without_plan() is not None:
+            self._building = asyncio.create_task(self._build(), name="build of plans")
+
+    def _without_plan(self) -> ServedModel | None:
+        """What serves, else what is tried, if it waits for its plan."""
+        if self._engines is None:
+            return None
+        trial = self.candidates.trial
+        used = (self._current, trial.model if trial else None)
+        return next((model for model in used if model and model.tensorrt == BUILDING), None)
+
     async def _build(self) -> None:
-        """Builds the plan of what serves, until what serves has one or cannot have one."""
-        while self._tensorrt == BUILDING and (engines := self._engines):
-            bundle = self.current.bundle
+        """Builds plans until what serves and what is tried have theirs or cannot have any."""
+        while (engines := self._engines) and (waiting := self._without_plan()):
+            bundle = waiting.bundle
             try:
                 plans = await asyncio.to_thread(engines.build, bundle)
                 async with self._swapping:
-                    if self.current.bundle.version == bundle.version:
+                    if self._is_used(waiting):
                         runtimes = await asyncio.to_thread(engines.load, plans, bundle)
                         loaded = LoadedModel(bundle, runtimes, SERVING)
-                        self._take_over(ServedModel(loaded, self._settings, self._metrics))
+                        self._go_on(waiting, ServedModel(loaded, self._settings, self._metrics))
             except Exception as error:  # whatever it is, the service goes on without
                 if engines.stopped:
                     break
-                if self.current.bundle.version == bundle.version:
-                    self._tell(TensorRtState("failed", str(error)))
+                waiting.tensorrt = TensorRtState("failed", str(error))
+                if waiting is self._current:
+                    self._tell(waiting.tensorrt)
+                elif self._is_used(waiting):
+                    version, reason = bundle.version, str(error)
+                    facts = {"model": self.name, "version": version, "reason": reason}
+                    logger.error("no plan for the candidate", extra=facts)
         self._building = None
+
+    def _is_used(self, model: ServedModel) -> bool:
+        trial = self.candidates.trial
+        return model is self._current or (trial is not None and model is trial.model)
+
+    def _go_on(self, old: ServedModel, new: ServedModel) -> None:
+        """The same version by another engine, as what serves or as what is tried."""
+        if old is self._current:
+            self._take_over(new)
+        else:
+            self.candidates.move(new)
 
     def _queue_clips(self) -> int:
         return self._current.batcher.waiting if self._current else 0

@@ -68,6 +68,12 @@ class Trial:
         self._arrived = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
 
+    def moved_to(self, model: ServedModel) -> Trial:
+        """The same trial with another engine of its version; what came of it is kept."""
+        moved = Trial(self.candidate, model, self._metrics, self._current, self._on_failure)
+        moved.counts, moved._differences = self.counts, self._differences
+        return moved
+
     @property
     def mean_score_difference(self) -> float | None:
         """Over the requests that were compared."""

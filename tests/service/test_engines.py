@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import ONNX_FLOAT32, Bundle, BundleStore, Choice, FileEntry
+from export.bundle import ONNX_FLOAT32, Bundle, BundleStore, Candidate, Choice, FileEntry
 from export.runtime.interface import Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import (
@@ -243,6 +243,62 @@ def test_a_version_that_is_activated_meanwhile_is_built_next(
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
         assert built == ["1", "2"]
         assert gpu.loaded[-1].parent.parent.name == "2"
+
+
+def test_a_candidate_gets_its_plan_while_it_is_tried_and_brings_it_along(
+    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, video: Path, tmp_path: Path
+) -> None:
+    go_on, built = threading.Event(), []
+
+    def build(job: BuildJob) -> Plan:
+        built.append(job.graph.parent.name)
+        assert job.graph.parent.name == "1" or go_on.wait(30)
+        return write_plan(job)
+
+    builder(build)
+    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
+        store.try_candidate("demo", Candidate(version="2", mode="canary", share=1.0))
+        wait_until(lambda: built == ["1", "2"])
+        before = label(client, video)
+        answered = 'timesformer_candidate_requests_total{model="demo",result="answered"}'
+        wait_until(lambda: metric(client, answered) == 1)
+        go_on.set()
+        wait_until(lambda: len(gpu.loaded) == 2)
+        assert gpu.loaded[-1].parent.parent.name == "2"
+        ran = gpu.ran
+        wait_until(lambda: label(client, video) == before and gpu.ran > ran)
+        assert state(client) == ("tensorrt", "serving"), "what serves is as it was"
+        store.activate("demo", "2")
+        wait_until(lambda: serving(client) == "2")
+        assert state(client) == ("tensorrt", "serving")
+    assert built == ["1", "2"], "it was not built again"
+    assert gpu.closed == len(gpu.loaded) == 2
+
+
+def test_a_candidate_whose_plan_cannot_be_built_is_tried_without_and_not_built_again(
+    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, video: Path, tmp_path: Path
+) -> None:
+    built = []
+
+    def build(job: BuildJob) -> Plan:
+        built.append(job.graph.parent.name)
+        if job.graph.parent.name == "2":
+            raise PlanError("myelin gave up")
+        return write_plan(job)
+
+    builder(build)
+    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
+        store.try_candidate("demo", Candidate(version="2", mode="canary", share=1.0))
+        wait_until(lambda: built == ["1", "2"])
+        label(client, video)
+        answered = 'timesformer_candidate_requests_total{model="demo",result="answered"}'
+        wait_until(lambda: metric(client, answered) == 1)
+        assert state(client) == ("tensorrt", "serving")
+        store.activate("demo", "2")
+        wait_until(lambda: state(client) == ("onnxruntime", "failed: myelin gave up"))
+    assert built == ["1", "2"]
 
 
 def test_the_service_stops_while_a_plan_is_built(
