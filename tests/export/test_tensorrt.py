@@ -290,6 +290,66 @@ def network_of(graph: Path) -> tuple[Any, ...]:
     return parse(trt, builder, graph, log), builder, log
 
 
+class TestCompiling:
+    """What TensorRT is told and what is made of its answer; only the answer is made up."""
+
+    def compiled(self, graph: Path, answer: Callable[[Any, Any], Any], **options: Any) -> bytes:
+        network, builder, log = network_of(graph)
+        answering = SimpleNamespace(
+            create_builder_config=builder.create_builder_config,
+            create_optimization_profile=builder.create_optimization_profile,
+            build_serialized_network=lambda network, config: answer(config, log),
+        )
+        wanted = job(graph, graph.parent / "engines", **options)
+        return tensorrt.compile_network(
+            trt, answering, network, wanted, log, lambda share, step: None
+        )
+
+    def test_it_is_told_what_was_asked_for(self, colours: Path) -> None:
+        def answer(config: Any, log: Any) -> memoryview:
+            assert config.builder_optimization_level == 1
+            assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
+            assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+            assert config.progress_monitor is not None
+            assert not config.get_flag(trt.BuilderFlag.TF32), "float32 is float32"
+            assert config.num_optimization_profiles == 2
+            return memoryview(b"a plan")
+
+        assert self.compiled(colours, answer, level=1, workspace_bytes=1 << 28) == b"a plan"
+
+    def test_no_answer_is_explained_by_the_log(self, colours: Path) -> None:
+        def answer(config: Any, log: Any) -> None:
+            log.log(trt.ILogger.ERROR, "myelin gave up")
+
+        with pytest.raises(PlanError, match=r"could not build model\.onnx: myelin gave up"):
+            self.compiled(colours, answer)
+
+    @pytest.mark.parametrize(("content", "size"), [(b"half", 8), (b"", 0)])
+    def test_a_plan_that_is_shorter_than_it_says_is_refused(
+        self, colours: Path, content: bytes, size: int
+    ) -> None:
+        class Answer:
+            nbytes = size
+
+            def __bytes__(self) -> bytes:
+                return content
+
+        with pytest.raises(PlanError, match=f"gave {len(content)} of the {size} bytes"):
+            self.compiled(colours, lambda config, log: Answer())
+
+    def test_a_layer_norm_in_fp16_that_only_the_builder_finds_is_fatal(self, colours: Path) -> None:
+        def answer(config: Any, log: Any) -> memoryview:
+            log.log(
+                trt.ILogger.WARNING,
+                "Detected layernorm nodes in FP16: running layernorm after self-attention in FP16 "
+                "may cause overflow",
+            )
+            return memoryview(b"a plan")
+
+        with pytest.raises(PlanError, match="LayerNorm in FP16"):
+            self.compiled(colours, answer)
+
+
 def test_networks_are_counted_and_told_apart_by_structure(colours: Path, tmp_path: Path) -> None:
     network, *_alive = network_of(colours)
     again, *_alive_as_well = network_of(colours)
