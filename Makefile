@@ -25,7 +25,7 @@ types: .venv/.dev
 	.venv/bin/mypy
 
 unit: .venv/.dev
-	.venv/bin/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+	.venv/bin/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 format: .venv/.dev
 	.venv/bin/ruff format .

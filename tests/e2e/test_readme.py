@@ -34,7 +34,7 @@ COMMANDS = commands(re.sub(f"{WHOLE_WAY}.*?\n## ", "## ", README, flags=re.DOTAL
 
 def test_every_make_target_that_is_named_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    named = set(re.findall(r"`?make ([a-z]+)", README))
+    named = set(re.findall(r"`?make ([a-z-]+)", README))
     assert {"serve", "test"} <= named
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
