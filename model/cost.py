@@ -79,13 +79,13 @@ def _activation_bytes(config: ModelConfig) -> int:
     pixels = config.num_frames * config.image_size**2 * 3
     # Two copies of the input; or one, and the patches before and after an embedding is added.
     normalising = max(2 * pixels, pixels + 2 * patches)
-    # The residual stream at the block's input and, if there was an earlier attention, now and that
-    # attention's update; the normalised patches and their groups; as sequences with class tokens:
-    # themselves, query, key, value, mixed values and output.
-    attending = patches * ((3 if scheme.before else 1) + 2) + 6 * sequences
-    # The residual stream at the block's input and now, the updates of one or two attentions, the
-    # normalised patches; and GELU's input and output.
-    gelu = patches * (5 if scheme.before else 4) + 2 * _patches(config) * config.mlp_dim
+    # The residual stream at the block's input and, if there was an earlier attention, now; the
+    # normalised patches and their groups; as sequences with class tokens: themselves, query, key,
+    # value, mixed values and output.
+    attending = patches * ((2 if scheme.before else 1) + 2) + 6 * sequences
+    # The residual stream at the block's input and now, the last update, the normalised patches; and
+    # GELU's input and output.
+    gelu = patches * 4 + 2 * _patches(config) * config.mlp_dim
     return _FLOAT32_BYTES * max(normalising, attending, gelu)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,16 @@ def shared_videos() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared videos are not here")
     return folder
+
+
+@pytest.fixture(scope="module")
+def short_folder() -> Iterator[Path]:
+    """A folder whose name leaves room for that of a socket, which may have 107 bytes in all."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def short_path(short_folder: Path) -> Path:
+    """A `tmp_path` in it."""
+    return Path(tempfile.mkdtemp(dir=short_folder))

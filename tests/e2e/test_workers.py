@@ -49,10 +49,8 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(short_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder = tmp_path_factory.mktemp("pair")
-    spool = folder / "spool"
-    spool.mkdir()
     store = BundleStore(folder / "store")
     publish(store)
     publish(store)
@@ -66,7 +64,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     flags = {
         "workers": "2",
         "decode-workers": "2",
-        "spool-dir": str(spool),
+        "spool-dir": str(short_folder),
         "store": str(store.root),
         "watch-interval-s": "0.1",
         "api-keys-file": str(folder / "keys"),
@@ -76,7 +74,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with run_service(*given) as service:
         headers = {name: {"Authorization": f"Bearer {key}"} for name, key in secrets.items()}
         service.client.headers.update(headers["root"])
-        yield Pair(service, store, spool, headers["root"], headers["ann"])
+        yield Pair(service, store, short_folder, headers["root"], headers["ann"])
 
 
 # ---- what is seen of the processes ---------------------------------------------------------------
@@ -384,8 +382,8 @@ def scrape(pair: Pair) -> str:
 # ---- and ends ------------------------------------------------------------------------------------
 
 
-def test_on_sigterm_it_answers_what_runs_exits_with_0_and_leaves_nothing(tmp_path: Path) -> None:
-    flags = ("--workers", "2", "--decode-workers", "2", "--spool-dir", str(tmp_path))
+def test_on_sigterm_it_answers_what_runs_exits_with_0_and_leaves_nothing(short_path: Path) -> None:
+    flags = ("--workers", "2", "--decode-workers", "2", "--spool-dir", str(short_path))
     with run_service(*flags) as service:
         family = family_of(service.process.pid)
         url = f"{service.client.base_url}/v1/classify?views=10&crops=3"
@@ -398,14 +396,14 @@ def test_on_sigterm_it_answers_what_runs_exits_with_0_and_leaves_nothing(tmp_pat
             assert [post.result().status_code for post in posts] == [200] * 4
         assert service.process.wait(120) == 0
         assert left_after_a_moment(family) == set()
-        assert list(tmp_path.iterdir()) == []
+        assert list(short_path.iterdir()) == []
         with pytest.raises(httpx.ConnectError):
             service.client.get("/health/live")
 
 
-def test_a_second_signal_ends_all_of_it_at_once(tmp_path: Path) -> None:
-    flags = ("--workers", "2", "--decode-workers", "2", "--spool-dir", str(tmp_path))
-    with run_service(*flags, "--shutdown-grace-s", "600") as service, stall(service, tmp_path):
+def test_a_second_signal_ends_all_of_it_at_once(short_path: Path) -> None:
+    flags = ("--workers", "2", "--decode-workers", "2", "--spool-dir", str(short_path))
+    with run_service(*flags, "--shutdown-grace-s", "600") as service, stall(service, short_path):
         family = family_of(service.process.pid)
         service.process.send_signal(signal.SIGTERM)
         wait_until(lambda: any('"stopping"' in line for line in service.log))
@@ -415,16 +413,16 @@ def test_a_second_signal_ends_all_of_it_at_once(tmp_path: Path) -> None:
         assert left_after_a_moment(family) == set()
 
 
-def test_after_kill_9_nobody_is_left(tmp_path: Path) -> None:
-    flags = ("--workers", "2", "--decode-workers", "2", "--spool-dir", str(tmp_path))
+def test_after_kill_9_nobody_is_left(short_path: Path) -> None:
+    flags = ("--workers", "2", "--decode-workers", "2", "--spool-dir", str(short_path))
     with run_service(*flags) as service:
         family = family_of(service.process.pid)
         assert len(family) >= 4
         os.kill(service.process.pid, signal.SIGKILL)
         service.process.wait(60)
         assert left_after_a_moment(family) == set()
-    spool = Spool(tmp_path)  # as the next start has it
-    assert list(tmp_path.iterdir()) == [spool.folder]
+    spool = Spool(short_path)  # as the next start has it
+    assert list(short_path.iterdir()) == [spool.folder]
     spool.close()
 
 

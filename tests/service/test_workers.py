@@ -69,11 +69,11 @@ async def answers(url: str, count: int) -> list[httpx.Response]:
     return await asyncio.gather(*(post() for _ in range(count)))
 
 
-def test_workers_serve_are_counted_together_and_are_replaced(tmp_path: Path) -> None:
+def test_workers_serve_are_counted_together_and_are_replaced(short_path: Path) -> None:
     answered = 'timesformer_requests_total{method="POST",route="/v1/classify",status="200"} '
 
     async def case() -> None:
-        async with workers_of(settings_of(tmp_path), tmp_path) as workers:
+        async with workers_of(settings_of(short_path), short_path) as workers:
             url = await workers.start()
             assert {each.status_code for each in await answers(url, 8)} == {200}
             assert f"{answered}8.0" in (await workers.render()).decode()
@@ -102,10 +102,10 @@ def test_workers_serve_are_counted_together_and_are_replaced(tmp_path: Path) -> 
     run(case)
 
 
-def test_a_worker_that_does_not_start_says_why(tmp_path: Path) -> None:
+def test_a_worker_that_does_not_start_says_why(short_path: Path) -> None:
     async def case() -> None:
-        settings = settings_of(tmp_path / "gone")
-        async with workers_of(settings, tmp_path) as workers:
+        settings = settings_of(short_path / "gone")
+        async with workers_of(settings, short_path) as workers:
             with pytest.raises(SettingsError, match="TIMESFORMER_SPOOL_DIR: cannot write"):
                 await workers.start()
         assert pids(workers) == []
@@ -114,19 +114,19 @@ def test_a_worker_that_does_not_start_says_why(tmp_path: Path) -> None:
 
 
 def test_one_that_cannot_be_replaced_says_why_and_the_others_go_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    short_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mine, spool = tmp_path / "mine", tmp_path / "spool"
+    mine, spool = short_path / "mine", short_path / "spool"
     mine.mkdir()
     spool.mkdir()
 
     async def case() -> None:
         async with workers_of(settings_of(mine), spool) as workers:
             url = await workers.start()
-            mine.rename(tmp_path / "gone")
+            mine.rename(short_path / "gone")
             os.kill(pids(workers)[0], signal.SIGKILL)
             await until(lambda: "TIMESFORMER_SPOOL_DIR: cannot write" in str(reasons(caplog)))
-            (tmp_path / "gone").rename(mine)
+            (short_path / "gone").rename(mine)
             assert {each.status_code for each in await answers(url, 4)} == {200}
             await until(lambda: sum(each.is_ready for each in workers._workers) == 2)
 
@@ -137,9 +137,9 @@ def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [getattr(record, "reason", "") for record in caplog.records]
 
 
-def test_one_that_does_not_answer_is_killed_when_all_are_to_end(tmp_path: Path) -> None:
+def test_one_that_does_not_answer_is_killed_when_all_are_to_end(short_path: Path) -> None:
     async def case() -> None:
-        async with workers_of(settings_of(tmp_path, workers=1), tmp_path) as workers:
+        async with workers_of(settings_of(short_path, workers=1), short_path) as workers:
             await workers.start()
             (pid,) = pids(workers)
             os.kill(pid, signal.SIGSTOP)
@@ -149,8 +149,8 @@ def test_one_that_does_not_answer_is_killed_when_all_are_to_end(tmp_path: Path) 
     run(case)
 
 
-def test_a_spool_whose_path_is_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
-    deep = tmp_path / ("x" * 100)
+def test_a_spool_whose_path_is_too_long_for_sockets_is_refused(short_path: Path) -> None:
+    deep = short_path / ("x" * 100)
     deep.mkdir()
 
     async def case() -> None:
