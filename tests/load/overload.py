@@ -29,22 +29,19 @@ from tests.e2e.conftest import TIMESFORMER, Service, run_service
 
 SCRIPT = Path(__file__).with_name("open_model.js")
 PATH = "/v1/classify"
+_IN_FLIGHT = 4  # clips: two batches of two, the default on a CPU
 
 
 class Phase(NamedTuple):
     """What came back of one phase of load; times in ms."""
 
-    seconds: float
-    accepted: int
+    rate: float
+    """Videos a second that were taken and answered, over k6's run without its own start."""
     refused: int
     wrong: int
     unsent: int
     accepted_ms: dict[str, float]
     refused_ms: dict[str, float]
-
-    @property
-    def rate(self) -> float:
-        return self.accepted / self.seconds
 
 
 def main() -> None:
@@ -125,25 +122,22 @@ def load(service: Service, options: argparse.Namespace, rate: float, seconds: fl
         }
         given = [part for item in variables.items() for part in ("-e", "=".join(item))]
         command = [options.k6, "run", "--quiet", "--no-usage-report", *given, SCRIPT]
-        began = time.monotonic()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        took = time.monotonic() - began
         metrics: dict[str, Any] = json.loads(out.read_text())
 
     def count(name: str) -> int:
         return int(metrics.get(name, {}).get("values", {}).get("count", 0))
 
-    def times(name: str) -> dict[str, float]:
+    def values(name: str) -> dict[str, float]:
         return dict(metrics.get(name, {}).get("values", {}))
 
     return Phase(
-        took,
-        count("accepted"),
+        values("accepted").get("rate", 0.0),
         count("refused"),
         count("wrong"),
         count("dropped_iterations"),
-        times("accepted_ms"),
-        times("refused_ms"),
+        values("accepted_ms"),
+        values("refused_ms"),
     )
 
 
@@ -177,8 +171,8 @@ def print_table(phases: Sequence[tuple[str, Phase]]) -> None:
 
 
 def judge(calm: Phase, storm: Phase, capacity: float, queue: int) -> None:
-    """Says which goals were met; what waited for the queue may take as long as the queue lasts."""
-    bound = calm.accepted_ms["p(95)"] + 1e3 * queue / capacity
+    """Says which goals were met; what is taken may wait for the queue and the batches before it."""
+    bound = calm.accepted_ms["p(95)"] + 1e3 * (queue + _IN_FLIGHT) / capacity
     goals = {
         "nothing but 200 and 503 with Retry-After": calm.wrong + storm.wrong == 0,
         "every arrival was sent": storm.unsent == 0,
