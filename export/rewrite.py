@@ -147,7 +147,7 @@ class ClassTokenAttention(nn.Module):
         mixed = (pooled[:, :, None] @ self.value).reshape(-1, 1, dim)
         if self.value_bias is not None:
             mixed = mixed + self.value_bias
-        return self.out(mixed)  # type: ignore[no-any-return]
+        return self.out(mixed)  # type: ignore[no-any-return] # as above
 
 
 class InferenceBlock(nn.Module):
@@ -175,7 +175,7 @@ class InferenceBlock(nn.Module):
             x = torch.cat([x[:, :1], patches.flatten(1, 3)], dim=1)
         update = self.main(self.norm1(x))
         x = x[:, : update.shape[1]] + update
-        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return] # as above
 
 
 class InferenceTimeSformer(nn.Module):

@@ -126,7 +126,7 @@ def build_plan(
         return found
     with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", "export.tensorrt", job.model_dump_json()]
-        with subprocess.Popen(  # noqa: S603
+        with subprocess.Popen(  # noqa: S603 - our own module
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
         ) as child:
             on_start(child)
@@ -346,7 +346,7 @@ def compile_network(
 def _monitor(trt: ModuleType, progress: Progress, log: Any) -> Any:
     """Phases nest; the share that is done counts each phase as one step of the one it is in."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc] # imported at run time
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.phases: dict[str, tuple[str | None, int, int]] = {}

@@ -28,7 +28,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))  # type: ignore[no-any-return]
+        return self.fc2(self.act(self.fc1(x)))  # type: ignore[no-any-return] # nn.Module calls are untyped
 
 
 class DropPath(nn.Module):
@@ -89,7 +89,7 @@ class Block(nn.Module):
 
     def draw(self, cls: Tensor) -> Tensor | None:
         """What `forward` keeps of clips like `cls`: factors (branches, clips), or None for all."""
-        return self.drop_path(len(self.before) + 2, cls)  # type: ignore[no-any-return]
+        return self.drop_path(len(self.before) + 2, cls)  # type: ignore[no-any-return] # as above
 
     def forward(
         self, cls: Tensor, patches: Tensor, keep: Tensor | None = None
@@ -115,7 +115,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(images, 3, height, width) -> (images, grid, grid, dim)."""
-        return self.proj(images).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
+        return self.proj(images).permute(0, 2, 3, 1)  # type: ignore[no-any-return] # as above
 
 
 class TimeSformer(nn.Module):

@@ -346,7 +346,7 @@ class Jobs:
         self._metrics.webhooks.labels(result).inc()
         state = {"done": "delivered", "given_up": "failed", "failed": "waiting"}[result]
         due = None if wait is None else time.time() + wait
-        await self._patiently(lambda store: store.note_hook(job.id, state, due))  # type: ignore[arg-type]
+        await self._patiently(lambda store: store.note_hook(job.id, state, due))  # type: ignore[arg-type] # one of the three
 
     async def _tidy(self) -> None:
         """Forgets jobs whose time is over."""

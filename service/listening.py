@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
 
 def url_of(listener: Any) -> str:
     host, port = listener.getsockname()[:2]
-    shown = "localhost" if host in {"0.0.0.0", "127.0.0.1", "::"} else host  # noqa: S104
+    shown = "localhost" if host in {"0.0.0.0", "127.0.0.1", "::"} else host  # noqa: S104 - compared, not bound
     return f"http://{shown}:{port}"
 
 

@@ -35,7 +35,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._in_body = False
         self._head_bytes = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # the base names a wider type
         super().connection_made(transport)
         self._await_head()
 
@@ -66,7 +66,7 @@ class DeadlineProtocol(HttpToolsProtocol):
             return
         # The first piece is often all there is; uvicorn's way would copy it twice more, and stop
         # and start the reading.
-        cycle.body = body  # type: ignore[assignment]
+        cycle.body = body  # type: ignore[assignment] # bytes serve as its bytearray does
         cycle.message_event.set()
 
     def on_message_complete(self) -> None:

@@ -92,7 +92,7 @@ class Wire(asyncio.BufferedProtocol):
 
     # ---- the protocol's side --------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # the base names a wider type
         self._transport = transport
         if self.on_open is not None:
             self.on_open(self)

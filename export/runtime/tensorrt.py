@@ -123,7 +123,7 @@ def log_of(trt: ModuleType) -> Any:
         trt.ILogger.WARNING: logging.WARNING,
     }
 
-    class Log(trt.ILogger):  # type: ignore[name-defined,misc]
+    class Log(trt.ILogger):  # type: ignore[name-defined,misc] # imported at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.forget()

@@ -88,7 +88,7 @@ def learn_flow(
         # Nothing follows the last frame.
         loss = F.smooth_l1_loss(linear(patches[:, :-1]), target)
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call] # of torch
         optimiser.step()
         schedule.step()
         losses.append(loss.item())

@@ -258,7 +258,7 @@ class Run:
         loss = F.cross_entropy(logits.float(), targets) / recipe.optimisation.accumulate
         # Of the processes the mean is taken; those with more clips of the batch count for more.
         loss = loss * (len(frames) * self.world.size / recipe.batch_size)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # of torch
         return loss.item() / self.world.size
 
     # ---- states -------------------------------------------------------------------------------
