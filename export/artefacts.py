@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from export.bundle import GPU_KINDS, GRAPHS, ONNX_FLOAT32, Bundle
+from export.bundle import Bundle
+from export.manifest import GPU_KINDS, GRAPHS, ONNX_FLOAT32
 from export.runtime.interface import Device, Runtime, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import Plan, engines_folder, plans_in

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx import shape_inference as inference
 
-from export.bundle import ProductReport
+from export.manifest import ProductReport
 from export.onnx import ExportError
 from export.products import Magnitudes, Product, find_products
 

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.artefacts import Artefact, LeftOut, find_artefacts
-from export.bundle import ONNX_FLOAT32, Bundle, BundleError, Parity
+from export.bundle import Bundle, BundleError
+from export.manifest import ONNX_FLOAT32, Parity
 from export.runtime.interface import Device, Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verify import LARGEST_BATCH, LIMITS, compare, run_in_batches

@@ -13,16 +13,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import (
+from export.bundle import Bundle
+from export.fp16 import export_fp16
+from export.manifest import (
     GPU_KINDS,
     GRAPHS,
     ONNX_FLOAT32,
     ONNX_FP16,
-    Bundle,
     CalibrationReport,
     ProductReport,
 )
-from export.fp16 import export_fp16
 from export.onnx import ExportError
 from export.precision import quantize
 from export.products import MagnitudeRecorder

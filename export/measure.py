@@ -24,9 +24,10 @@ from export.bench import (
     take_turns,
     timing,
 )
-from export.bundle import ONNX_FLOAT32, Bundle, BundleError
+from export.bundle import Bundle, BundleError
 from export.clips import verification_clips
 from export.machine import machine_facts, versions
+from export.manifest import ONNX_FLOAT32
 from export.runtime.cores import usable_cores
 from export.runtime.interface import Device, Outputs
 from export.runtime.onnxruntime import OnnxRuntime

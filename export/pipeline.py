@@ -14,26 +14,23 @@ import onnx
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from export.bundle import (
+from export.bundle import Bundle, BundleError, BundleStore, sha256_of
+from export.choice import choose
+from export.clips import calibration_clips, verification_clips
+from export.emulation import emulate
+from export.graphs import Clips, Precision, kinds_of, write_graphs
+from export.manifest import (
     GPU_KINDS,
     GRAPHS,
     LABELS,
     ONNX_FLOAT32,
     REPORT,
     WEIGHTS,
-    Bundle,
-    BundleError,
-    BundleStore,
     Cost,
     Manifest,
     Parity,
     TensorSpec,
-    sha256_of,
 )
-from export.choice import choose
-from export.clips import calibration_clips, verification_clips
-from export.emulation import emulate
-from export.graphs import Clips, Precision, kinds_of, write_graphs
 from export.onnx import INPUT_NAME, OUTPUT_NAMES, ExportError, export_onnx
 from export.reference import run_reference
 from export.report import write_report

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx import shape_inference as inference
 
-from export.bundle import Parity, ProductReport
 from export.fp16 import check_types, half_name
+from export.manifest import Parity, ProductReport
 from export.onnx import ExportError
 from export.precision import large_products
 from export.ranges import METHODS, Calibration, Format, Method

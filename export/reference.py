@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.bundle import WEIGHTS, Bundle
+from export.bundle import Bundle
+from export.manifest import WEIGHTS
 from export.runtime.interface import Outputs
 from model.checkpoints import load_checkpoint
 from model.timesformer import TimeSformer

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from export.artefacts import open_graph
-from export.bundle import GPU_KINDS, WEIGHTS, Bundle, BundleError, BundleStore
+from export.bundle import Bundle, BundleError, BundleStore
 from export.comparison import Comparison, Decision, Rule, compare, decide
 from export.graphs import Precision, precisions_of
+from export.manifest import GPU_KINDS, WEIGHTS
 from export.pipeline import export_bundle
 from export.runtime import Device, load_runtime
 from export.runtime.interface import Precision as ServedPrecision

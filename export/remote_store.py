@@ -17,7 +17,8 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from export.bundle import MANIFEST, Bundle, BundleError, BundleStore, Manifest
+from export.bundle import Bundle, BundleError, BundleStore
+from export.manifest import MANIFEST, Manifest
 from export.pointers import (
     ACTIVE,
     CANDIDATE,

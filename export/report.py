@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from export.bundle import GRAPHS, MANIFEST, Manifest, Parity, ProductReport
+from export.manifest import GRAPHS, MANIFEST, Manifest, Parity, ProductReport
 from model.training.markup import Html, tag
 from model.training.page import facts_table, folded, percent, section, table, tiles, write_page
 

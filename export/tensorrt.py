@@ -28,7 +28,7 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from export.bundle import FileEntry
+from export.manifest import FileEntry
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.plans import (
     FOLDER,

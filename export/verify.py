@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import Parity
+from export.manifest import Parity
 from export.runtime.interface import Outputs, Runtime
 
 Float64 = NDArray[np.float64]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from export.artefacts import LeftOut
 from export.bench import Entrant
-from export.bundle import ONNX_FLOAT32, Bundle
+from export.bundle import Bundle
+from export.manifest import ONNX_FLOAT32
 from export.onnx import export_onnx
 from export.published import AsPublished
 from export.reference import load_network

@@ -20,110 +20,23 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.runtime.interface import Outputs
+from service.batches import DEPTH, FAILURES, Batch, Engine, EngineWorker, Events, Piece, frames_of
 from service.errors import (
     DeadlineExceededError,
     DeadlineUnreachableError,
     InternalError,
     QueueFullError,
 )
-from service.turns import Answer, Priority, Request, Slot, Turns
+from service.turns import Answer, Priority, Request, Turns
 
 logger = logging.getLogger(__name__)
 
 # How much the newest batch counts in the drain rate: about the last ten batches.
 _RATE_WEIGHT = 0.2
-# Batches that an engine has at once: one that runs, one that is copied or lined up behind it.
-_DEPTH = 2
-# Requests in a row that an engine failed, none done between them, before it counts as broken.
-_FAILURES = 3
-
-
-class Engine(Protocol):
-    """The part of a `Runtime` that batches need."""
-
-    @property
-    def slots(self) -> int:
-        """Batches that `run` can have on their way at once, from as many threads."""
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """Batch sizes that it was built for, rising, with the largest last; empty: any."""
-
-    def run(self, frames: NDArray[np.uint8]) -> Outputs:
-        """uint8 (batch, time, height, width, 3) to `Outputs`."""
-
-
-class Events:
-    """Is told what happens in a batcher; by itself does nothing. Called from several threads."""
-
-    def batch_started(self, engine: int, clips: int) -> None:
-        """A batch is about to run."""
-
-    def batch_ended(self, engine: int, seconds: float) -> None:
-        """`seconds`: that the engine was at it, without those it spent on the batch before."""
-
-    def request_answered(self, priority: Priority, queue_s: float) -> None:
-        """The first batch with clips of it came after `queue_s`."""
-
-    def request_dropped(self, reason: str) -> None:
-        """Clips of it were waiting and will not be run; the reason is one of `DROPPED`."""
-
-    def engine_removed(self, engine: int) -> None:
-        """It fails on what others can do, and gets no more work."""
-
-
-class _Batch(NamedTuple):
-    """Clips that go through an engine together."""
-
-    slots: Sequence[Slot]
-    tried: frozenset[int] = frozenset()
-    """Engines that failed on them; they are of one request then."""
-
-
-class _Piece(NamedTuple):
-    """A batch or a part of one, with what came of it; None: the engine failed on it."""
-
-    batch: _Batch
-    outputs: Outputs | None
-
-
-class _Worker:
-    """An engine, its threads, and what it is at."""
-
-    def __init__(self, index: int, engine: Engine, most: int, threads: Executor) -> None:
-        self.index = index
-        self.run = engine.run
-        self.most = min(most, *engine.batches[-1:]) if engine.batches else most
-        self.sizes = tuple(size for size in engine.batches if 1 < size < self.most)
-        self.threads = threads
-        self.jobs = 0
-        """Batches that it was given and has not brought back."""
-        self.previous = 0
-        """Clips of its last batch."""
-        self.settling: asyncio.TimerHandle | None = None
-        self.free_since = 0.0
-        self.failures = 0
-        self.removed = False
-
-    @property
-    def healthy(self) -> bool:
-        return not self.removed and self.failures < _FAILURES
-
-    def size(self, waiting: int) -> int:
-        """How many of so many clips it takes: all it can, but a number just above a size that it
-        was built for is cut down to it; the rest would run on what was made for many more.
-        """
-        if waiting >= self.most:
-            return self.most
-        lower = max((size for size in self.sizes if size <= waiting), default=0)
-        upper = min((size for size in self.sizes if size > waiting), default=self.most)
-        return lower if lower and 2 * waiting < lower + upper else waiting
 
 
 class Batcher:
@@ -151,7 +64,7 @@ class Batcher:
         ),
     ) -> None:
         self._workers = [
-            _Worker(index, engine, max_batch, threads(min(_DEPTH, engine.slots)))
+            EngineWorker(index, engine, max_batch, threads(min(DEPTH, engine.slots)))
             for index, engine in enumerate(engines)
         ]
         self._max_queue = max_queue
@@ -163,7 +76,7 @@ class Batcher:
         """Clips that are being decoded."""
         self._promised = 0
         """Clips that batches will take which have been started and have not taken theirs."""
-        self._retries: list[_Batch] = []
+        self._retries: list[Batch] = []
         """What one engine failed on, for one that has not tried it."""
         self._unanswered: set[Request] = set()
         self._seconds_per_clip = 0.0
@@ -341,8 +254,8 @@ class Batcher:
         else:
             self._idle.set()
 
-    def _start_batch(self, worker: _Worker) -> None:
-        if worker.removed or self._closed or worker.jobs >= _DEPTH:
+    def _start_batch(self, worker: EngineWorker) -> None:
+        if worker.removed or self._closed or worker.jobs >= DEPTH:
             return
         free = self._turns.waiting - self._promised
         if worker.jobs:
@@ -362,11 +275,11 @@ class Batcher:
         worker.jobs += 1
         worker.threads.submit(self._work, worker, promised, least)
 
-    def _has_retry(self, worker: _Worker) -> bool:
+    def _has_retry(self, worker: EngineWorker) -> bool:
         with self._lock:
             return any(worker.index not in batch.tried for batch in self._retries)
 
-    def _has_settled(self, worker: _Worker, waiting: int) -> bool:
+    def _has_settled(self, worker: EngineWorker, waiting: int) -> bool:
         """Whether the wait for as many clips as the last batch had is over, or needless."""
         if waiting >= min(worker.previous, worker.most) or worker.previous <= 1:
             return True
@@ -374,20 +287,20 @@ class Batcher:
             worker.settling = self._loop.call_later(self._settle_s, self._settled, worker)
         return False
 
-    def _settled(self, worker: _Worker) -> None:
+    def _settled(self, worker: EngineWorker) -> None:
         worker.settling, worker.previous = None, 0
         self._start_batches()
 
-    def _stop_settling(self, worker: _Worker) -> None:
+    def _stop_settling(self, worker: EngineWorker) -> None:
         if worker.settling is not None:
             worker.settling.cancel()
             worker.settling = None
 
-    def _work(self, worker: _Worker, promised: int, least: int) -> None:
+    def _work(self, worker: EngineWorker, promised: int, least: int) -> None:
         """One batch, in a thread of the engine's."""
         batch = self._take(worker, promised, least)
         started = self._loop.time()
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         if batch.slots:
             self._events.batch_started(worker.index, len(batch.slots))
             pieces = self._infer(worker, batch)
@@ -398,7 +311,7 @@ class Batcher:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, *arguments)
 
-    def _take(self, worker: _Worker, promised: int, least: int) -> _Batch:
+    def _take(self, worker: EngineWorker, promised: int, least: int) -> Batch:
         with self._lock:
             self._promised -= promised
             for batch in self._retries:
@@ -407,15 +320,15 @@ class Batcher:
                     return batch
             waiting = self._turns.waiting
             if waiting < least:
-                return _Batch(())
-            return _Batch(self._turns.take(worker.size(waiting), self._loop.time()))
+                return Batch(())
+            return Batch(self._turns.take(worker.size(waiting), self._loop.time()))
 
-    def _infer(self, worker: _Worker, batch: _Batch) -> list[_Piece]:
+    def _infer(self, worker: EngineWorker, batch: Batch) -> list[Piece]:
         try:
-            outputs = worker.run(_frames(batch.slots))
+            outputs = worker.run(frames_of(batch.slots))
             if not np.isfinite(outputs.logits).all():
                 raise FloatingPointError("the network's logits are not finite")
-            return [_Piece(batch, outputs)]
+            return [Piece(batch, outputs)]
         except Exception:
             requests = list(dict.fromkeys(slot.request for slot in batch.slots))
             if len(requests) == 1:
@@ -423,17 +336,17 @@ class Batcher:
                     "the engine failed on a batch",
                     extra={"clips": len(batch.slots), "engine": worker.index},
                 )
-                return [_Piece(batch, None)]
+                return [Piece(batch, None)]
         # One poisoned request must not fail its neighbours: each on its own.
         alone = [
-            _Batch([slot for slot in batch.slots if slot.request is request])
+            Batch([slot for slot in batch.slots if slot.request is request])
             for request in requests
             if request.wanted
         ]
         return [piece for own in alone for piece in self._infer(worker, own)]
 
     def _finish(
-        self, worker: _Worker, clips: int, pieces: list[_Piece], started: float, ended: float
+        self, worker: EngineWorker, clips: int, pieces: list[Piece], started: float, ended: float
     ) -> None:
         """Hands out what came of a batch; of one that failed, only what is wanted still."""
         worker.jobs -= 1
@@ -455,31 +368,31 @@ class Batcher:
                 self._blame(self._workers[index])
         self._start_batches()
 
-    def _retry(self, worker: _Worker, batch: _Batch) -> None:
+    def _retry(self, worker: EngineWorker, batch: Batch) -> None:
         """Leaves clips on which an engine failed to another one, if there is one left."""
         worker.failures += 1
-        batch = _Batch(batch.slots, batch.tried | {worker.index})
+        batch = Batch(batch.slots, batch.tried | {worker.index})
         if self._can_be_tried(batch):
             with self._lock:
                 self._retries.append(batch)
         else:
             self._fail(batch)
 
-    def _can_be_tried(self, batch: _Batch) -> bool:
+    def _can_be_tried(self, batch: Batch) -> bool:
         return any(
             not worker.removed and worker.index not in batch.tried for worker in self._workers
         )
 
-    def _fail(self, batch: _Batch) -> None:
+    def _fail(self, batch: Batch) -> None:
         request = batch.slots[0].request
         with self._lock:
             self._turns.drop(request)
         if request.wanted:
             request.answer.set_exception(InternalError("The network failed on this video."))
 
-    def _blame(self, worker: _Worker) -> None:
+    def _blame(self, worker: EngineWorker) -> None:
         """Another engine did what this one could not: the fault was not the clips'."""
-        if worker.removed or worker.failures < _FAILURES:
+        if worker.removed or worker.failures < FAILURES:
             return
         worker.removed = True
         self._stop_settling(worker)
@@ -497,11 +410,3 @@ class Batcher:
         if self._seconds_per_clip == 0:
             self._seconds_per_clip = seconds_per_clip
         self._seconds_per_clip += _RATE_WEIGHT * (seconds_per_clip - self._seconds_per_clip)
-
-
-def _frames(slots: Sequence[Slot]) -> NDArray[np.uint8]:
-    """The clips of a batch as one array; a view of a request's own if they are all from it."""
-    first, last = slots[0], slots[-1]
-    if first.request is last.request and last.clip - first.clip == len(slots) - 1:
-        return first.request.clips[first.clip : last.clip + 1]
-    return np.stack([slot.request.clips[slot.clip] for slot in slots])

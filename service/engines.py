@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from export.bundle import ONNX_FLOAT32, Bundle
+from export.bundle import Bundle
+from export.manifest import ONNX_FLOAT32
 from export.runtime import Runtime, RuntimeUnavailableError, device_name
 from export.runtime.cuda import count_gpus
 from export.runtime.plans import Plan, PlanError, PlanKey, batches_up_to, find_plan

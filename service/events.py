@@ -24,7 +24,7 @@ from service.errors import (
     ServiceError,
 )
 from service.logging import request_id
-from service.schemas import TimelineError, TimelineEvent
+from service.schemas_timeline import TimelineError, TimelineEvent
 
 logger = logging.getLogger(__name__)
 Format = Literal["ndjson", "sse"]

@@ -15,14 +15,13 @@ from service.classification import classification, embedding_of
 from service.decoder import Job
 from service.decoding import DecoderPool
 from service.models import Models
-from service.schemas import (
-    ClassifyParameters,
+from service.schemas import ClassifyParameters, ViewParameters
+from service.schemas_timeline import (
     JobTimelineParameters,
     TimelineSegment,
     TimelineStart,
     TimelineSummary,
     TimelineWindow,
-    ViewParameters,
 )
 from service.served import ServedModel
 from service.settings import Settings

@@ -26,9 +26,8 @@ from model.video import (
 from service.classification import classification
 from service.loading import LoadedModel, find_bundle, load_model
 from service.progress import print_table
-from service.schemas import (
-    Classification,
-    ClassifyParameters,
+from service.schemas import Classification, ClassifyParameters
+from service.schemas_timeline import (
     TimelineEvent,
     TimelineParameters,
     TimelineSegment,

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from export.bundle import BundleError
 from export.runtime import RuntimeUnavailableError, device_name
-from service.batcher import Batcher, Events
+from service.batcher import Batcher
+from service.batches import Events
 from service.loading import LoadedModel, max_batch
 from service.metrics import Metrics
 from service.settings import Settings

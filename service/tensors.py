@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from service.errors import InvalidTensorError, UnsupportedEncodingError, UploadTooLargeError
-from service.schemas import InferOutput, InferRequest
+from service.schemas_infer import InferOutput, InferRequest
 from service.settings import MIB
 from service.uploads import Limit
 

@@ -20,9 +20,9 @@ from export.bundle import Bundle
 from model.video import Cut, Ended, Opened, Window, WindowError, make_cut
 from service.classification import best_scores, softmax, video_facts
 from service.errors import QueueFullError
-from service.schemas import (
+from service.schemas import ModelName
+from service.schemas_timeline import (
     LabelTime,
-    ModelName,
     TimelineEvent,
     TimelineParameters,
     TimelineSegment,

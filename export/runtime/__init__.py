@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from export.bundle import ONNX_FLOAT32, ONNX_INT8, Bundle
+from export.bundle import Bundle
+from export.manifest import ONNX_FLOAT32, ONNX_INT8
 from export.runtime.interface import (
     Device,
     Outputs,

@@ -18,15 +18,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from export.bundle import (
-    ONNX_FLOAT32,
-    ONNX_FP8,
-    ONNX_FP16,
-    ONNX_INT8_QDQ,
-    Bundle,
-    FileEntry,
-    sha256_of,
-)
+from export.bundle import Bundle, sha256_of
+from export.manifest import ONNX_FLOAT32, ONNX_FP8, ONNX_FP16, ONNX_INT8_QDQ, FileEntry
 
 FOLDER = "engines"
 # Batches that profiles are tuned for, unless told otherwise.

@@ -167,7 +167,8 @@ def _load_bundle(
     path: Path, labels: tuple[str, ...] | None, device: Device, precisions: tuple[str, ...]
 ) -> _Loaded:
     from export.artefacts import open_graph
-    from export.bundle import GRAPHS, Bundle
+    from export.bundle import Bundle
+    from export.manifest import GRAPHS
     from export.runtime import Precision, load_runtime
 
     bundle = Bundle(path)

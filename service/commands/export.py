@@ -13,8 +13,8 @@ import click
 from service.commands.options import json_option, read_object
 
 if TYPE_CHECKING:
-    from export.bundle import Parity
     from export.graphs import Precision
+    from export.manifest import Parity
 
 _COUNT = click.IntRange(min=1)
 

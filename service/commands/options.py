@@ -124,7 +124,8 @@ def find_bundles(
     bundle: str | None, store: Path | None, all_versions: bool = False
 ) -> Iterator[Bundle]:
     """The bundle of a folder, or the active version of a name, or of each; or all versions."""
-    from export.bundle import MANIFEST, Bundle, BundleError, BundleStore
+    from export.bundle import Bundle, BundleError, BundleStore
+    from export.manifest import MANIFEST
     from model.demo import STORE
 
     if bundle is not None and (Path(bundle) / MANIFEST).is_file():

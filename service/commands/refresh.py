@@ -207,7 +207,8 @@ def _parent(
     parent: Path | None, store: Path | None, model: str | None
 ) -> tuple[BundleStore, Bundle]:
     """The version that is trained on: the one that is named, or the active one."""
-    from export.bundle import MANIFEST, BundleStore
+    from export.bundle import BundleStore
+    from export.manifest import MANIFEST
 
     version = None
     if parent is not None:

@@ -11,7 +11,7 @@ from service.commands.options import Command, json_option, local_model_options, 
 
 def _options(command: Command) -> Command:
     """One option for each parameter of `/v1/timeline`, in its order."""
-    from service.schemas import TimelineParameters
+    from service.schemas_timeline import TimelineParameters
 
     for name, field in reversed(TimelineParameters.model_fields.items()):
         command = click.option(
@@ -44,7 +44,7 @@ def timeline(
     """
     from model.video import WindowError
     from service.local import timeline_of_file
-    from service.schemas import TimelineParameters
+    from service.schemas_timeline import TimelineParameters
     from service.settings import load_settings
 
     wanted = {name: value for name, value in options.items() if value is not None}

@@ -19,18 +19,16 @@ from export.bundle import Bundle
 from service.auth import admitted, presented_key
 from service.network import Wanted
 from service.requests import CANARY_KEY, answer_in_time, observe
-from service.schemas import (
+from service.schemas import LiveResponse, ModelName, inlined_schema
+from service.schemas_infer import (
     InferRequest,
     InferResponse,
-    LiveResponse,
     ModelMetadata,
-    ModelName,
     ModelReady,
     ProtocolError,
     ServerMetadata,
     ServerReady,
     TensorMetadata,
-    inlined_schema,
 )
 from service.state import Accepting, Intake, Running, Taking, taking_state
 from service.tensors import HEADER_LENGTH, Body, Inference, body_limit, decode, encode

@@ -15,16 +15,14 @@ from service.job_store import StoredJob
 from service.job_work import parse
 from service.jobs import Jobs
 from service.requests import PROBLEM_RESPONSES, problem_response, video_body
-from service.schemas import (
-    Classification,
-    Embedding,
+from service.schemas import Classification, Embedding, inlined_schema
+from service.schemas_timeline import (
     JobError,
     JobList,
     JobProgress,
     JobRequest,
     JobStatus,
     TimelineResult,
-    inlined_schema,
 )
 from service.state import Running, State
 from service.uploads import SOURCE_FIELD, receive

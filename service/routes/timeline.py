@@ -14,7 +14,8 @@ from service.errors import QueueFullError
 from service.events import MEDIA_TYPES, EventStream, choose_format
 from service.logging import request_id
 from service.requests import PROBLEM_RESPONSES, answer_in_time, merge_fields, video_body
-from service.schemas import (
+from service.schemas import inlined_schema
+from service.schemas_timeline import (
     TimelineError,
     TimelineEvent,
     TimelineParameters,
@@ -23,7 +24,6 @@ from service.schemas import (
     TimelineStart,
     TimelineSummary,
     TimelineWindow,
-    inlined_schema,
 )
 from service.served import ServedModel
 from service.state import Running, State

@@ -21,16 +21,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.bundle import (
-    LABELS,
-    ONNX_FLOAT32,
-    WEIGHTS,
-    Bundle,
-    BundleStore,
-    Manifest,
-    Parity,
-    TensorSpec,
-)
+from export.bundle import Bundle, BundleStore
+from export.manifest import LABELS, ONNX_FLOAT32, WEIGHTS, Manifest, Parity, TensorSpec
 from export.pipeline import export_bundle
 from model.checkpoints import Checkpoint, load_checkpoint, save_safetensors
 from model.config import ModelConfig

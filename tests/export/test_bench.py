@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from export import yardsticks
 from export.bench import Entrant, Turn, share_of_limit, speed_up, take_turns, timing
-from export.bundle import ONNX_FLOAT32, ONNX_INT8, Bundle, BundleError
+from export.bundle import Bundle, BundleError
 from export.limit import products_alone
 from export.machine import machine_facts, resident_bytes, versions
+from export.manifest import ONNX_FLOAT32, ONNX_INT8
 from export.measure import measure_bundle
 from export.onnx import ExportError, export_onnx
 from export.precision import quantize

@@ -14,17 +14,8 @@ from typing import Any
 
 import pytest
 
-from export.bundle import (
-    ACTIVE,
-    LABELS,
-    MANIFEST,
-    ONNX_FLOAT32,
-    WEIGHTS,
-    Bundle,
-    BundleError,
-    BundleStore,
-    sha256_of,
-)
+from export.bundle import ACTIVE, Bundle, BundleError, BundleStore, sha256_of
+from export.manifest import LABELS, MANIFEST, ONNX_FLOAT32, WEIGHTS
 
 from .conftest import COLOURS, PASSED, colour_manifest, publish_colours
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.bundle import ONNX_FLOAT32, ONNX_FP16, ONNX_INT8, ONNX_INT8_QDQ
 from export.choice import choose
+from export.manifest import ONNX_FLOAT32, ONNX_FP16, ONNX_INT8, ONNX_INT8_QDQ
 
 CLIP = np.zeros((1, 4, 16, 16, 3), np.uint8)
 

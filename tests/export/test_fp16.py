@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export.bundle import ProductReport
 from export.emulation import emulate
 from export.fp16 import check_types, export_fp16
+from export.manifest import ProductReport
 from export.onnx import INPUT_NAME, ExportError, export_onnx
 from export.products import record_magnitudes
 from export.reference import run_reference

@@ -17,18 +17,11 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from export.bundle import (
-    GRAPHS,
-    ONNX_FLOAT32,
-    ONNX_FP16,
-    ONNX_INT8,
-    Bundle,
-    BundleError,
-    BundleStore,
-)
-from export.bundle import FileEntry as Entry
+from export.bundle import Bundle, BundleError, BundleStore
 from export.clips import verification_clips
 from export.gate import check_bundle
+from export.manifest import GRAPHS, ONNX_FLOAT32, ONNX_FP16, ONNX_INT8
+from export.manifest import FileEntry as Entry
 from export.pipeline import export_bundle
 from export.runtime.interface import Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle import GRAPHS, MANIFEST, ONNX_FLOAT32, Bundle, BundleError, BundleStore
+from export.bundle import Bundle, BundleError, BundleStore
 from export.graphs import Precision
+from export.manifest import GRAPHS, MANIFEST, ONNX_FLOAT32
 from export.pipeline import export_bundle
 from model.checkpoints import Checkpoint, save_safetensors
 

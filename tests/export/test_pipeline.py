@@ -19,7 +19,9 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from export.bundle import (
+from export.bundle import Bundle, BundleError, BundleStore
+from export.clips import verification_clips
+from export.manifest import (
     GRAPHS,
     LABELS,
     MANIFEST,
@@ -30,11 +32,7 @@ from export.bundle import (
     ONNX_INT8_QDQ,
     REPORT,
     WEIGHTS,
-    Bundle,
-    BundleError,
-    BundleStore,
 )
-from export.clips import verification_clips
 from export.onnx import ExportError, export_onnx
 from export.pipeline import VerificationError, export_bundle
 from export.precision import round_weight

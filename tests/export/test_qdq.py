@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export.bundle import ProductReport
 from export.emulation import emulate
 from export.fp16 import export_fp16
+from export.manifest import ProductReport
 from export.onnx import ExportError, export_onnx
 from export.pipeline import run_reference
 from export.products import record_magnitudes

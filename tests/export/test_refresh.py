@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from export import refresh as module
-from export.bundle import LABELS, ONNX_FLOAT32, WEIGHTS, Bundle, BundleStore, sha256_of
+from export.bundle import Bundle, BundleStore, sha256_of
 from export.comparison import Rule
+from export.manifest import LABELS, ONNX_FLOAT32, WEIGHTS
 from export.refresh import HoldOut, Listeners, Refreshed, RefreshError, Task, record, refresh
 from export.runtime.interface import Outputs
 from model.checkpoints import Checkpoint, load_checkpoint, save_safetensors

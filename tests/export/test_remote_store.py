@@ -12,7 +12,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from export.bundle import MANIFEST, Bundle, BundleError, BundleStore, Candidate
+from export.bundle import Bundle, BundleError, BundleStore, Candidate
+from export.manifest import MANIFEST
 from export.remote_store import RemoteStore, StoreUnreachableError
 from tests.export.conftest import publish_colours
 

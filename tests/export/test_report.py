@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 
-from export.bundle import (
+from export.bundle import Bundle, BundleError
+from export.manifest import (
     LABELS,
     ONNX_FLOAT32,
     ONNX_FP8,
     ONNX_FP16,
     ONNX_INT8,
     REPORT,
-    Bundle,
-    BundleError,
     CalibrationReport,
     Choice,
     Cost,

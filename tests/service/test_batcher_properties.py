@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from service.batcher import Batcher, Events
+from service.batcher import Batcher
+from service.batches import Events
 from service.errors import (
     DeadlineExceededError,
     DeadlineUnreachableError,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.batcher import Events
+from service.batches import Events
 from service.errors import (
     DeadlineExceededError,
     DeadlineUnreachableError,

@@ -22,7 +22,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import service
-from export.bundle import ACTIVE, MANIFEST, ONNX_FLOAT32, Bundle, BundleStore
+from export.bundle import ACTIVE, Bundle, BundleStore
+from export.manifest import MANIFEST, ONNX_FLOAT32
 from export.reference import run_reference
 from export.runtime.onnxruntime import OnnxRuntime
 from model.checkpoints import load_checkpoint, save_safetensors

@@ -21,7 +21,8 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import ONNX_FLOAT32, Bundle, BundleStore, Candidate, Choice, FileEntry
+from export.bundle import Bundle, BundleStore, Candidate
+from export.manifest import ONNX_FLOAT32, Choice, FileEntry
 from export.runtime.interface import Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import (

@@ -14,7 +14,8 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import ACTIVE, ONNX_FLOAT32, Bundle, BundleStore
+from export.bundle import ACTIVE, Bundle, BundleStore
+from export.manifest import ONNX_FLOAT32
 from model.demo import STORE
 from service.loading import max_batch
 from service.metrics import Metrics

@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from export.bundle import ONNX_FLOAT32, Bundle, BundleStore
+from export.bundle import Bundle, BundleStore
+from export.manifest import ONNX_FLOAT32
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import GPU_GRAPHS, PlanError

@@ -10,7 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import ACTIVE, ONNX_FLOAT32, BundleError, BundleStore
+from export.bundle import ACTIVE, BundleError, BundleStore
+from export.manifest import ONNX_FLOAT32
 from model.video import load_clips
 from service.metrics import Metrics
 from service.models import Models

@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from export.bundle import GRAPHS, Bundle, BundleStore
+from export.bundle import Bundle, BundleStore
+from export.manifest import GRAPHS
 from export.runtime.plans import GPU_GRAPHS, PlanKey
 from export.runtime.tensorrt import Wanted
 from export.tensorrt import BuildJob, build_plan

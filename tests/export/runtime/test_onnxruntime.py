@@ -16,16 +16,8 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from export.bundle import (
-    LABELS,
-    ONNX_FLOAT32,
-    ONNX_INT8,
-    WEIGHTS,
-    Bundle,
-    BundleError,
-    BundleStore,
-    Choice,
-)
+from export.bundle import Bundle, BundleError, BundleStore
+from export.manifest import LABELS, ONNX_FLOAT32, ONNX_INT8, WEIGHTS, Choice
 from export.runtime import (
     Device,
     Precision,

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.bundle import BundleStore, FileEntry
+from export.bundle import BundleStore
+from export.manifest import FileEntry
 from export.runtime.cuda import Cuda
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.plans import Plan, PlanFacts, PlanKey

@@ -7,7 +7,7 @@ import re
 
 from click.testing import CliRunner, Result
 
-from export.bundle import ONNX_FLOAT32
+from export.manifest import ONNX_FLOAT32
 from service.cli import cli
 
 QUICK = ("--device", "cpu", "--threads", 1, "--rounds", 1, "--batches", "1,3")

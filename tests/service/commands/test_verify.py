@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from export.bundle import MANIFEST, ONNX_FLOAT32, sha256_of
+from export.bundle import sha256_of
+from export.manifest import MANIFEST, ONNX_FLOAT32
 from model.demo import SAMPLE_CLIP, STORE
 from service.cli import cli
 from tests.export.test_gate import scale_the_head
