@@ -1,11 +1,12 @@
 """Damaged videos by the thousand against a running service: no 5xx, no hang, no leak, no leftover.
 
     python -m tests.faults.fuzz VIDEO_FOLDER [--count 10000] [--seed 0] [--clients 4]
-        [--path /v1/timeline]
+        [--path /v1/timeline] [--workers 2]
 
 Each request is a real file with bytes flipped, cut out, overwritten or spliced from another file.
-Prints what came back by status and code, and the server's memory at a tenth, half and the end;
-exits with 1 if anything but an answer or a 4xx came back, or something stayed behind.
+Prints what came back by status and code, and the server's memory at a tenth, half and the end, its
+workers' included; exits with 1 if anything but an answer or a 4xx came back, the memory grew by
+more than a twentieth from the tenth to the end, or something stayed behind.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,8 @@ import orjson
 
 from tests.e2e.conftest import Service, run_service
 
+_MOST_GROWTH = 0.05
+
 
 def main() -> None:
     """Runs the load and prints the table."""
@@ -32,7 +36,9 @@ def main() -> None:
     files = [path.read_bytes() for path in sorted(options.folder.iterdir()) if path.is_file()]
     with (
         tempfile.TemporaryDirectory() as spool,
-        run_service("--spool-dir", spool, "--log-level", "warning") as service,
+        run_service(
+            *("--spool-dir", spool, "--log-level", "warning", "--workers", str(options.workers))
+        ) as service,
     ):
         outcomes, memory = load(service, files, options)
         left = list(Path(spool).glob("*/*"))  # each server has a folder of its own in it
@@ -47,8 +53,9 @@ def main() -> None:
     print("server memory, MiB:", ", ".join(f"{size / 2**20:.0f}" for size in memory))
     print("decoder restarts:", "; ".join(restarts) or "none")
     bad = [outcome for outcome in outcomes if outcome[0] >= 500]
-    if bad or left or zombies:
-        sys.exit(f"failed: {bad}, left in the spool {left}, zombies {zombies}")
+    grew = memory[-1] / memory[0] - 1
+    if bad or left or zombies or grew > _MOST_GROWTH:
+        sys.exit(f"failed: {bad}, left in the spool {left}, zombies {zombies}, grew {grew:.1%}")
 
 
 def parse() -> argparse.Namespace:
@@ -57,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--path", choices=["/v1/classify", "/v1/timeline"], default="/v1/classify")
     return parser.parse_args()
 
@@ -83,7 +91,7 @@ def load(
         for number, outcome in enumerate(pool.map(post, range(options.count)), start=1):
             outcomes[outcome] += 1
             if number in milestones:
-                memory.append(resident_bytes(service.process.pid))
+                memory.append(resident_bytes(service.process.pid, options.workers))
     return outcomes, memory
 
 
@@ -127,9 +135,15 @@ def mutate(files: list[bytes], rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def resident_bytes(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * 4096
+def resident_bytes(pid: int, workers: int) -> int:
+    """Of the server and, where there are several, its workers: children with decoders of their own.
+    Decoders come and go, and have limits.
+    """
+    pids = [pid]
+    if workers > 1:
+        pids += [child for child, _ in children(pid) if children(child)]
+    pages = sum(int(Path(f"/proc/{each}/statm").read_text().split()[1]) for each in pids)
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def children(pid: int) -> list[tuple[int, str]]:

@@ -3,7 +3,7 @@
     python -m tests.faults.scenarios [--seconds 10] [--clients 6] [--only disk_full ...]
 
 decoder_killed      decoders die by SIGKILL, one a second
-server_killed       the server dies by SIGKILL and is started again
+server_killed       the server dies by SIGKILL with jobs waiting, and is started again
 disk_full           the spool is a file system of 2 MB (needs the right to mount; else left out)
 pointer_corrupt     the store's pointer to the active version is overwritten with noise
 bundle_broken       a version with a damaged graph is made the active one
@@ -40,6 +40,7 @@ from tests.e2e.conftest import Service, run_service
 # The versions of the store: one network, but so that their scores differ.
 TEMPERATURES = {"1": None, "2": 2.0, "3": 3.0}
 LOST = "connection lost"
+_JOBS = 20
 
 
 class Answers:
@@ -112,12 +113,14 @@ def play(scenario: Scenario, options: argparse.Namespace) -> tuple[Answers, str]
         make_store(folder / "store")
         spool = folder / "spool"
         spool.mkdir()
+        (folder / "jobs").mkdir()
         if scenario.run is disk_full:
             stack.enter_context(small_disk(spool))
-        flags = ("--store", str(folder / "store"), "--spool-dir", str(spool))
+        flags = [f"--{name}-dir={folder / name}" for name in ("spool", "jobs")]
+        flags += [f"--store={folder / 'store'}"]
         answers, stop = Answers(), threading.Event()
         service = stack.enter_context(
-            run_service(*flags, "--watch-interval-s", "0.1", "--log-level", "error")
+            run_service(*flags, "--watch-interval-s=0.1", "--log-level=error")
         )
         with load(service, answers, stop, options.clients):
             note = scenario.run(service, folder, options)
@@ -190,16 +193,35 @@ def decoder_killed(service: Service, folder: Path, options: argparse.Namespace) 
 def server_killed(service: Service, folder: Path, options: argparse.Namespace) -> str:
     time.sleep(options.seconds / 3)
     port = service.client.base_url.port
+    clip = SAMPLE_CLIP.read_bytes()
+    accepted = {
+        service.client.post("/v1/jobs", params={"kind": "classify"}, content=clip).json()["id"]
+        for _ in range(_JOBS)
+    }
     service.process.kill()
     service.process.wait()
     began = time.monotonic()
-    flags = ("--store", str(folder / "store"), "--spool-dir", str(folder / "spool"))
-    with run_service(*flags, "--port", str(port), "--log-level", "error"):
+    flags = [f"--{name}-dir={folder / name}" for name in ("spool", "jobs")]
+    flags += [f"--store={folder / 'store'}", f"--port={port}", "--log-level=error"]
+    with run_service(*flags) as again:
         took = time.monotonic() - began
         time.sleep(options.seconds / 3)
         spools = len(list((folder / "spool").iterdir()))
+        states = wait_for_jobs(again)
     assert spools == 1, f"{spools} spools: that of the killed server was not cleared"
-    return f"ready again {took:.1f} s after the kill, the spool cleared"
+    assert states == dict.fromkeys(accepted, "done"), f"jobs were lost or failed: {states}"
+    return f"ready again {took:.1f} s after the kill, the spool cleared, {_JOBS} jobs done"
+
+
+def wait_for_jobs(service: Service) -> dict[str, str]:
+    """The states of all jobs, once none waits or runs."""
+    deadline = time.monotonic() + 120
+    while True:
+        jobs = service.client.get("/v1/jobs", params={"limit": 100}).json()["jobs"]
+        states = {job["id"]: job["state"] for job in jobs}
+        if not {"queued", "running"} & set(states.values()) or time.monotonic() > deadline:
+            return states
+        time.sleep(0.1)
 
 
 def disk_full(service: Service, folder: Path, options: argparse.Namespace) -> str:

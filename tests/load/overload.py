@@ -1,12 +1,12 @@
 """Twice as many videos as the service can do, for two minutes: what becomes of those that it takes,
 and how fast it turns the others away.
 
-    python -m tests.load.overload [--seconds 120] [--variant tiny] [--k6 build/faults/bin/k6]
+    python -m tests.load.overload [--seconds 120] [--variant tiny] [--workers 2]
 
 The arrivals are an open model (k6): they do not wait for answers, as a crowd does not. Capacity is
-measured first, by a closed loop on the same service in the same run. The network has random
-weights. k6 and the service share the machine. Exits with 1 if anything but 200 and 503 with
-Retry-After came back, or a goal was missed.
+what a closed loop of clients gets, right before and right after, since a machine that is shared
+does not stay the same for minutes. The network has random weights. k6 and the service share the
+machine. Exits with 1 if anything but 200 and 503 with Retry-After came back, or a goal was missed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from tests.e2e.conftest import TIMESFORMER, Service, run_service
 
 SCRIPT = Path(__file__).with_name("open_model.js")
 PATH = "/v1/classify"
+_CLIENTS = 8  # of the closed loop
 _IN_FLIGHT = 4  # clips: two batches of two, the default on a CPU
 
 
@@ -42,6 +44,8 @@ class Phase(NamedTuple):
     unsent: int
     accepted_ms: dict[str, float]
     refused_ms: dict[str, float]
+    cores: float
+    """That k6 itself took of the machine."""
 
 
 def main() -> None:
@@ -49,17 +53,26 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder), options.variant)
-        flags = ("--store", str(store), "--log-level", "warning", "--max-clips-per-request", "4")
+        flags = [
+            *("--store", str(store), "--log-level", "warning", "--max-clips-per-request", "4"),
+            *("--workers", str(options.workers)),
+        ]
         with run_service(*flags) as service:
-            capacity = measure_capacity(service, options.closed_seconds)
+            rough = measure_capacity(service, options.closed_seconds)
         # Two seconds' worth: what a client of an interactive service will wait.
-        queue = max(4, round(2 * capacity))
+        queue = max(_CLIENTS, round(2 * rough))
         with run_service(*flags, "--max-queue-clips", str(queue)) as service:
             measure_capacity(service, 3)  # so that it knows its own rate
-            calm = load(service, options, 0.5 * capacity, min(30, options.seconds))
-            storm = load(service, options, 2 * capacity, options.seconds)
+            calm = load(service, options, 0.5 * rough, min(30, options.seconds))
+            before = measure_capacity(service, options.closed_seconds)
+            storm = load(service, options, 2 * rough, options.seconds)
             recovery = seconds_to_recover(service, calm.accepted_ms["p(95)"])
-    print(f"{options.variant}: capacity {capacity:.1f} videos/s, queue of {queue} clips")
+            after = measure_capacity(service, options.closed_seconds)
+    capacity = (before + after) / 2
+    print(
+        f"{options.variant}: capacity {before:.1f} videos/s before, {after:.1f} after; "
+        f"queue of {queue} clips"
+    )
     print_table([("half of it", calm), ("twice of it", storm)])
     print(f"first answer as fast as before {recovery:.1f} s after the storm")
     judge(calm, storm, capacity, queue)
@@ -70,6 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--closed-seconds", type=int, default=20)
     parser.add_argument("--variant", default="tiny")
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--k6", type=Path, default=Path("build/faults/bin/k6"))
     return parser.parse_args()
 
@@ -90,7 +104,7 @@ def make_store(folder: Path, variant: str) -> Path:
     return store
 
 
-def measure_capacity(service: Service, seconds: float, clients: int = 8) -> float:
+def measure_capacity(service: Service, seconds: float) -> float:
     """Videos a second that a closed loop of clients gets through."""
     clip = SAMPLE_CLIP.read_bytes()
     ends = time.monotonic() + seconds
@@ -103,8 +117,8 @@ def measure_capacity(service: Service, seconds: float, clients: int = 8) -> floa
         return done
 
     began = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-        done = sum(pool.map(loop, range(clients)))
+    with concurrent.futures.ThreadPoolExecutor(_CLIENTS) as pool:
+        done = sum(pool.map(loop, range(_CLIENTS)))
     return done / (time.monotonic() - began)
 
 
@@ -122,7 +136,9 @@ def load(service: Service, options: argparse.Namespace, rate: float, seconds: fl
         }
         given = [part for item in variables.items() for part in ("-e", "=".join(item))]
         command = [options.k6, "run", "--quiet", "--no-usage-report", *given, SCRIPT]
+        began, used = time.monotonic(), _children_seconds()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        cores = (_children_seconds() - used) / (time.monotonic() - began)
         metrics: dict[str, Any] = json.loads(out.read_text())
 
     def count(name: str) -> int:
@@ -138,7 +154,14 @@ def load(service: Service, options: argparse.Namespace, rate: float, seconds: fl
         count("dropped_iterations"),
         values("accepted_ms"),
         values("refused_ms"),
+        cores,
     )
+
+
+def _children_seconds() -> float:
+    """Processor time of the child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def seconds_to_recover(service: Service, usual_ms: float) -> float:
@@ -166,8 +189,8 @@ def print_table(phases: Sequence[tuple[str, Phase]]) -> None:
             f"{name:11} | {phase.rate:7.2f} | {taken:18} | {phase.refused:7} | {turned:25} "
             f"| {phase.wrong}"
         )
-        if phase.unsent:
-            print(f"            k6 was too slow to send {phase.unsent} more")
+        late = f", and was too slow to send {phase.unsent} more" if phase.unsent else ""
+        print(f"            | k6 took {phase.cores:.2f} cores{late}")
 
 
 def judge(calm: Phase, storm: Phase, capacity: float, queue: int) -> None:
