@@ -58,7 +58,7 @@ def find_artefacts(
     device: Device = "auto",
     gpu: int = 0,
     engines: Sequence[Path | None] = (None,),
-    largest: int,
+    largest: int | None = None,
     threads: int = 0,
     emulate: bool = False,
     cuda: bool | None = None,
@@ -69,7 +69,7 @@ def find_artefacts(
         device: `cuda` runs what GPUs take there, and it is an error if it cannot; `auto` does so
             where there is a usable GPU; `cpu` leaves plans out.
         engines: folders where plans lie; None is the bundle's own.
-        largest: most clips in a batch.
+        largest: most clips in a batch of a plan; None for as many as it was built for.
         threads: on the CPU; 0 for one per usable core.
         cuda: whether ONNX Runtime has a usable GPU; None tries it, which takes seconds.
         emulate: graphs for GPUs run on CPUs too, slowly, rounded as there; else they are left out.
@@ -147,7 +147,7 @@ def _graphs(
 
 
 def _plans(
-    bundle: Bundle, device: Device, gpu: int, engines: Path | None, largest: int
+    bundle: Bundle, device: Device, gpu: int, engines: Path | None, largest: int | None
 ) -> Iterator[Artefact | LeftOut]:
     """Plans of this GPU, this TensorRT and these graphs."""
     found = list(plans_in(engines_folder(bundle, engines)))
@@ -174,7 +174,7 @@ def _plans(
             yield LeftOut(title, reason)
         else:
             graph = bundle.file(graphs[plan.facts.graph_sha256])
-            load = functools.partial(here.load, plan, largest)
+            load = functools.partial(here.load, plan, largest or key.batches[-1])
             yield Artefact(title, key.precision, "cuda", graph, load)
 
 

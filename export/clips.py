@@ -15,6 +15,9 @@ from model.video import Crops, VideoError, load_clips
 
 # More change the largest magnitudes little, and take seconds each.
 _CALIBRATION_VIDEOS = 32
+# Of the videos to calibrate on one in five, but no more than this, is kept for the gate.
+_HELD_OUT = 4
+_HELD_OUT_OF = 5
 
 
 def verification_clips(config: ModelConfig, videos: Sequence[Path]) -> NDArray[np.uint8]:
@@ -47,16 +50,48 @@ def calibration_clips(config: ModelConfig, source: Path | None) -> NDArray[np.ui
         VideoError: names the video that cannot be read.
     """
     if source is None:
-        return _rendered(config)
+        return _rendered(config, np.arange(len(_motions())))
+    videos, _ = _split(source)
+    chosen = _spread(len(videos), _CALIBRATION_VIDEOS)
+    return np.concatenate(
+        [_load(videos[index], config.preprocessing, 1, "calibrate") for index in chosen]
+    )
+
+
+def held_out_clips(config: ModelConfig, source: Path | None) -> NDArray[np.uint8]:
+    """Clips of the same source that `calibration_clips` leaves alone: what was chosen by those
+    clips is judged by these.
+
+    Returns:
+        uint8 (clips, time, height, width, 3); none of a source of fewer than five videos.
+
+    Raises:
+        DataError, VideoError: as `calibration_clips`.
+    """
+    if source is None:
+        motions = len(_motions())
+        return _rendered(config, motions + _spread(motions, _HELD_OUT))
+    _, videos = _split(source)
+    clips = [_load(video, config.preprocessing, 1, "verify") for video in videos]
+    return np.concatenate([np.empty((0, *_shape(config)), np.uint8), *clips])
+
+
+def _split(source: Path) -> tuple[list[Path], list[Path]]:
+    """The videos to calibrate on, and those that are held out."""
     if source.is_dir():
         videos = videos_in(source)
     else:
         videos = [Path(sample.path) for sample in read_videos(source).samples]
-    count = min(len(videos), _CALIBRATION_VIDEOS)
-    chosen = np.linspace(0, len(videos) - 1, count).round().astype(int)
-    return np.concatenate(
-        [_load(videos[index], config.preprocessing, 1, "calibrate") for index in chosen]
+    held_out = set(_spread(len(videos), min(_HELD_OUT, len(videos) // _HELD_OUT_OF)).tolist())
+    return (
+        [video for index, video in enumerate(videos) if index not in held_out],
+        [video for index, video in enumerate(videos) if index in held_out],
     )
+
+
+def _spread(number: int, most: int) -> NDArray[np.intp]:
+    """Indices of up to `most` of so many, spread evenly."""
+    return np.linspace(0, number - 1, min(number, most)).round().astype(np.intp)
 
 
 def videos_in(folder: Path) -> list[Path]:
@@ -72,16 +107,24 @@ def videos_in(folder: Path) -> list[Path]:
     return videos
 
 
-def _rendered(config: ModelConfig) -> NDArray[np.uint8]:
-    from model.demo.render import LABELS, render_frames
+def _motions() -> tuple[str, ...]:
+    from model.demo.render import LABELS
 
+    return tuple(LABELS)
+
+
+def _rendered(config: ModelConfig, seeds: NDArray[np.intp]) -> NDArray[np.uint8]:
+    """A clip for each seed, of the motions in turn."""
+    from model.demo.render import render_frames
+
+    motions = _motions()
     times = np.arange(config.num_frames) * config.preprocessing.frame_stride / 30
     times -= times.mean()
     size = config.image_size, config.image_size
     return np.stack(
         [
-            render_frames(label, np.random.default_rng(index), times, size)
-            for index, label in enumerate(LABELS)
+            render_frames(motions[seed % len(motions)], np.random.default_rng(seed), times, size)
+            for seed in seeds
         ]
     )
 

@@ -20,7 +20,7 @@ from export.bundle import Bundle, BundleError
 from export.manifest import ONNX_FLOAT32, Parity
 from export.runtime.interface import Device, Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import LARGEST_BATCH, LIMITS, compare, run_in_batches
+from export.verify import LIMITS, hold, run_in_batches
 
 _EXPORT_PACKAGES = frozenset({"torch", "safetensors", "huggingface_hub", "onnx"})
 
@@ -85,7 +85,6 @@ def check_bundle(
         device=device,
         gpu=gpu,
         engines=[engines],
-        largest=LARGEST_BATCH,
         threads=threads,
         emulate=True,
     )
@@ -137,8 +136,7 @@ def _check(candidate: Artefact, answers: Outputs, clips: NDArray[np.uint8]) -> C
     where = (runtime.engine, runtime.provider, runtime.device)
     parity, problem = None, None
     try:
-        given = run_in_batches(runtime, clips)
-        parity = compare(answers, given, LIMITS[candidate.precision])
+        parity = hold(runtime, clips, answers, LIMITS[candidate.precision])
     except Exception as error:  # engines' exceptions share no base but Exception
         problem = f"fails on clips: {error}"
     finally:

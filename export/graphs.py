@@ -64,8 +64,8 @@ class Clips:
     ranges: NDArray[np.uint8]
     """Clips like those to be served, whose numbers 8 bits are to tell apart."""
     gate: NDArray[np.uint8]
-    """Those that the graphs will be held to: on them nothing may overflow either, and no product
-    is left in 8 bits that puts their answers off."""
+    """More that the graphs will be held to, besides those that are held out: on them nothing may
+    overflow either, and no product is left in 8 bits that puts their answers off."""
     source: str
     """Of `ranges`."""
 

@@ -67,6 +67,12 @@ class Parity(_Model):
         None, description="of the logits, each clip's mean taken away; the worst clip's"
     )
     embedding_cosine: float | None = Field(None, description="the same of the embedding")
+    relative_error: float | None = Field(
+        None,
+        description="length of what a clip's logits are off by, relative to theirs with their mean "
+        "taken away; the worst clip's",
+    )
+    embedding_relative_error: float | None = Field(None, description="the same of the embedding")
     softmax_divergence: float | None = Field(
         None, description="Kullback-Leibler divergence of the scores, in nats; the worst clip's"
     )
@@ -82,6 +88,8 @@ class Parity(_Model):
         description="largest `max_difference` that passes; null if the cosine decides"
     )
     cosine_limit: float | None = Field(None, description="least cosine that passes")
+    error_limit: float | None = Field(None, description="largest relative error that passes")
+    divergence_limit: float | None = Field(None, description="largest divergence that passes")
     passed: bool
 
 

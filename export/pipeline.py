@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from export.bundle import Bundle, BundleError, BundleStore, sha256_of
 from export.choice import choose
-from export.clips import calibration_clips, verification_clips
+from export.clips import calibration_clips, held_out_clips, verification_clips
 from export.emulation import emulate
 from export.graphs import Clips, Precision, kinds_of, write_graphs
 from export.manifest import (
@@ -37,7 +37,7 @@ from export.report import write_report
 from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import LIMITS, compare, run_in_batches
+from export.verify import LIMITS, hold
 from model.checkpoints import Checkpoint, save_safetensors
 from model.config import ModelConfig, Preprocessing
 from model.cost import cost
@@ -115,6 +115,7 @@ def export_bundle(
         report("preparing the clips to calibrate on")
         source = calibration.name if calibration else "rendered"
         measured_on = Clips(calibration_clips(config, calibration), clips, source)
+        clips = np.concatenate([clips, held_out_clips(config, calibration)])
     with store.staging(name) as staging:
         report("writing the weights")
         _write_weights(model, staging / WEIGHTS, names)
@@ -206,7 +207,7 @@ def _verify_graph(graph: Path, reference: Outputs, clips: NDArray[np.uint8]) -> 
     model = emulate(onnx.load(graph)) if kind in GPU_KINDS else graph
     runtime = OnnxRuntime(model, cuda=False)
     try:
-        parity = compare(reference, run_in_batches(runtime, clips), LIMITS[kind])
+        parity = hold(runtime, clips, reference, LIMITS[kind])
     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
         raise VerificationError(
             f"{graph.name} does not run as the network does: {error}"
@@ -241,7 +242,9 @@ def _verdict(parity: Parity) -> str:
         return f"more than {parity.limit:.3g}"
     return (
         f"with cosines of {parity.centred_cosine:.4f} and {parity.embedding_cosine:.4f} "
-        f"where {parity.cosine_limit} is needed, "
+        f"where {parity.cosine_limit} is needed, off by {parity.relative_error:.3f} and "
+        f"{parity.embedding_relative_error:.3f} of their length (limit {parity.error_limit}), "
+        f"scores off by {parity.softmax_divergence:.2g} nats (limit {parity.divergence_limit}), "
         f"and its label on {parity.top1_agreement:.0%} of the clips"
     )
 

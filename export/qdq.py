@@ -1,9 +1,9 @@
 """INT8 and FP8 for TensorRT: from the FP16 graph to one whose large products are of 8 bits.
 
 Both factors of such a product pass through QuantizeLinear and DequantizeLinear, from which TensorRT
-makes a product of 8-bit numbers: symmetric, weights with a scale for each output channel,
-activations with one for all, found on calibration clips. All else is as in the FP16 graph. A
-product that 8 bits put too far off stays in FP16.
+makes a product of 8-bit numbers: symmetric, weights with a scale for each output channel in INT8
+and one for all in FP8, activations with one for all, found on calibration clips. All else is as in
+the FP16 graph. A product that 8 bits put too far off stays in FP16.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -262,7 +262,7 @@ def _error(linear: Linear, rows: Float32, scale: NDArray[np.float16], form: Form
     """How far the product is off if both factors are rounded, relative to its length."""
     weight = linear.weight
     exact = rows @ weight
-    narrow = form.rounded(weight, form.scale(np.abs(weight).max(axis=0)))
+    narrow = form.rounded(weight, form.weight_scale(weight))
     length = float(np.linalg.norm(exact))
     return float(np.linalg.norm(form.rounded(rows, scale) @ narrow - exact)) / (length or 1.0)
 
@@ -301,7 +301,7 @@ def quantize_products(
             )
         if weight not in seen:
             seen.add(weight)
-            nodes.append(_widen_weight(weight))
+            nodes.append(_widen_weight(weight, form))
             for tensor in _round_weight(weights[weight], form):
                 added[tensor.name] = tensor
         rounded = NodeProto()
@@ -328,18 +328,19 @@ def _round_activation(name: str) -> list[NodeProto]:
     ]
 
 
-def _widen_weight(name: str) -> NodeProto:
+def _widen_weight(name: str, form: Format) -> NodeProto:
     inputs = [f"{name}_{part}" for part in ("8bit", "scale", "zero")]
+    axis: dict[str, Any] = {"axis": 1} if form.by_channel else {}
     return helper.make_node(
-        "DequantizeLinear", inputs, [f"{name}_dequantized"], name=f"{name}/Dequantize", axis=1
+        "DequantizeLinear", inputs, [f"{name}_dequantized"], name=f"{name}/Dequantize", **axis
     )
 
 
 def _round_weight(tensor: TensorProto, form: Format) -> list[TensorProto]:
     weight: Float32 = numpy_helper.to_array(tensor).astype(np.float32)
-    scale = form.scale(np.abs(weight).max(axis=0))
+    scale = form.weight_scale(weight)
     eight = form.round(np.divide(weight, scale.astype(np.float32)))
-    zero = np.zeros(len(scale), eight.dtype)
+    zero = np.zeros(scale.shape, eight.dtype)
     return [
         numpy_helper.from_array(value, f"{tensor.name}_{part}")
         for value, part in ((eight, "8bit"), (scale, "scale"), (zero, "zero"))

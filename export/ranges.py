@@ -42,6 +42,8 @@ class Format:
     largest: float
     round: Callable[[Float32], NDArray[np.generic]]
     """Numbers divided by their scale to this type; what is beyond `largest` becomes that."""
+    by_channel: bool
+    """Whether weights have a scale for each output channel, or one for all."""
 
     def scale(self, largest: float | Float32) -> NDArray[np.float16]:
         """What numbers of up to `largest` are divided by, as the FP16 that the graph holds.
@@ -52,6 +54,11 @@ class Format:
         near = exact.astype(np.float16)
         up = np.where(near < exact, np.nextafter(near, np.float16(np.inf)), near)
         return np.where(up > 0, up, np.float16(1)).astype(np.float16)
+
+    def weight_scale(self, weight: Float32) -> NDArray[np.float16]:
+        """Of a matrix of weights (inputs, outputs): (outputs,) or ()."""
+        largest = np.abs(weight)
+        return self.scale(largest.max(axis=0) if self.by_channel else largest.max())
 
     def rounded(self, values: Float32, scale: NDArray[np.floating]) -> Float32:
         """The numbers that are left of `values`."""
@@ -65,12 +72,16 @@ FORMATS = {
         TensorProto.INT8,
         127,
         lambda values: np.clip(np.rint(values), -127, 127).astype(np.int8),
+        by_channel=True,
     ),
+    # TensorRT multiplies in FP8 where both factors have one scale; weights with a scale for each
+    # channel it is known to widen first, and to multiply in FP16. An exponent makes up for it.
     "fp8": Format(
         "fp8",
         TensorProto.FLOAT8E4M3FN,
         448,
         lambda values: np.clip(values, -448, 448).astype(ml_dtypes.float8_e4m3fn),
+        by_channel=False,
     ),
 }
 """By kind of graph."""

@@ -63,16 +63,25 @@ def _agreement(manifest: Manifest) -> Iterator[Html]:
     yield tag(
         "p",
         "Each graph beside the float32 network in PyTorch, on the same clips. Cosines are of the "
-        "worst clip, each clip's mean taken away; divergence is of the scores, in nats. Close "
+        "worst clip, each clip's mean taken away; errors are how long what it is off by is beside "
+        "that, the worst clip's too; divergence is of the scores, in nats. Close "
         "calls are clips whose best two logits are within noise of each other, and on how many of "
         "them the label stays. After a sign stands the limit.",
         class_="soft",
     )
     columns = [
-        *("graph", "clips", "logits off by", "mean", "cosine", "embedding off by", "cosine"),
+        *("graph", "clips", "logits off by", "mean", "cosine", "error"),
+        *("embedding off by", "cosine", "error"),
         *("divergence", "top-1", "top-5", "close calls"),
     ]
     yield table(columns, [[name, *_row(each)] for name, each in manifest.verification.items()])
+    if not any(each.low_margin_clips for each in manifest.verification.values()):
+        yield tag(
+            "p",
+            "No clip was a close call, so what becomes of those is not known: export with more "
+            "--verify-on videos.",
+            class_="soft",
+        )
 
 
 def _row(parity: Parity) -> list[str]:
@@ -85,9 +94,11 @@ def _row(parity: Parity) -> list[str]:
         _limited(f"{parity.max_difference:.2g}", parity.limit, "≤"),
         f"{parity.mean_difference:.2g}",
         _limited(_cosine(parity.centred_cosine), parity.cosine_limit, "≥"),
+        _limited(_short_of(parity.relative_error), parity.error_limit, "≤"),
         f"{parity.embedding_max_difference:.2g}",
         _limited(_cosine(parity.embedding_cosine), parity.cosine_limit, "≥"),
-        "" if parity.softmax_divergence is None else f"{parity.softmax_divergence:.2g}",
+        _limited(_short_of(parity.embedding_relative_error), parity.error_limit, "≤"),
+        _limited(_short_of(parity.softmax_divergence), parity.divergence_limit, "≤"),
         percent(parity.top1_agreement),
         _share(parity.top5_agreement),
         close,
@@ -97,6 +108,10 @@ def _row(parity: Parity) -> list[str]:
 def _limited(value: str, limit: float | None, sign: str) -> str:
     """What was measured, and what it had to be."""
     return value if limit is None else f"{value} {sign} {limit:.4g}"
+
+
+def _short_of(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
 
 
 def _cosine(value: float | None) -> str:

@@ -22,7 +22,7 @@ from export.runtime.cuda import count_gpus
 from export.runtime.plans import Plan, PlanError, PlanKey, batches_up_to, find_plan
 from export.runtime.tensorrt import TensorRt, Wanted
 from export.tensorrt import BuildJob, Progress, build_plan
-from export.verify import LIMITS, compare, run_in_batches
+from export.verify import LIMITS, hold, run_in_batches
 from model.demo import SAMPLE_CLIP
 from model.video import load_clips
 from service.settings import Settings
@@ -206,7 +206,7 @@ def prove(runtimes: Sequence[Runtime], bundle: Bundle) -> None:
     finally:
         reference.close()
     for runtime in runtimes:
-        parity = compare(expected, run_in_batches(runtime, clips), LIMITS[runtime.precision])
+        parity = hold(runtime, clips, expected, LIMITS[runtime.precision])
         if not parity.passed:
             raise PlanError(
                 f"the plan's answers are not the network's on {device_name(runtime)}: logits "

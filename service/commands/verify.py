@@ -22,10 +22,11 @@ from service.commands.options import (
 if TYPE_CHECKING:
     from export.bundle import Bundle
     from export.gate import Checked, Verdict
+    from export.manifest import Parity
     from export.runtime import Device
 
 _COLUMNS = [
-    *("artefact", "ran on", "max diff", "mean diff", "cosine", "top-1", "top-5"),
+    *("artefact", "ran on", "max diff", "mean diff", "cosine", "error", "top-1", "top-5"),
     *("low margin", "KL", "limit", "passed"),
 ]
 
@@ -140,17 +141,23 @@ def _row(checked: Checked) -> list[str]:
     low_margin = "none"
     if parity.low_margin_agreement is not None:
         low_margin = f"{parity.low_margin_agreement:.0%} of {parity.low_margin_clips}"
-    by_difference = parity.limit is not None
     return [
         checked.artefact,
         f"{checked.engine}, {checked.provider}",
         f"{parity.max_difference:.2g}",
         f"{parity.mean_difference:.2g}",
         f"{parity.centred_cosine:.6f}",
+        f"{parity.relative_error:.2g}",
         f"{parity.top1_agreement:.0%}",
         f"{parity.top5_agreement:.0%}",
         low_margin,
         f"{parity.softmax_divergence:.2g}",
-        f"diff {parity.limit:.2g}" if by_difference else f"cosine {parity.cosine_limit}",
+        _limits(parity),
         "yes" if parity.passed else "no",
     ]
+
+
+def _limits(parity: Parity) -> str:
+    if parity.limit is not None:
+        return f"diff {parity.limit:.2g}"
+    return f"cosine {parity.cosine_limit}, error {parity.error_limit}, KL {parity.divergence_limit}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.clips import calibration_clips
+from export.clips import calibration_clips, held_out_clips
 from model.training.errors import DataError
 from model.video import UndecodableVideo
 from tests.model.conftest import tiny_config
@@ -44,7 +44,34 @@ def test_are_spread_over_a_large_folder(tmp_path: Path, monkeypatch: pytest.Monk
     for index, colour in enumerate(["red", "blue", "green", "red", "blue"]):
         write_video(tmp_path / f"{index}.mp4", colour)
     clips = calibration_clips(tiny_config(), tmp_path)
-    assert clips.mean(axis=(1, 2, 3)).argmax(axis=1).tolist() == [0, 1, 2]
+    assert clips.mean(axis=(1, 2, 3)).argmax(axis=1).tolist() == [2, 0, 2]
+
+
+def test_what_the_gate_alone_sees_is_rendered_anew() -> None:
+    measured, held_out = calibration_clips(tiny_config(), None), held_out_clips(tiny_config(), None)
+    assert held_out.shape == (4, 4, 32, 32, 3)
+    assert held_out.dtype == np.uint8
+    for clip in held_out:
+        assert all((clip != other).any() for other in measured)
+
+
+def test_one_video_in_five_is_for_the_gate_alone(tmp_path: Path) -> None:
+    colours = ["red", "blue", "green", "red", "blue"]
+    for index, colour in enumerate(colours[:4]):
+        write_video(tmp_path / f"{index}.mp4", colour)
+    assert len(calibration_clips(tiny_config(), tmp_path)) == 4
+    assert held_out_clips(tiny_config(), tmp_path).shape == (0, 4, 32, 32, 3)
+    write_video(tmp_path / "4.mp4", colours[4])
+    measured, held_out = (
+        part(tmp_path).mean(axis=(1, 2, 3)).argmax(axis=1).tolist()
+        for part in (
+            lambda folder: calibration_clips(tiny_config(), folder),
+            lambda folder: held_out_clips(tiny_config(), folder),
+        )
+    )
+    channel = {"red": 0, "green": 1, "blue": 2}
+    assert sorted(measured + held_out) == sorted(channel[colour] for colour in colours)
+    assert len(held_out) == 1
 
 
 def test_a_folder_without_videos_and_a_broken_video_are_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.bundle import Bundle, BundleError, BundleStore
-from export.clips import verification_clips
+from export.clips import held_out_clips, verification_clips
 from export.gate import check_bundle
 from export.manifest import GRAPHS, ONNX_FLOAT32, ONNX_FP16, ONNX_INT8
 from export.manifest import FileEntry as Entry
@@ -42,7 +42,9 @@ def whole(checkpoint: Checkpoint, video: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def clips(checkpoint: Checkpoint, video: Path) -> NDArray[np.uint8]:
-    return verification_clips(checkpoint.config, [video])
+    """Those that the export was verified on."""
+    held_out = held_out_clips(checkpoint.config, None)
+    return np.concatenate([verification_clips(checkpoint.config, [video]), held_out])
 
 
 @pytest.fixture

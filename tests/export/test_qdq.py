@@ -171,7 +171,8 @@ def test_the_large_products_are_of_8_bits_and_no_other(case: Case) -> None:
             assert (kinds == {"DequantizeLinear"}) == (node.name in eight), node.name
 
 
-def test_scales_are_symmetric_per_channel_for_weights_and_one_for_activations(case: Case) -> None:
+def test_scales_are_symmetric_and_of_weights_as_the_format_has_them(case: Case) -> None:
+    """INT8: one for each output channel; FP8: one for all, or TensorRT multiplies in FP16."""
     constants = {tensor.name: tensor for tensor in case.graph.initializer}
     element = FORMATS[case.kind].element
     for node in case.graph.node:
@@ -184,7 +185,8 @@ def test_scales_are_symmetric_per_channel_for_weights_and_one_for_activations(ca
         if node.input[0] in constants:
             weight = constants[node.input[0]]
             assert weight.data_type == element
-            assert list(scale.dims) == [weight.dims[1]]
+            assert list(scale.dims) == ([weight.dims[1]] if case.kind == "int8-qdq" else [])
+            assert list(zero.dims) == list(scale.dims)
         else:
             assert list(scale.dims) == []
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from export.runtime import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import FLOAT32, INT8, Limits, compare, run_in_batches
+from export.verify import FLOAT32, FP16, INT8, Limits, compare, hold, run_in_batches
 
 from .conftest import write_colour_graph
 
@@ -117,6 +117,44 @@ class TestByDirection:
         actual = reference._replace(embedding=rotated(reference.embedding, cosine))
         assert compare(reference, actual, INT8).passed is passes
 
+    @pytest.mark.parametrize("limits", [FP16, INT8], ids=["fp16", "int8"])
+    @pytest.mark.parametrize("factor", [0.5, 0.8, 1.25, 2, 10])
+    @pytest.mark.parametrize("part", [0, 1])
+    def test_the_right_direction_at_another_scale_fails(
+        self, limits: Limits, factor: float, part: int
+    ) -> None:
+        """Softer or sharper scores are other answers, though no label changes."""
+        scaled = list(reference := answers(scale=3))
+        scaled[part] = scaled[part] * np.float32(factor)
+        parity = compare(reference, Outputs(*scaled), limits)
+        assert min(parity.centred_cosine, parity.embedding_cosine) == pytest.approx(1)  # type: ignore[type-var]
+        assert parity.top1_agreement == 1
+        errors = (parity.relative_error, parity.embedding_relative_error)
+        assert errors[part] is not None
+        assert errors[part] >= abs(factor - 1) - 1e-6
+        assert errors[1 - part] == 0
+        assert not parity.passed
+
+    def test_an_embedding_that_is_shifted_as_a_whole_fails(self) -> None:
+        reference = answers()
+        actual = reference._replace(embedding=reference.embedding + 1)
+        parity = compare(reference, actual, INT8)
+        assert parity.embedding_cosine == pytest.approx(1)
+        assert not parity.passed
+
+    def test_scores_that_diverge_fail_though_the_error_is_within_its_limit(self) -> None:
+        """Where logits are large, a twentieth of their spread may be the whole of the scores."""
+        logits = np.full((4, 6), -20, np.float32)
+        logits[:, :2] = 20, 20.001
+        reference = answers()._replace(logits=logits)
+        parity = compare(reference, reference._replace(logits=changed(logits, 3, (2, 0))), INT8)
+        assert parity.centred_cosine is not None
+        assert parity.centred_cosine > 0.995
+        assert parity.relative_error is not None
+        assert parity.relative_error < 0.15
+        assert parity.softmax_divergence == pytest.approx(0.855, abs=0.01)
+        assert not parity.passed
+
     def test_it_is_the_worst_clip_that_counts(self) -> None:
         reference = answers()
         logits = reference.logits.copy()
@@ -153,8 +191,24 @@ class TestLabels:
         reference = self.clear_and_close()
         logits = reference.logits.copy()
         logits[5, 0] = 7
-        parity = compare(reference, reference._replace(logits=logits), INT8._replace(cosine=0.5))
+        loose = INT8._replace(cosine=0.5, divergence=None)
+        parity = compare(reference, reference._replace(logits=logits), loose)
         assert parity.top1_agreement == 39 / 40
+        assert not parity.passed
+
+    def test_noise_on_one_clip_is_no_excuse_for_another(self) -> None:
+        """A label that changes on a quiet clip is not explained by what happens on a loud one."""
+        reference = self.clear_and_close()
+        reference.logits[5] *= 100
+        reference.logits[9, 8] = 4.9
+        logits = reference.logits.copy()
+        logits[5, 8:] += 5
+        loose = Limits(difference=None, cosine=None, error=0.3)
+        assert compare(reference, reference._replace(logits=logits), loose).passed
+        logits[9, 8] = 6.05
+        parity = compare(reference, reference._replace(logits=logits), loose)
+        assert parity.relative_error is not None
+        assert parity.relative_error < 0.3
         assert not parity.passed
 
     def test_one_that_changes_where_two_are_as_good_passes_and_is_told(self) -> None:
@@ -218,3 +272,47 @@ def test_a_graph_is_run_at_two_batch_sizes(tmp_path: Path) -> None:
     assert sizes == [1, 3]
     np.testing.assert_allclose(outputs.logits, clips.mean(axis=(1, 2, 3)) / 64, rtol=1e-5)
     assert outputs.embedding.shape == (4, 16)
+
+
+class Plan:
+    """An engine with profiles and slots, as a plan of TensorRT: all that it runs is noted."""
+
+    slots = 2
+    batches = (1, 8, 16)
+
+    def __init__(self, wrong: tuple[int, int] | None = None) -> None:
+        self.wrong = wrong
+        """Batch size and slot of a kernel that is off."""
+        self.runs: list[tuple[int, int]] = []
+
+    def run(self, frames: NDArray[np.uint8]) -> Outputs:
+        at = (len(frames), len(self.runs) % self.slots)
+        self.runs.append(at)
+        flat = frames.reshape(len(frames), -1).astype(np.float32) / 255
+        off = np.float32(0.01 if at == self.wrong else 0)
+        return Outputs(flat[:, :6] + off, flat[:, 6:14])
+
+
+class TestEachWayOfBatching:
+    clips = np.random.default_rng(0).integers(0, 256, (5, 16), np.uint8)
+
+    def reference(self) -> Outputs:
+        return Plan().run(self.clips)
+
+    def test_the_least_and_largest_batch_of_each_profile_runs_in_every_slot(self) -> None:
+        plan = Plan()
+        assert hold(plan, self.clips, self.reference(), FLOAT32).passed  # type: ignore[arg-type]
+        assert {(size, slot) for size in (1, 2, 8, 9, 16) for slot in (0, 1)} <= set(plan.runs)
+
+    @pytest.mark.parametrize("slot", [0, 1])
+    @pytest.mark.parametrize("size", [1, 2, 8, 9, 16])
+    def test_a_kernel_that_is_wrong_in_one_of_them_alone_fails(self, size: int, slot: int) -> None:
+        wrong = Plan((size, slot))
+        assert not hold(wrong, self.clips, self.reference(), FLOAT32).passed  # type: ignore[arg-type]
+
+    def test_an_engine_without_sizes_of_its_own_sees_each_clip_once(self) -> None:
+        engine = Plan()
+        engine.batches = ()
+        parity = hold(engine, self.clips, self.reference(), FLOAT32)  # type: ignore[arg-type]
+        assert parity.clips == 5
+        assert [size for size, _ in engine.runs] == [1, 4]

@@ -34,7 +34,7 @@ def test_the_table_says_what_ran_on_what_and_how_near_it_came() -> None:
     title, columns, row = timesformer("demo", *CPU).stdout.splitlines()
     assert title.startswith("demo version 1 on 4 clips, against the network in PyTorch ")
     assert re.split(r"\s{2,}", columns.strip()) == [
-        *("artefact", "ran on", "max diff", "mean diff", "cosine", "top-1", "top-5"),
+        *("artefact", "ran on", "max diff", "mean diff", "cosine", "error", "top-1", "top-5"),
         *("low margin", "KL", "limit", "passed"),
     ]
     cells = re.split(r"\s{2,}", row.strip())
