@@ -3,9 +3,10 @@
 # docker build --target train     -t timesformer:train .    trains, exports, refreshes
 #
 # BASE_IMAGE needs Python 3.11 to 3.13 as `python3`, with venv, and nothing else. CUDA_IMAGE is a
-# Debian or Ubuntu with the CUDA 13 runtime and cuDNN 9, which onnxruntime-gpu loads.
+# Debian or Ubuntu that asks the container runtime for the driver; the CUDA libraries and cuDNN come
+# from the lock.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
-ARG CUDA_IMAGE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
+ARG CUDA_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
 # Our code, once for all. Stages below install dependencies first, by their hashes: a change of our
 # code does not install them again.

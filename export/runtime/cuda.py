@@ -65,7 +65,8 @@ class Cuda:
         index: which of the visible GPUs.
 
     Raises:
-        RuntimeUnavailableError: no driver, no such GPU, or `cuda-bindings` is not installed.
+        RuntimeUnavailableError: no driver, no such GPU, one that fails, or `cuda-bindings` is not
+            installed.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -74,7 +75,10 @@ class Cuda:
             raise RuntimeUnavailableError(f"there is no GPU {index}: {count} can be seen")
         self._cuda = _bindings()
         self.index = index
-        self.use()
+        try:
+            self.use()
+        except CudaError as error:
+            raise RuntimeUnavailableError(f"GPU {index} cannot be used: {error}") from error
 
     @property
     def gpu(self) -> Gpu:

@@ -6,6 +6,10 @@ GPU was asked for, and a warning in the log when the choice was left to us.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from numpy.typing import NDArray
 
 from export.runtime.cores import usable_cores
 from export.runtime.interface import Outputs, RuntimeUnavailableError
+
+logger = logging.getLogger(__name__)
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -32,6 +38,16 @@ _WORK = frozenset(
         ),
     }
 )
+
+
+@functools.cache
+def _load_cuda_libraries() -> None:
+    """What the extra `gpu` installs, where no linker looks for it; else what the system has."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):  # which is for answers, as JSON for example
+        onnxruntime.preload_dlls()
+    for line in told.getvalue().splitlines():
+        logger.warning("ONNX Runtime: %s", line)
 
 
 class OnnxRuntime:
@@ -73,7 +89,10 @@ class OnnxRuntime:
             raise RuntimeUnavailableError(
                 f"this ONNX Runtime has no {wanted}: install the `gpu` extra on a GPU node"
             )
-        provider = (wanted, {"device_id": str(gpu)}) if cuda else wanted
+        if cuda:
+            _load_cuda_libraries()
+        # Without the second option float32 is TF32 there, which keeps ten bits.
+        provider = (wanted, {"device_id": str(gpu), "use_tf32": "0"}) if cuda else wanted
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=[provider])
         except Exception as error:  # its exceptions share no base but Exception

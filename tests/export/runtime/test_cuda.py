@@ -214,6 +214,15 @@ class TestWithoutAGpu:
         with pytest.raises(RuntimeUnavailableError, match="cudaGetDeviceCount: no driver"):
             count_gpus()
 
+    def test_a_gpu_that_fails(
+        self, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            bindings, "cudaSetDevice", lambda index: (Status.OUT_OF_LUCK,), raising=False
+        )
+        with pytest.raises(RuntimeUnavailableError, match="GPU 1 cannot be used: cudaSetDevice"):
+            Cuda(1)
+
     def test_no_bindings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "cuda.bindings", None)
         with pytest.raises(RuntimeUnavailableError, match="install the `gpu` extra"):

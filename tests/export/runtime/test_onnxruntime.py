@@ -27,7 +27,7 @@ from export.runtime import (
     load_runtime,
     load_runtimes,
 )
-from export.runtime.onnxruntime import OnnxRuntime
+from export.runtime.onnxruntime import OnnxRuntime, _load_cuda_libraries
 from model.demo import STORE
 from tests.export.conftest import (
     COLOURS,
@@ -146,8 +146,40 @@ def test_the_session_is_made_on_the_gpu_that_was_asked_for(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     (runtime,) = load_runtimes(bundle, "cuda", gpus=(gpu,))
-    assert asked == [("CUDAExecutionProvider", {"device_id": str(gpu)})]
+    ((provider, options),) = asked
+    assert (provider, options["device_id"]) == ("CUDAExecutionProvider", str(gpu))
+    assert options["use_tf32"] == "0", "float32 is float32"
     assert (runtime.gpu, device_name(runtime)) == (gpu, f"cuda:{gpu}")
+
+
+def test_the_libraries_that_were_installed_with_it_are_loaded_before_a_session_on_a_gpu(
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls: list[str] = []
+
+    def preload() -> None:
+        calls.append("libraries")
+        print("Failed to load libcudnn.so.9")
+
+    def session(*arguments: object, **options: object) -> None:
+        calls.append("session")
+        raise ValueError("no driver")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    load_runtime(bundle, "cpu", threads=1).close()
+    assert calls == []
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    _load_cuda_libraries.cache_clear()
+    with pytest.raises(RuntimeUnavailableError, match="no driver"):
+        load_runtime(bundle, "cuda")
+    _load_cuda_libraries.cache_clear()
+    assert calls == ["libraries", "session"]
+    assert capsys.readouterr().out == "", "stdout is for answers"
+    assert "ONNX Runtime: Failed to load libcudnn.so.9" in caplog.text
 
 
 def test_work_that_strays_to_the_cpu_is_found_out_though_the_session_is_on_the_gpu(
