@@ -142,7 +142,7 @@ def measure_bundle(
         report(f"starting {each.name} in a process of its own")
         try:
             startups[each.name] = measure_startup(
-                bundle.path, each, gpu=gpu, threads=threads, engines=engines
+                bundle.path, each, gpu=gpu, threads=threads, largest=batches[-1], engines=engines
             )
         except StartupError as error:
             left_out.append(LeftOut(f"start of {each.name}", str(error)))

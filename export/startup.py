@@ -1,6 +1,6 @@
 """What an engine takes until its first answer: a process of its own that opens one artefact.
 
-    python -m export.startup BUNDLE ARTEFACT cpu|cuda GPU THREADS [ENGINES ...]
+    python -m export.startup BUNDLE ARTEFACT cpu|cuda GPU THREADS LARGEST [ENGINES ...]
 
 `measure` runs it and gives what it found.
 """
@@ -52,14 +52,18 @@ def measure(
     *,
     gpu: int = 0,
     threads: int = 0,
+    largest: int,
     engines: Sequence[Path] = (),
 ) -> Startup:
     """Starts a process for one artefact and waits for its first answer.
 
+    Args:
+        largest: most clips in a batch; plans are made ready for each size up to it.
+
     Raises:
         StartupError: it did not come.
     """
-    values = (bundle, artefact.name, artefact.device, gpu, threads, *engines)
+    values = (bundle, artefact.name, artefact.device, gpu, threads, largest, *engines)
     begin = time.perf_counter()
     try:
         answer = subprocess.run(  # noqa: S603 - our own module
@@ -79,7 +83,7 @@ def measure(
 
 
 def main() -> None:
-    bundle_path, artefact, device, gpu, threads, *engines = sys.argv[1:]
+    bundle_path, artefact, device, gpu, threads, largest, *engines = sys.argv[1:]
     bundle = Bundle(Path(bundle_path))
     found = find_artefacts(
         bundle,
@@ -87,7 +91,7 @@ def main() -> None:
         cuda=device == "cuda",
         gpu=int(gpu),
         engines=[Path(folder) for folder in engines] or [None],
-        largest=1,
+        largest=int(largest),
         threads=int(threads),
     )
     (wanted,) = (each for each in found.artefacts if each.name == artefact)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +16,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from export import yardsticks
+from export import startup, yardsticks
+from export.artefacts import Artefact, Found
 from export.bench import Entrant, Turn, share_of_limit, speed_up, take_turns, timing
 from export.bundle import Bundle, BundleError
 from export.limit import products_alone
@@ -25,6 +29,7 @@ from export.precision import quantize
 from export.published import AsPublished
 from export.rewrite import rewrite
 from export.runtime.onnxruntime import OnnxRuntime
+from export.startup import Startup, StartupError
 from export.yardsticks import COMPILED, EAGER, HUGGING_FACE, NAIVE, OPENVINO
 from model.config import ATTENTION_TYPES, AttentionType
 from model.cost import cost
@@ -152,6 +157,52 @@ def int8(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle(folder)
 
 
+class Process:
+    """Puts a run in this process in the place of a process of its own, on an artefact whose engine
+    is made up; keeps what `find_artefacts` was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.asked: dict[str, Any] = {}
+        self._capsys = capsys
+        monkeypatch.setattr(startup.subprocess, "run", self._run)
+        monkeypatch.setattr(startup, "find_artefacts", self._find)
+        self._argv = functools.partial(monkeypatch.setattr, sys, "argv")
+
+    def _find(self, bundle: Bundle, **asked: Any) -> Found:
+        self.asked = asked
+        engine: Any = SimpleNamespace(run=lambda frames: None)
+        plan = Artefact("some.plan", "fp16", "cuda", bundle.path / ONNX_FLOAT32, lambda: engine)
+        return Found((plan,), (), True)
+
+    def _run(self, command: list[str], **options: Any) -> Any:
+        self._argv(command[2:])
+        startup.main()
+        return SimpleNamespace(returncode=0, stdout=self._capsys.readouterr().out, stderr="")
+
+
+def test_a_plan_is_started_for_batches_as_large_as_those_measured(
+    exported: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each size that it is made ready for takes time and memory."""
+    process = Process(monkeypatch, capsys)
+    plan = Artefact("some.plan", "fp16", "cuda", exported.path / ONNX_FLOAT32, pytest.fail)
+    found = startup.measure(exported.path, plan, largest=16, engines=[tmp_path])
+    assert (process.asked["largest"], process.asked["engines"]) == (16, [tmp_path])
+    assert found.start_seconds > found.load_seconds >= 0
+
+    def refuse(*arguments: object, largest: int, **options: object) -> Startup:
+        process.asked = {"largest": largest}
+        raise StartupError("not now")
+
+    monkeypatch.setattr("export.measure.measure_startup", refuse)
+    measured = measure_bundle(exported, tmp_path, batches=(1, 3), rounds=1, device="cpu", threads=1)
+    assert process.asked == {"largest": 3}
+    assert [each.reason for each in measured.left_out] == ["not now"]
+
+
 class TestBundle:
     def test_everything_is_measured_beside_each_other_with_how_far_it_is_off(
         self, int8: Bundle, tmp_path: Path
@@ -171,10 +222,10 @@ class TestBundle:
             assert row.of_limit.median > 0
             assert row.timing.multiply_adds_per_second
         assert found.startups.keys() == {ONNX_FLOAT32, ONNX_INT8}
-        for startup in found.startups.values():
-            assert 0 < startup.load_seconds < startup.start_seconds
-            assert startup.resident_bytes > 0
-            assert startup.device_bytes is None
+        for each in found.startups.values():
+            assert 0 < each.load_seconds < each.start_seconds
+            assert each.resident_bytes > 0
+            assert each.device_bytes is None
         assert found.to_dict()["engines"][0]["timing"]["calls"] >= 1
 
     def test_a_precision_that_is_not_there_is_an_error(
