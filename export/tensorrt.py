@@ -28,10 +28,20 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from export.inspection import Inspected, missing_bits, read_layers
 from export.manifest import FileEntry
+from export.plan_report import plan_report, write_plan_report
+from export.reuse import (
+    earlier_timings,
+    fitting_source,
+    keep_timings,
+    refit,
+    refit_sources,
+    timings_file,
+    use_timings,
+)
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.plans import (
-    FOLDER,
     Plan,
     PlanError,
     PlanFacts,
@@ -39,11 +49,10 @@ from export.runtime.plans import (
     find_plan,
     layers_file,
     locked,
-    plans_in,
     profiles,
     write_whole,
 )
-from export.runtime.tensorrt import INPUT, OUTPUTS, Wanted, load_tensorrt, log_of
+from export.runtime.tensorrt import INPUT, OUTPUTS, Wanted, load_tensorrt, log_of, made
 
 # Layers that only move, reshape or count; what is left of a network says in what it computes.
 _PLUMBING = {
@@ -70,6 +79,9 @@ _HALF_NORMS = (
     "LayerNorm must stay in FP32"
 )
 _TAIL = 2000
+_CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL}
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[float, str], None]
 """Is told the share that is done, 0 to 1, and what is being done."""
@@ -87,21 +99,47 @@ class BuildJob(BaseModel):
     gpu_index: int = 0
     level: int = Field(3, ge=0, le=5, description="optimisation level: more is slower to build")
     workspace_bytes: int | None = Field(None, ge=1, description="most scratch memory of a layer")
-    timing_cache: Path | None = Field(None, description="file of earlier builds' measurements")
-    refittable: bool = False
-    refit_from: Path | None = Field(
-        None, description="facts of a refittable plan of the same network with other weights"
+    timings: Path | None = Field(None, description="file of the builder's measurements")
+    earlier_timings: tuple[Path, ...] = Field(
+        (), description="to begin with, where that is not there"
     )
+    refittable: bool = False
+    refit_from: tuple[Path, ...] = Field(
+        (), description="facts of refittable plans, one of which may be of the same network"
+    )
+    rebuild: bool = Field(False, description="whether or not it is there; measures anew")
     module: str = "tensorrt"
 
     @classmethod
-    def of(cls, wanted: Wanted, **options: Any) -> BuildJob:
-        """The job of building what is wanted; `options` are the fields that are not in it."""
-        return cls(**wanted._asdict(), **options)
+    def of(cls, wanted: Wanted, timings_in: Path | None = None, **options: Any) -> BuildJob:
+        """The job of building what is wanted, with what earlier builds left.
+
+        Args:
+            timings_in: folder of the builder's measurements; by default beside the plans.
+            options: fields that are not in `wanted`.
+        """
+        folder, key = wanted.folder, wanted.key
+        refits = options.get("refittable") and not options.get("rebuild")
+        found: dict[str, Any] = {
+            "timings": timings_file(timings_in or folder, key),
+            "earlier_timings": earlier_timings(folder, key),
+            "refit_from": refit_sources(folder, key) if refits else (),
+        }
+        return cls(**wanted._asdict(), **{**found, **options})
 
     @property
     def plan(self) -> Path:
         return self.folder / f"{self.key.stem}.plan"
+
+
+def find_built(job: BuildJob) -> Plan | None:
+    """The plan of a job if it is there already, built as hard at least and refittable if it is to
+    be."""
+    if job.rebuild:
+        return None
+    return find_plan(
+        job.folder, job.key, job.graph_sha256, level=job.level, refittable=job.refittable
+    )
 
 
 def build_plan(
@@ -122,7 +160,7 @@ def build_plan(
             crashed or was stopped.
     """
     profiles(job.key.batches)  # a mistake in them is told at once
-    if found := find_plan(job.folder, job.key, job.graph_sha256):
+    if found := find_built(job):
         return found
     with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", "export.tensorrt", job.model_dump_json()]
@@ -139,9 +177,12 @@ def build_plan(
         last_words = errors.read()[-_TAIL:].strip()
     if problem is not None:
         raise PlanError(problem)
+    if child.returncode in _CRASHES and job.refit_from:
+        logger.warning("refitting crashed, the plan is built: %s", last_words)
+        return build_plan(job.model_copy(update={"refit_from": ()}), progress, on_start)
     if child.returncode:
         raise PlanError(_epitaph(child.returncode, last_words))
-    found = find_plan(job.folder, job.key, job.graph_sha256)
+    found = find_built(job.model_copy(update={"rebuild": False}))
     if found is None:
         raise PlanError(f"the builder ended well and left no {job.plan}")
     return found
@@ -198,21 +239,21 @@ def _build(trt: ModuleType, job: BuildJob, progress: Progress) -> None:
     started = time.monotonic()
     job.folder.mkdir(parents=True, exist_ok=True)
     with locked(job.plan):
-        if find_plan(job.folder, job.key, job.graph_sha256):
+        if find_built(job):
             return  # another builder was first
-        job.plan.with_suffix(".json").unlink(missing_ok=True)  # of another graph
         log = log_of(trt)
-        builder = _made(trt.Builder, log, log)
+        builder = made(trt.Builder, log, log)
         network = parse(trt, builder, job.graph, log)
         shape = structure(trt, network)
-        old = _refit_source(job, shape)
-        if old is not None:
-            progress(0.0, f"refitting {old.path.name}")
-            content = refit(trt, old, job.graph, log)
-        else:
+        old = fitting_source(job.refit_from, job.key, shape, job.level)
+        content = _refitted(trt, old, job, log, progress) if old else None
+        if content is None:
+            old = None
             content = compile_network(trt, builder, network, job, log, progress)
-        write_whole(job.plan, content)
-        written = PlanFacts(
+        text, inspected = _inspect(trt, job, content, log)
+        if inspected and (warning := missing_bits(job.key.precision, inspected.products_by_type)):
+            log.warnings.append(warning)
+        facts = PlanFacts(
             key=job.key,
             graph_sha256=job.graph_sha256,
             plan=FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content)),
@@ -220,25 +261,41 @@ def _build(trt: ModuleType, job: BuildJob, progress: Progress) -> None:
             seconds=round(time.monotonic() - started, 2),
             refitted=old is not None,
             refittable=job.refittable or old is not None,
-            level=job.level,
-            engine=_inspect(trt, job, content, log),
+            level=old.facts.level if old else job.level,
+            engine=inspected.layers if inspected else None,
+            products=inspected.products_by_type if inspected else None,
             structure=shape,
             network=layer_types(network),
             warnings=tuple(log.warnings),
         )
-        text = written.model_dump_json(indent=2) + "\n"
-        write_whole(job.plan.with_suffix(".json"), text.encode())
+        _write(job, content, facts, text, inspected)
 
 
-def _made(make: Any, log: Any, *arguments: Any) -> Any:
-    """What a TensorRT factory gives; it says that it failed by None or by a TypeError."""
+def _write(
+    job: BuildJob, content: bytes, facts: PlanFacts, text: str, inspected: Inspected | None
+) -> None:
+    """Puts a plan, with all that is told of it, in the place of the one that was there."""
+    facts_file, layers = job.plan.with_suffix(".json"), layers_file(job.plan)
+    for file in (facts_file, layers):
+        file.unlink(missing_ok=True)
+    write_whole(job.plan, content)
+    if text:
+        write_whole(layers, text.encode(errors="backslashreplace"))
+    write_plan_report(plan_report(job.plan), facts, inspected)
+    write_whole(facts_file, (facts.model_dump_json(indent=2) + "\n").encode())
+
+
+def _refitted(
+    trt: ModuleType, old: Plan, job: BuildJob, log: Any, progress: Progress
+) -> bytes | None:
+    """An earlier plan with the weights of this graph; None if they cannot be put into it."""
+    progress(0.0, f"refitting {old.path.name}")
     try:
-        made = make(*arguments)
-    except (TypeError, RuntimeError) as error:
-        raise PlanError(f"TensorRT could not start: {log.why()} ({error})") from error
-    if made is None:
-        raise PlanError(f"TensorRT could not start: {log.why()}")
-    return made
+        return refit(trt, old, job.graph, log)
+    except (RuntimeError, TypeError) as error:  # the bindings' own, too
+        log.errors.clear()  # of a build that fails after it they would explain nothing
+        log.warnings.append(f"not refitted but built: {error}")
+        return None
 
 
 def parse(trt: ModuleType, builder: Any, graph: Path, log: Any) -> Any:
@@ -247,7 +304,7 @@ def parse(trt: ModuleType, builder: Any, graph: Path, log: Any) -> Any:
     Raises:
         PlanError: lists every node that the parser refuses.
     """
-    network = _made(
+    network = made(
         builder.create_network, log, 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     )
     parser = trt.OnnxParser(network, log)
@@ -312,14 +369,15 @@ def compile_network(
     Raises:
         PlanError: a profile is refused, the build fails, or a LayerNorm would compute in FP16.
     """
+    timings = job.timings if job.module == "tensorrt" else None  # TensorRT-RTX measures nothing
     config = builder.create_builder_config()
     config.builder_optimization_level = job.level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _monitor(trt, progress, log)
     if job.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
-    if job.key.precision == "float32":  # TF32 is on by default and keeps ten bits
-        config.clear_flag(trt.BuilderFlag.TF32)
+    # On by default, and keeps ten bits: float32 is float32, in plans of fewer bits too.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if job.refittable:
         config.set_flag(trt.BuilderFlag.REFIT)
     clip = tuple(network.get_input(0).shape)[1:]
@@ -328,8 +386,8 @@ def compile_network(
         profile.set_shape(INPUT, (least, *clip), (best, *clip), (largest, *clip))
         if config.add_optimization_profile(profile) == -1:  # set_shape itself tells nothing
             raise PlanError(f"TensorRT refuses batches of {least} to {largest}: {log.why()}")
-    if job.timing_cache is not None:
-        _use_timing_cache(config, job.timing_cache, log)
+    if timings is not None:
+        use_timings(config, () if job.rebuild else (timings, *job.earlier_timings), log)
     content = builder.build_serialized_network(network, config)
     if log.half_norms:
         raise PlanError(_HALF_NORMS)
@@ -338,8 +396,8 @@ def compile_network(
     plan = bytes(content)
     if not plan or len(plan) != content.nbytes:
         raise PlanError(f"TensorRT gave {len(plan)} of the {content.nbytes} bytes of its plan")
-    if job.timing_cache is not None:
-        _keep_timing_cache(config, job.timing_cache)
+    if timings is not None:
+        keep_timings(config, timings, log)
     return plan
 
 
@@ -386,110 +444,29 @@ def _monitor(trt: ModuleType, progress: Progress, log: Any) -> Any:
     return Monitor()
 
 
-def _use_timing_cache(config: Any, path: Path, log: Any) -> None:
-    """Starts from what earlier builds measured; a cache that does not fit is begun anew."""
-    content = path.read_bytes() if path.is_file() else b""
-    cache = config.create_timing_cache(content)
-    if cache is None or not config.set_timing_cache(cache, False):
-        log.warnings.append(f"{path.name} is of another GPU or TensorRT, or damaged: begun anew")
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+def _inspect(trt: ModuleType, job: BuildJob, plan: bytes, log: Any) -> tuple[str, Inspected | None]:
+    """What the engine's inspector says, and what that is.
 
-
-def _keep_timing_cache(config: Any, path: Path) -> None:
-    """Adds what this build measured to the file, beside what others did meanwhile."""
-    cache = config.get_timing_cache()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path):
-        others = config.create_timing_cache(path.read_bytes()) if path.is_file() else None
-        if others is not None:
-            cache.combine(others, True)
-        write_whole(path, bytes(cache.serialize()))
-
-
-def _refit_source(job: BuildJob, wanted: str) -> Plan | None:
-    """The refittable plan that the job names, if its network is this one with other weights."""
-    if job.refit_from is None:
-        return None
-    with contextlib.suppress(ValidationError, OSError):
-        facts = PlanFacts.model_validate_json(job.refit_from.read_bytes())
-        if facts.refittable and facts.key == job.key and facts.structure == wanted:
-            return Plan(job.refit_from.with_suffix(".plan"), facts)
-    return None
-
-
-def refit_source(folder: Path, key: PlanKey) -> Path | None:
-    """Facts of the newest refittable plan of that key among the other versions' plans.
-
-    Args:
-        folder: of this version's plans; the others' lie as theirs do, `VERSION/...` beside it.
-    """
-    inside = folder.name == FOLDER
-    version = folder.parent if inside else folder
-    others = (
-        plan
-        for other in version.parent.glob("*")
-        if other != version
-        for plan in plans_in(other / FOLDER if inside else other)
-        if plan.facts.refittable and plan.facts.key == key
-    )
-    newest = max(others, key=lambda plan: plan.facts.created, default=None)
-    return newest.path.with_suffix(".json") if newest else None
-
-
-def refit(trt: ModuleType, plan: Plan, graph: Path, log: Any) -> bytes:
-    """The plan with the weights of another graph of the same structure; seconds, not minutes.
+    None with TensorRT-RTX, which builds on machines that cannot load an engine, and where the
+    answer cannot be read, which is a warning: the plan is as good without.
 
     Raises:
-        PlanError: the weights do not fit or the plan cannot be loaded here.
-    """
-    runtime = _made(trt.Runtime, log, log)
-    engine = runtime.deserialize_cuda_engine(plan.path.read_bytes())
-    if engine is None:
-        raise PlanError(f"TensorRT cannot load {plan.path.name} to refit it: {log.why()}")
-    refitter = _made(trt.Refitter, log, engine, log)
-    parser = trt.OnnxParserRefitter(refitter, log)
-    missing = []
-    if parser.refit_from_file(str(graph)):
-        missing = refitter.get_missing_weights()
-        if not missing and refitter.refit_cuda_engine():
-            config = engine.create_serialization_config()
-            config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
-            config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
-            return bytes(engine.serialize_with_config(config))
-    problem = f"no weights for {', '.join(missing)}" if missing else log.why()
-    raise PlanError(f"{plan.path.name} cannot be refitted with {graph.name}: {problem}")
-
-
-def _inspect(
-    trt: ModuleType, job: BuildJob, plan: bytes, log: Any
-) -> dict[str, dict[str, int]] | None:
-    """Layers of the engine; the inspector's whole answer goes beside the plan.
-
-    None where the engine cannot be loaded: TensorRT-RTX builds on machines that cannot run it.
+        PlanError: TensorRT cannot load what it has built.
     """
     if job.module != "tensorrt":
-        return None
-    engine = _made(trt.Runtime, log, log).deserialize_cuda_engine(plan)
+        return "", None
+    runtime = made(trt.Runtime, log, log)
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise PlanError(f"TensorRT cannot load the plan that it has just built: {log.why()}")
     inspector = engine.create_engine_inspector()
-    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    write_whole(layers_file(job.plan), text.encode())
-    return engine_layers(text)
-
-
-def engine_layers(inspected: str) -> dict[str, dict[str, int]]:
-    """How many layers of each kind give each type, by what the engine's inspector says in JSON."""
-    counted: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for told in json.loads(inspected).get("Layers", []):
-        kind, given = "unnamed", "unknown"  # a plan that tells names alone has strings here
-        if isinstance(told, dict):
-            kind = str(told.get("LayerType", kind))
-            for output in told.get("Outputs", [])[:1]:
-                # TensorRT 10 has both in one, such as `Row major linear FP16 format`.
-                given = str(output.get("DataType") or output.get("Format/Datatype") or given)
-        counted[kind][given] += 1
-    return {kind: dict(counted[kind]) for kind in sorted(counted)}
+    text = ""
+    try:
+        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        return text, read_layers(text)
+    except ValueError as error:
+        log.warnings.append(f"what the engine inspector says cannot be read: {error}")
+        return text, None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import fcntl
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -64,12 +64,17 @@ class PlanKey(_Model):
     )
 
     @property
-    def stem(self) -> str:
-        """The file name without its ending."""
+    def hardware(self) -> str:
+        """GPU and TensorRT as the beginning of a file name."""
         gpu = re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-")
         architecture = self.compute_capability.replace(".", "")
+        return f"{gpu}_sm{architecture}_trt{self.tensorrt}"
+
+    @property
+    def stem(self) -> str:
+        """The file name without its ending."""
         batches = "-".join(map(str, self.batches))
-        return f"{gpu}_sm{architecture}_trt{self.tensorrt}_{self.precision}_b{batches}"
+        return f"{self.hardware}_{self.precision}_b{batches}"
 
 
 class PlanFacts(_Model):
@@ -90,6 +95,9 @@ class PlanFacts(_Model):
     )
     engine: dict[str, dict[str, int]] | None = Field(
         None, description="the same of the engine, as its inspector names kinds and types"
+    )
+    products: dict[str, int] | None = Field(
+        None, description="the engine's matrix products by the type that they compute in"
     )
     warnings: tuple[str, ...] = ()
 
@@ -125,13 +133,16 @@ def engines_folder(bundle: Bundle, engines: Path | None = None) -> Path:
     return engines / bundle.name / bundle.version if engines else bundle.path / FOLDER
 
 
-def graph_of(bundle: Bundle, precision: str, compute_capability: str) -> tuple[str, Path, str]:
+def graph_of(
+    bundle: Bundle, precision: str, compute_capability: str, refused: Collection[str] = ()
+) -> tuple[str, Path, str]:
     """Precision, path and hash of the graph that a plan is to be built from.
 
     Args:
         precision: one of `GPU_GRAPHS`; `auto` takes the fastest that the bundle has and the GPU can
             compute in, in the order that the export found, if it was to find one.
         compute_capability: of the GPU, such as `9.0`.
+        refused: precisions that are not to be taken, as their plans came to nothing.
 
     Raises:
         PlanError: the bundle has no such graph, or the GPU does not compute in this precision.
@@ -139,6 +150,8 @@ def graph_of(bundle: Bundle, precision: str, compute_capability: str) -> tuple[s
     found = bundle.manifest.fastest.get("gpu")
     order = found.order if found else tuple(GPU_GRAPHS)
     for name in order if precision == "auto" else (precision,):
+        if name in refused:
+            continue
         file = GPU_GRAPHS.get(name, "")
         can = _version(compute_capability) >= _NEEDS.get(name, (0,))
         if not can and precision != "auto":
@@ -148,6 +161,11 @@ def graph_of(bundle: Bundle, precision: str, compute_capability: str) -> tuple[s
             )
         if can and file in bundle.manifest.files:
             return name, bundle.file(file), bundle.manifest.files[file].sha256
+    if refused:
+        raise PlanError(
+            f"bundle {bundle.name} version {bundle.version} has no graph that is left to be tried: "
+            f"those in {', '.join(refused)} came to nothing"
+        )
     raise PlanError(
         f"bundle {bundle.name} version {bundle.version} has no graph of precision {precision} "
         f"that TensorRT takes: export it with --precision {precision}"
@@ -167,14 +185,23 @@ def plans_in(folder: Path) -> Iterator[Plan]:
                 yield plan
 
 
-def find_plan(folder: Path, key: PlanKey, graph_sha256: str) -> Plan | None:
-    """The plan of that key and graph; its batches may also reach further."""
+def find_plan(
+    folder: Path, key: PlanKey, graph_sha256: str, *, level: int = 0, refittable: bool = False
+) -> Plan | None:
+    """The plan of that key and graph; its batches may also reach further.
+
+    Args:
+        level: the least that it was built with.
+        refittable: whether it must be.
+    """
     fitting = [
         plan
         for plan in plans_in(folder)
         if plan.facts.graph_sha256 == graph_sha256
         and plan.facts.key.model_copy(update={"batches": key.batches}) == key
         and plan.facts.key.batches[-1] >= key.batches[-1]
+        and plan.facts.level >= level
+        and (plan.facts.refittable or not refittable)
     ]
     return max(
         fitting,

@@ -13,6 +13,7 @@ import importlib
 import logging
 import queue
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -82,15 +83,22 @@ class TensorRt:
         self.engines = engines
 
     def wanted(
-        self, bundle: Bundle, precision: str = "auto", batches: tuple[int, ...] = BATCHES
+        self,
+        bundle: Bundle,
+        precision: str = "auto",
+        batches: tuple[int, ...] = BATCHES,
+        refused: Collection[str] = (),
     ) -> Wanted:
         """Key and place of the plan of a bundle.
+
+        Args:
+            refused: precisions that are not to be taken.
 
         Raises:
             PlanError: the bundle has no graph of that precision, or the GPU lacks it.
         """
         gpu = self.cuda.gpu
-        precision, graph, sha256 = graph_of(bundle, precision, gpu.compute_capability)
+        precision, graph, sha256 = graph_of(bundle, precision, gpu.compute_capability, refused)
         key = PlanKey(
             gpu=gpu.name,
             compute_capability=gpu.compute_capability,
@@ -151,6 +159,21 @@ def log_of(trt: ModuleType) -> Any:
     return Log()
 
 
+def made(make: Any, log: Any, *arguments: Any) -> Any:
+    """What a TensorRT factory gives; it says that it failed by None or by a TypeError.
+
+    Raises:
+        PlanError: it failed. Most often the driver is older than the libraries.
+    """
+    try:
+        found = make(*arguments)
+    except (TypeError, RuntimeError) as error:
+        raise PlanError(f"TensorRT could not start: {log.why()} ({error})") from error
+    if found is None:
+        raise PlanError(f"TensorRT could not start: {log.why()}")
+    return found
+
+
 class _Slot(NamedTuple):
     """Where one batch is, here and on the device, and the stream that moves it."""
 
@@ -208,7 +231,7 @@ class TensorRtRuntime:
         content = read_plan(plan)
         self._cuda.use()
         self._log.forget()
-        runtime = self._trt.Runtime(self._log)
+        runtime = made(self._trt.Runtime, self._log, self._log)
         engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise PlanError(self._log.why())

@@ -6,12 +6,13 @@ import hashlib
 import os
 import subprocess
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from export.onnx import export_onnx
 from export.rewrite import rewrite
 from export.runtime.plans import (
     PlanError,
+    PlanFacts,
     PlanKey,
     find_plan,
     layers_file,
@@ -31,7 +33,7 @@ from export.runtime.plans import (
     read_plan,
 )
 from export.runtime.tensorrt import log_of
-from export.tensorrt import BuildJob, build_plan, layer_types, parse, structure
+from export.tensorrt import BuildJob, build_plan, find_built, layer_types, parse, structure
 from model.config import ATTENTION_TYPES
 from tests.export.conftest import write_colour_graph
 from tests.model.conftest import random_model, tiny_config
@@ -55,6 +57,30 @@ def job(graph: Path, folder: Path, **changes: Any) -> BuildJob:
     sha256 = hashlib.sha256(graph.read_bytes()).hexdigest()
     fields = {"graph": graph, "graph_sha256": sha256, "folder": folder, "key": key()}
     return BuildJob(**{**fields, "module": RTX, **changes})
+
+
+class Loading:
+    """TensorRT-RTX's builder with a runtime that is made up: it loads every plan, as on a GPU, and
+    gives `engine`."""
+
+    def __init__(self, engine: object, **more: Any) -> None:
+        self.Runtime = lambda log: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
+        self.__dict__.update(more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(trt, name)
+
+
+def built_here(module: Loading, wanted: BuildJob) -> PlanFacts:
+    """Builds as the child does, of which only the runtime is made up; what is told of the plan."""
+    told = wanted.model_copy(update={"module": "tensorrt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # RTX's, of measurements
+        tensorrt._build(cast(ModuleType, module), told, lambda share, step: None)
+    found = find_built(told.model_copy(update={"rebuild": False}))
+    assert found is not None
+    read_plan(found)
+    return found.facts
 
 
 @pytest.fixture
@@ -107,6 +133,52 @@ class TestBuild:
         assert second.facts.graph_sha256 != first.facts.graph_sha256
         assert second.facts.structure == first.facts.structure, "only its weights are others"
         assert [plan.facts for plan in plans_in(folder)] == [second.facts]
+
+    def test_a_plan_that_was_built_less_hard_or_cannot_be_refitted_is_built_again(
+        self, colours: Path, folder: Path
+    ) -> None:
+        first = build_plan(job(colours, folder, level=1))
+        assert build_plan(job(colours, folder, level=1)) == first
+        assert build_plan(job(colours, folder, level=0)) == first, "it is better than asked for"
+        harder = build_plan(job(colours, folder, level=2))
+        assert (harder.facts.level, harder.facts.created > first.facts.created) == (2, True)
+        assert [plan.facts for plan in plans_in(folder)] == [harder.facts]
+        assert find_built(job(colours, folder, level=2, refittable=True)) is None
+        facts = harder.facts.model_copy(update={"refittable": True})
+        harder.path.with_suffix(".json").write_text(facts.model_dump_json())
+        found = find_built(job(colours, folder, level=2, refittable=True))
+        assert found is not None, "TensorRT-RTX builds refittable plans on GPUs alone"
+
+    def test_what_is_there_is_built_again_where_that_is_asked_for(
+        self, colours: Path, folder: Path
+    ) -> None:
+        first = build_plan(job(colours, folder))
+        again = build_plan(job(colours, folder, rebuild=True))
+        assert again.facts.created > first.facts.created
+        assert build_plan(job(colours, folder)) == again
+
+    def test_a_build_that_fails_leaves_the_plan_that_was_there(
+        self, colours: Path, folder: Path
+    ) -> None:
+        first = build_plan(job(colours, folder))
+        layers_file(first.path).write_text("{}")
+        with pytest.raises(PlanError, match="TensorRT cannot be imported"):
+            build_plan(job(colours, folder, rebuild=True, module="no_such_tensorrt"))
+        broken = job(colours, folder, rebuild=True)
+        colours.write_bytes(b"no graph")
+        with pytest.raises(PlanError, match="cannot parse"):
+            build_plan(broken)
+        assert [plan.facts for plan in plans_in(folder)] == [first.facts]
+        read_plan(first)
+        assert layers_file(first.path).is_file()
+
+    def test_what_was_told_of_the_plan_that_was_there_goes_with_it(
+        self, colours: Path, folder: Path
+    ) -> None:
+        first = build_plan(job(colours, folder))
+        layers_file(first.path).write_text("{}")
+        build_plan(job(colours, folder, rebuild=True))
+        assert not layers_file(first.path).is_file()
 
     def test_two_builders_of_one_plan_build_it_once(self, colours: Path, folder: Path) -> None:
         with ThreadPoolExecutor(2) as threads:
@@ -219,6 +291,23 @@ class TestChild:
         with pytest.raises(PlanError, match=r"ended by SIGSEGV.*myelin gave up"):
             build_plan(job(colours, folder, module="crashing"))
 
+    def test_a_crash_while_refitting_is_no_reason_not_to_build(
+        self, colours: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "crashes_once.py").write_text(
+            "import os, pathlib, signal\n"
+            "first = pathlib.Path(__file__).with_name('crashed')\n"
+            "if not first.exists():\n"
+            "    first.touch()\n"
+            "    os.kill(os.getpid(), signal.SIGSEGV)\n"
+            f"from {RTX} import *\n"
+        )
+        paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        monkeypatch.setenv("PYTHONPATH", paths)
+        source = tmp_path / "of another version.json"
+        wanted = job(colours, folder, module="crashes_once", refit_from=(source,))
+        assert build_plan(wanted).path.is_file()
+
     def test_a_machine_without_tensorrt_is_an_error_message(
         self, colours: Path, folder: Path
     ) -> None:
@@ -305,7 +394,8 @@ class TestCompiling:
             trt, answering, network, wanted, log, lambda share, step: None
         )
 
-    def test_it_is_told_what_was_asked_for(self, colours: Path) -> None:
+    @pytest.mark.parametrize("precision", ["float32", "fp16", "int8", "fp8"])
+    def test_it_is_told_what_was_asked_for(self, colours: Path, precision: str) -> None:
         def answer(config: Any, log: Any) -> memoryview:
             assert config.builder_optimization_level == 1
             assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
@@ -315,7 +405,8 @@ class TestCompiling:
             assert config.num_optimization_profiles == 2
             return memoryview(b"a plan")
 
-        assert self.compiled(colours, answer, level=1, workspace_bytes=1 << 28) == b"a plan"
+        options = {"level": 1, "workspace_bytes": 1 << 28, "key": key(precision=precision)}
+        assert self.compiled(colours, answer, **options) == b"a plan"
 
     def test_no_answer_is_explained_by_the_log(self, colours: Path) -> None:
         def answer(config: Any, log: Any) -> None:
@@ -386,165 +477,6 @@ def test_the_progress_rises_through_nested_phases_and_a_lost_listener_stops_the_
     monitor = tensorrt._monitor(trt, gone, log)
     monitor.phase_start("build", None, 2)
     assert not monitor.step_complete("build", 0)
-
-
-class FakeCache:
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-
-    def combine(self, other: FakeCache, ignore_mismatch: bool) -> bool:
-        self.content += b"+" + other.content
-        return True
-
-    def serialize(self) -> bytes:
-        return self.content
-
-
-class FakeConfig:
-    """Of another GPU is what says so."""
-
-    cache: FakeCache
-
-    def create_timing_cache(self, content: bytes) -> FakeCache | None:
-        return None if content == b"damaged" else FakeCache(content)
-
-    def set_timing_cache(self, cache: FakeCache, ignore_mismatch: bool) -> bool:
-        assert not ignore_mismatch
-        if cache.content == b"other gpu":
-            return False
-        self.cache = cache
-        return True
-
-    def get_timing_cache(self) -> FakeCache:
-        return FakeCache(b"measured")
-
-
-@pytest.mark.parametrize(
-    ("before", "used"),
-    [(None, b""), (b"known", b"known"), (b"damaged", b""), (b"other gpu", b"")],
-)
-def test_a_timing_cache_is_used_kept_and_begun_anew_where_it_does_not_fit(
-    tmp_path: Path, before: bytes | None, used: bytes
-) -> None:
-    path = tmp_path / "caches" / "timing"
-    path.parent.mkdir()
-    if before is not None:
-        path.write_bytes(before)
-    config, log = FakeConfig(), SimpleNamespace(warnings=[])
-    tensorrt._use_timing_cache(config, path, log)
-    assert config.cache.content == used
-    assert bool(log.warnings) == (before in (b"damaged", b"other gpu"))
-    path.write_bytes(b"another build's")
-    tensorrt._keep_timing_cache(config, path)
-    assert path.read_bytes() == b"measured+another build's"
-
-
-INSPECTED = """{"Layers": [
-    {"Name": "a", "LayerType": "gemm", "Outputs": [{"Name": "x", "DataType": "Half"}]},
-    {"Name": "b", "LayerType": "gemm", "Outputs": [{"Name": "y", "DataType": "Int8"}]},
-    {"Name": "c", "LayerType": "gemm", "Outputs": [{"Name": "z", "DataType": "Half"}]},
-    {"Name": "d", "LayerType": "kgen",
-     "Outputs": [{"Name": "w", "Format/Datatype": "Row major linear FP32 format"}]},
-    {"Name": "e", "LayerType": "signal", "Outputs": []},
-    "a name alone"]}"""
-
-
-class TestInspection:
-    """Only a GPU loads an engine: here on a stand-in, whose answers look as TensorRT's do."""
-
-    def test_layers_are_counted_by_kind_and_type(self) -> None:
-        assert tensorrt.engine_layers(INSPECTED) == {
-            "gemm": {"Half": 2, "Int8": 1},
-            "kgen": {"Row major linear FP32 format": 1},
-            "signal": {"unknown": 1},
-            "unnamed": {"unknown": 1},
-        }
-        assert tensorrt.engine_layers("{}") == {}
-
-    def module(self, engine: object) -> Any:
-        return SimpleNamespace(
-            Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine),
-            LayerInformationFormat=SimpleNamespace(JSON="json"),
-        )
-
-    def test_the_whole_answer_lies_beside_the_plan(self, colours: Path, folder: Path) -> None:
-        inspector = SimpleNamespace(get_engine_information=lambda form: INSPECTED)
-        engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
-        folder.mkdir()
-        wanted = job(colours, folder, module="tensorrt")
-        found = tensorrt._inspect(self.module(engine), wanted, b"plan", None)
-        assert found == tensorrt.engine_layers(INSPECTED)
-        assert layers_file(wanted.plan).read_text() == INSPECTED
-        assert list(plans_in(folder)) == []
-
-    def test_a_plan_that_cannot_be_loaded_again_is_an_error(
-        self, colours: Path, folder: Path
-    ) -> None:
-        log = SimpleNamespace(why=lambda: "wrong version")
-        wanted = job(colours, folder, module="tensorrt")
-        with pytest.raises(PlanError, match=r"cannot load the plan .*: wrong version"):
-            tensorrt._inspect(self.module(None), wanted, b"plan", log)
-
-
-class TestRefit:
-    """On RTX refitting needs a GPU: here the calls and their order, on a stand-in."""
-
-    def module(self, missing: list[str], fits: bool = True) -> Any:
-        calls: list[str] = []
-        config = SimpleNamespace(
-            clear_flag=lambda flag: calls.append(f"clear {flag}"),
-            set_flag=lambda flag: calls.append(f"set {flag}"),
-        )
-        engine = SimpleNamespace(
-            create_serialization_config=lambda: config,
-            serialize_with_config=lambda config: b"new plan",
-        )
-        refitter = SimpleNamespace(
-            get_missing_weights=lambda: missing,
-            refit_cuda_engine=lambda: calls.append("refit") or True,
-        )
-        return calls, SimpleNamespace(
-            Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine),
-            Refitter=lambda engine, log: refitter,
-            OnnxParserRefitter=lambda refitter, log: SimpleNamespace(
-                refit_from_file=lambda path: fits
-            ),
-            SerializationFlag=SimpleNamespace(EXCLUDE_WEIGHTS="weights", INCLUDE_REFIT="refit"),
-        )
-
-    def refit(self, module: Any, colours: Path, folder: Path) -> bytes:
-        plan = build_plan(job(colours, folder))
-        log = SimpleNamespace(why=lambda: "shapes differ")
-        return tensorrt.refit(module, plan, colours, log)
-
-    def test_the_new_plan_has_its_weights_and_can_be_refitted_again(
-        self, colours: Path, folder: Path
-    ) -> None:
-        calls, module = self.module([])
-        assert self.refit(module, colours, folder) == b"new plan"
-        assert calls == ["refit", "clear weights", "set refit"]
-
-    def test_weights_that_are_missing_or_do_not_fit_are_an_error(
-        self, colours: Path, folder: Path
-    ) -> None:
-        with pytest.raises(PlanError, match=r"no weights for head\.bias"):
-            self.refit(self.module(["head.bias"])[1], colours, folder)
-        with pytest.raises(PlanError, match="shapes differ"):
-            self.refit(self.module([], fits=False)[1], colours, folder)
-
-    def test_only_a_refittable_plan_of_the_same_network_is_refitted(
-        self, colours: Path, tmp_path: Path
-    ) -> None:
-        old = build_plan(job(colours, tmp_path / "1" / "engines"))
-        facts = old.facts.model_copy(update={"refittable": True})
-        old.path.with_suffix(".json").write_text(facts.model_dump_json())
-        folder = tmp_path / "2" / "engines"
-        source = tensorrt.refit_source(folder, key())
-        assert source == old.path.with_suffix(".json")
-        wanted = job(colours, folder, refit_from=source)
-        assert tensorrt._refit_source(wanted, facts.structure) is not None
-        assert tensorrt._refit_source(wanted, "another") is None
-        assert tensorrt.refit_source(folder, key(precision="fp16")) is None
 
 
 def test_a_build_that_is_stopped_stops_the_child(colours: Path, folder: Path) -> None:

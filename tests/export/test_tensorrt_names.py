@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from export import reuse
 from export import tensorrt as builder
 from export.runtime import tensorrt as runtime
 from tests.conftest import SHARED
@@ -37,7 +38,7 @@ CLASSES = {
 ELSEWHERE = {
     "refit": {"config": "ISerializationConfig", "parser": "OnnxParserRefitter"},
     "main": {"error": None},
-    "_made": {"error": None},
+    "made": {"error": None},
     "_kind": {"layer": None},
     "load_tensorrt": {"error": None},
 }
@@ -94,7 +95,7 @@ def api() -> Api:
     return Api(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("module", [builder, runtime])
+@pytest.mark.parametrize("module", [builder, reuse, runtime])
 def test_every_name_that_we_use_is_in_tensorrt(module: object, api: Api) -> None:
     source = Path(str(getattr(module, "__file__", ""))).read_text(encoding="utf-8")
     assert "trt." in source

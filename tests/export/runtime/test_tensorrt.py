@@ -162,6 +162,21 @@ def test_a_plan_that_tensorrt_does_not_load_is_an_error_that_says_why(plan: Plan
     assert cuda.leaks() == []
 
 
+def test_a_tensorrt_that_cannot_start_is_an_error_that_says_why(plan: Plan) -> None:
+    """As with a driver that is older than the libraries: the binding's factory gives a nullptr."""
+    cuda = FakeCuda()
+    trt: Any = fake_tensorrt(cuda, BATCHES)
+
+    def start(log: Any) -> None:
+        log.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("factory function returned nullptr")
+
+    trt.Runtime = start
+    with pytest.raises(RuntimeUnavailableError, match=r"could not start: CUDA init.*nullptr"):
+        TensorRtRuntime(plan, cuda, 6, trt)
+    assert cuda.leaks() == []
+
+
 def test_a_damaged_plan_is_not_given_to_tensorrt(plan: Plan) -> None:
     plan.path.write_bytes(b"a pIan")
     with pytest.raises(RuntimeUnavailableError, match="not the plan that was built"):
