@@ -11,6 +11,7 @@ import logging
 import subprocess
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,19 +31,35 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 
+class Refused(NamedTuple):
+    """A precision of a bundle that does not serve, though it is the faster one."""
+
+    precision: str
+    reason: str
+
+
 class TensorRtState(NamedTuple):
-    """What TensorRT is at, and why if it does not serve."""
+    """What TensorRT is at, and why if it does not serve as it was to."""
 
     state: str
     """`serving`, `building`, `failed`, `unavailable` or `off`."""
     reason: str = ""
+    refused: tuple[Refused, ...] = ()
+    """What was tried before, with precision `auto`."""
 
     def __str__(self) -> str:
         return f"{self.state}: {self.reason}" if self.reason else self.state
 
+    @property
+    def is_building(self) -> bool:
+        return self.state == "building"
+
+    def serving(self) -> TensorRtState:
+        """The same once the plan serves."""
+        return self._replace(state="serving")
+
 
 OFF = TensorRtState("off", "TIMESFORMER_TENSORRT")
-SERVING = TensorRtState("serving")
 BUILDING = TensorRtState("building")
 
 
@@ -97,48 +114,66 @@ class Engines:
         tensorrt: each of the GPUs.
         largest: most clips in a batch.
         precision: of the graph, as the settings have it.
+        refittable: whether plans are built so that later versions' weights can be put into them.
     """
 
-    def __init__(self, tensorrt: Sequence[TensorRt], largest: int, precision: str) -> None:
+    def __init__(
+        self,
+        tensorrt: Sequence[TensorRt],
+        largest: int,
+        precision: str,
+        refittable: bool = False,
+    ) -> None:
         self._gpus = tensorrt
         self._largest = largest
         self._precision = precision
+        self._refittable = refittable
+        self._not_refitted: set[Path] = set()
+        """Graphs whose plans had wrong answers when they were refitted."""
         self._child: subprocess.Popen[str] | None = None
         self.stopped = False
         self._lock = threading.Lock()
         self._building = threading.Lock()
 
-    def find(self, bundle: Bundle) -> tuple[Plan, ...] | None:
+    def find(self, bundle: Bundle, refused: Sequence[Refused] = ()) -> tuple[Plan, ...] | None:
         """The bundle's plan for each GPU, if all have one that fits.
+
+        Args:
+            refused: precisions that are not to be taken.
 
         Raises:
             PlanError: the bundle has no graph that TensorRT takes in this precision.
         """
         found = [
             find_plan(wanted.folder, wanted.key, wanted.graph_sha256)
-            for wanted in self._wanted(bundle)
+            for wanted in self._wanted(bundle, refused)
         ]
         plans = tuple(plan for plan in found if plan is not None)
         return plans if len(plans) == len(found) else None
 
     def build(
-        self, bundle: Bundle, progress: Progress = lambda share, step: None
+        self,
+        bundle: Bundle,
+        refused: Sequence[Refused] = (),
+        progress: Progress = lambda share, step: None,
     ) -> tuple[Plan, ...]:
         """Builds what is missing of the bundle's plans, in minutes each, in child processes; one
         plan at a time, as each build wants the GPU and its memory. One for each GPU comes back.
+
+        Args:
+            refused: precisions that are not to be taken.
 
         Raises:
             PlanError: one cannot be built, or `stop` was called.
         """
         plans: dict[PlanKey, Plan] = {}
-        wanted = self._wanted(bundle)
+        wanted = self._wanted(bundle, refused)
         for gpu, each in zip(self._gpus, wanted, strict=True):
             with self._building:
                 if self.stopped:
                     raise PlanError("the service stops")
                 if each.key not in plans:
-                    job = BuildJob.of(each, gpu_index=gpu.cuda.index)
-                    plans[each.key] = build_plan(job, progress, on_start=self._started)
+                    plans[each.key] = self._built(each, gpu.cuda.index, progress)
         return tuple(plans[each.key] for each in wanted)
 
     def load(self, plans: Sequence[Plan], bundle: Bundle) -> tuple[Runtime, ...]:
@@ -151,7 +186,7 @@ class Engines:
         with contextlib.ExitStack() as closing:
             runtimes = []
             for gpu, plan in zip(self._gpus, plans, strict=True):
-                runtimes.append(gpu.load(plan, self._largest))
+                runtimes.append(_load(gpu, plan, self._largest))
                 closing.callback(runtimes[-1].close)
             try:
                 prove(runtimes, bundle)
@@ -162,6 +197,27 @@ class Engines:
             closing.pop_all()
         return tuple(runtimes)
 
+    def after(self, state: TensorRtState, bundle: Bundle, error: Exception) -> TensorRtState:
+        """What TensorRT is at next, since the plan that it was at came to nothing: with precision
+        `auto` the next graph that the bundle has, and `failed` after the last one. A refitted plan
+        with wrong answers is removed, and built instead."""
+        try:
+            precision = self._wanted(bundle, state.refused)[0].key.precision
+            if isinstance(error, PlanError) and self._remove_refitted(bundle, state.refused):
+                logger.warning("refitted plan refused, it is built", extra={"reason": str(error)})
+                return state
+        except PlanError:  # the bundle has none from the start, or the GPUs differ
+            return TensorRtState("failed", str(error))
+        refused = (*state.refused, Refused(precision, str(error)))
+        if self._precision != "auto":
+            return TensorRtState("failed", str(error), refused)
+        reason = "; ".join(f"not in {each.precision}: {each.reason}" for each in refused)
+        try:
+            self._wanted(bundle, refused)
+        except PlanError:
+            return TensorRtState("failed", reason, refused)
+        return TensorRtState("building", reason, refused)
+
     def stop(self) -> None:
         """Ends the build that runs, and any that begins later."""
         with self._lock:
@@ -169,10 +225,11 @@ class Engines:
             if self._child is not None:
                 self._child.terminate()
 
-    def _wanted(self, bundle: Bundle) -> list[Wanted]:
+    def _wanted(self, bundle: Bundle, refused: Sequence[Refused]) -> list[Wanted]:
         """For each GPU."""
         batches = batches_up_to(self._largest)
-        wanted = [gpu.wanted(bundle, self._precision, batches) for gpu in self._gpus]
+        without = frozenset(each.precision for each in refused)
+        wanted = [gpu.wanted(bundle, self._precision, batches, without) for gpu in self._gpus]
         precisions = {each.key.precision for each in wanted}
         if len(precisions) > 1:  # a video's answer would depend on who was idle
             raise PlanError(
@@ -181,11 +238,45 @@ class Engines:
             )
         return wanted
 
+    def _built(self, wanted: Wanted, gpu: int, progress: Progress) -> Plan:
+        """The plan that is there, however it was built, or a new one."""
+        if found := find_plan(wanted.folder, wanted.key, wanted.graph_sha256):
+            return found
+        job = BuildJob.of(wanted, gpu_index=gpu, refittable=self._refittable)
+        if wanted.graph in self._not_refitted:
+            job = job.model_copy(update={"refit_from": ()})
+        plan = build_plan(job, progress, on_start=self._started)
+        for warning in plan.facts.warnings:
+            facts = {"plan": plan.path.name, "reason": warning}
+            logger.warning("plan built with a warning", extra=facts)
+        return plan
+
+    def _remove_refitted(self, bundle: Bundle, refused: Sequence[Refused]) -> bool:
+        """Whether the bundle's plan was made of another version's; it is gone then, for good."""
+        plans = self.find(bundle, refused) or ()
+        refitted = [plan for plan in plans if plan.facts.refitted]
+        try:
+            for plan in refitted:
+                plan.path.with_suffix(".json").unlink(missing_ok=True)
+        except OSError:  # it would come back
+            return False
+        self._not_refitted.update(each.graph for each in self._wanted(bundle, refused))
+        return bool(refitted)
+
     def _started(self, child: subprocess.Popen[str]) -> None:
         with self._lock:
             self._child = child
             if self.stopped:
                 child.terminate()
+
+
+def _load(gpu: TensorRt, plan: Plan, largest: int) -> Runtime:
+    try:
+        return gpu.load(plan, largest)
+    except (PlanError, RuntimeUnavailableError):
+        raise
+    except Exception as error:  # TensorRT's bindings raise what they like
+        raise RuntimeUnavailableError(f"{plan.path.name} cannot run: {error}") from error
 
 
 def prove(runtimes: Sequence[Runtime], bundle: Bundle) -> None:

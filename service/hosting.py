@@ -18,7 +18,7 @@ from collections.abc import Callable
 from export.bundle import Bundle, BundleError, Candidate
 from export.runtime import device_name
 from service.candidates import Candidates
-from service.engines import BUILDING, SERVING, Engines, TensorRtState
+from service.engines import Engines, TensorRtState
 from service.errors import BundleRefusedError, ModelUnavailableError
 from service.loading import LoadedModel, load_model, store_of
 from service.metrics import Metrics
@@ -328,7 +328,9 @@ class ModelHost:
             self._metrics.tensorrt.remove(self.name, self._told)
         self._tensorrt, self._told = tensorrt, tensorrt.state
         self._metrics.tensorrt.labels(self.name, tensorrt.state).set(1)
-        level = logging.ERROR if tensorrt.state == "failed" else logging.INFO
+        level = logging.WARNING if tensorrt.refused else logging.INFO
+        if tensorrt.state == "failed":
+            level = logging.ERROR
         facts = {"model": self.name, "state": tensorrt.state, "reason": tensorrt.reason}
         logger.log(level, "TensorRT", extra=facts)
 
@@ -343,29 +345,32 @@ class ModelHost:
             return None
         trial = self.candidates.trial
         used = (self._current, trial.model if trial else None)
-        return next((model for model in used if model and model.tensorrt == BUILDING), None)
+        return next((model for model in used if model and model.tensorrt.is_building), None)
 
     async def _build(self) -> None:
         """Builds plans until what serves and what is tried have theirs or cannot have any."""
         while (engines := self._engines) and (waiting := self._without_plan()):
-            bundle = waiting.bundle
+            bundle, state = waiting.bundle, waiting.tensorrt
             try:
-                plans = await asyncio.to_thread(engines.build, bundle)
+                plans = await asyncio.to_thread(engines.build, bundle, state.refused)
                 async with self._swapping:
                     if self._is_used(waiting):
                         runtimes = await asyncio.to_thread(engines.load, plans, bundle)
-                        loaded = LoadedModel(bundle, runtimes, SERVING)
+                        loaded = LoadedModel(bundle, runtimes, state.serving())
                         self._go_on(waiting, ServedModel(loaded, self._settings, self._metrics))
             except Exception as error:  # whatever it is, the service goes on without
                 if engines.stopped:
                     break
-                waiting.tensorrt = TensorRtState("failed", str(error))
+                waiting.tensorrt = engines.after(state, bundle, error)
                 if waiting is self._current:
                     self._tell(waiting.tensorrt)
                 elif self._is_used(waiting):
-                    version, reason = bundle.version, str(error)
+                    version, reason = bundle.version, waiting.tensorrt.reason
                     facts = {"model": self.name, "version": version, "reason": reason}
-                    logger.error("no plan for the candidate", extra=facts)
+                    if waiting.tensorrt.is_building:
+                        logger.warning("another plan for the candidate", extra=facts)
+                    else:
+                        logger.error("no plan for the candidate", extra=facts)
         self._building = None
 
     def _is_used(self, model: ServedModel) -> bool:

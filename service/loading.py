@@ -13,7 +13,7 @@ from export.remote_store import RemoteStore
 from export.runtime import Runtime, RuntimeUnavailableError, device_name, load_runtimes
 from export.runtime.plans import PlanError
 from model.demo import STORE as DEMO_STORE
-from service.engines import BUILDING, OFF, SERVING, Engines, TensorRtState, find_gpus
+from service.engines import BUILDING, OFF, Engines, TensorRtState, find_gpus
 from service.settings import ALL_MODELS, Settings
 
 logger = logging.getLogger(__name__)
@@ -146,13 +146,16 @@ def _load_plans(
     bundle: Bundle, engines: Engines
 ) -> tuple[tuple[Runtime, ...] | None, TensorRtState]:
     """The bundle's plans, loaded and proven; or None, and what to tell of them."""
-    try:
-        plans = engines.find(bundle)
-        if plans is None:
-            return None, BUILDING
-        return engines.load(plans, bundle), SERVING
-    except (PlanError, RuntimeUnavailableError) as error:
-        return None, TensorRtState("failed", str(error))
+    state = BUILDING
+    while state.is_building:  # until one is good, is yet to be built, or none is left to be tried
+        try:
+            plans = engines.find(bundle, state.refused)
+            if plans is None:
+                return None, state
+            return engines.load(plans, bundle), state.serving()
+        except (PlanError, RuntimeUnavailableError) as error:
+            state = engines.after(state, bundle, error)
+    return None, state
 
 
 def max_batch(settings: Settings, runtime: Runtime) -> int:

@@ -57,7 +57,8 @@ class Models:
         found, self._tensorrt = await asyncio.to_thread(find_tensorrt, self._settings)
         if found:
             largest = largest_batch(self._settings, "cuda")
-            self._engines = Engines(found, largest, self._settings.precision)
+            settings = self._settings
+            self._engines = Engines(found, largest, settings.precision, settings.refittable_plans)
         for name in names:
             await self._add(name, alone=len(names) == 1)
         if not any(host.is_serving for host in self.hosts):

@@ -105,7 +105,8 @@ class Settings(BaseSettings):
         "the others are faster, near, and take a bundle that was exported to them. `int8` is for "
         "CPUs and for TensorRT, `fp16` and `fp8` are for TensorRT alone (FP8 on Ada, Hopper and "
         "later). `auto` takes the fastest that the bundle has and the device can do: on a CPU by "
-        "the export's measurement, on a GPU FP8, INT8, FP16, float32 in this order.",
+        "the export's measurement, on a GPU FP8, INT8, FP16, float32 in this order, and the next "
+        "one where TensorRT cannot build one or its answers are wrong.",
     )
     tensorrt: Literal["auto", "off"] = Field(
         "auto",
@@ -123,6 +124,12 @@ class Settings(BaseSettings):
         None,
         description="Folder of TensorRT plans; by default each bundle's own `engines`, which must "
         "then be writable.",
+    )
+    refittable_plans: bool = Field(
+        False,
+        description="Whether TensorRT plans are built so that the weights of a later version of "
+        "the same network can be put into them, in seconds and not minutes. Whether such plans are "
+        "slower was not measured: compare them by `timesformer bench` first.",
     )
     engine_threads: int = Field(
         0, ge=0, description="CPU threads of the engine; 0 is one per core. CPU inference only."

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,9 +21,13 @@ from service.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from export.bundle import Bundle
     from export.runtime.plans import Plan
+    from export.tensorrt import BuildJob
 
 _COUNT = click.IntRange(min=1)
+_COLUMNS = ("name", "version", "gpu", "tensorrt", "precision")
+_COUNTED = ("batches", "MiB", "layers give", "matrix products in")
 _MIB = 1024 * 1024
 
 engines_option = click.option(
@@ -45,10 +50,12 @@ def engines() -> None:
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp8", "int8", "fp16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="Which graph of the bundle; `auto` takes the first of these that the bundle has and the "
-    "GPU can compute in. What the service is to serve: set TIMESFORMER_PRECISION to the same.",
+    envvar="TIMESFORMER_PRECISION",
+    default=lambda: _served_precision(),
+    show_default="what the service serves",
+    help="Which graph of the bundle, by default that which the service serves, as "
+    "TIMESFORMER_PRECISION has it; `auto` takes the first of these that the bundle has, the GPU "
+    "can compute in and TensorRT can build.",
 )
 @click.option(
     "--batches",
@@ -67,14 +74,21 @@ def engines() -> None:
 @click.option("--workspace", type=_COUNT, help="Most scratch memory of a layer, in MiB.")
 @click.option(
     "--timing-cache",
-    type=PATH,
-    help="File that remembers measurements between builds, for one kind of GPU.",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that remembers measurements between builds, in a file for each kind of GPU and "
+    "TensorRT; by default that of the plans.",
 )
 @click.option(
     "--refittable",
     is_flag=True,
     help="Plans whose weights can be replaced: the next version of the same network then takes "
     "seconds. May be slower; measure it.",
+)
+@click.option(
+    "--rebuild",
+    is_flag=True,
+    help="Build, and measure anew, whether or not the plan is there. Without it a plan that is "
+    "there is kept if its level is no lower and, with --refittable, it is so.",
 )
 @click.option("--gpu", default=0, show_default=True, help="Which GPU.")
 @json_option
@@ -88,36 +102,35 @@ def build(
     workspace: int | None,
     timing_cache: Path | None,
     refittable: bool,
+    rebuild: bool,
     gpu: int,
     as_json: bool,
 ) -> None:
     """Build the plan of BUNDLE for this machine's GPU; it may be there already.
 
     BUNDLE is a bundle's folder, or a name in the store, of which the active version is taken;
-    without it, every name's.
+    without it, every name's. With the precision `auto` a graph that TensorRT cannot build is told,
+    and the next one taken.
     """
-    from export.runtime.plans import find_plan
     from export.runtime.tensorrt import TensorRt
-    from export.tensorrt import BuildJob, build_plan, refit_source
+    from export.tensorrt import BuildJob
 
     here = TensorRt(gpu, engines)
+
+    def job(found: Bundle, refused: Collection[str]) -> BuildJob:
+        return BuildJob.of(
+            here.wanted(found, precision, batches, refused),
+            timing_cache,
+            gpu_index=gpu,
+            level=level,
+            workspace_bytes=workspace * _MIB if workspace else None,
+            refittable=refittable,
+            rebuild=rebuild,
+        )
+
     for each in find_bundles(bundle, store):
-        wanted = here.wanted(each, precision, batches)
         title = f"{each.name} version {each.version}"
-        plan = find_plan(wanted.folder, wanted.key, wanted.graph_sha256)
-        there = plan is not None
-        if plan is None:
-            job = BuildJob.of(
-                wanted,
-                gpu_index=gpu,
-                level=level,
-                workspace_bytes=workspace * _MIB if workspace else None,
-                timing_cache=timing_cache,
-                refittable=refittable,
-                refit_from=refit_source(wanted.folder, wanted.key) if refittable else None,
-            )
-            with _progress(title, as_json) as progress:
-                plan = build_plan(job, progress)
+        plan, there = _built(functools.partial(job, each), title, precision == "auto", as_json)
         _say(plan, title, there, as_json)
 
 
@@ -129,9 +142,12 @@ def build(
 def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_json: bool) -> None:
     """List the plans of BUNDLE, or of every version of the store.
 
-    With --json also what each computes in: layers by kind and type, of the network as it was read
-    and of the engine that TensorRT made of it, and the file with all that its inspector says.
+    What each computes in is told by its engine: layers by the type of what they give, and matrix
+    products by what they compute in. With --json also both by kind, the same of the network as it
+    was read, the file with all that TensorRT's inspector says, and the page for people.
     """
+    from export.inspection import by_type
+    from export.plan_report import plan_report
     from export.runtime.plans import engines_folder, layers_file, plans_in
 
     rows = []
@@ -140,7 +156,7 @@ def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_
             current = plan.facts.graph_sha256 in {
                 entry.sha256 for entry in each.manifest.files.values()
             }
-            layers = layers_file(plan.path)
+            layers, report = layers_file(plan.path), plan_report(plan.path)
             rows.append(
                 {
                     "name": each.name,
@@ -153,22 +169,68 @@ def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_
                     "seconds": plan.facts.seconds,
                     "network": plan.facts.network,
                     "engine": plan.facts.engine,
+                    "engine_by_type": by_type(plan.facts.engine) if plan.facts.engine else None,
+                    "products": plan.facts.products,
                     "layers": str(layers) if layers.is_file() else None,
+                    "report": str(report) if report.is_file() else None,
+                    "level": plan.facts.level,
                     "warnings": plan.facts.warnings,
                 }
             )
     if as_json:
         click.echo(json.dumps(rows))
     elif rows:
-        columns = ["name", "version", "gpu", "tensorrt", "precision", "batches", "MiB"]
-        cells = [
-            [str(row[column]) for column in columns[:5]]
-            + [",".join(map(str, row["batches"])), f"{row['bytes'] / _MIB:.0f}"]
-            for row in rows
-        ]
-        print_rows("TensorRT plans", columns, cells)
+        print_rows("TensorRT plans", [*_COLUMNS, *_COUNTED], [_cells(row) for row in rows])
+        for row in rows:
+            for warning in row["warnings"]:
+                click.secho(f"{row['path']}: {warning}", err=True)
     else:
         click.echo("no plans; `timesformer engines build` makes one")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    from export.inspection import in_words
+
+    counts = (row["engine_by_type"], row["products"])
+    return [
+        *(str(row[column]) for column in _COLUMNS),
+        ",".join(map(str, row["batches"])),
+        f"{row['bytes'] / _MIB:.0f}",
+        *("not told" if each is None else in_words(each) or "none named" for each in counts),
+    ]
+
+
+def _served_precision() -> str:
+    from service.settings import Settings
+
+    return str(Settings.model_fields["precision"].default)
+
+
+def _built(
+    job_without: Callable[[Collection[str]], BuildJob], title: str, auto: bool, quiet: bool
+) -> tuple[Plan, bool]:
+    """The plan, and whether it was there already.
+
+    Args:
+        job_without: the job of the first graph whose precision is not among those given.
+        auto: whether others may be tried.
+    """
+    from export.runtime.plans import PlanError
+    from export.tensorrt import build_plan, find_built
+
+    refused: list[str] = []
+    while True:
+        job = job_without(refused)
+        if found := find_built(job):
+            return found, True
+        try:
+            with _progress(title, quiet) as progress:
+                return build_plan(job, progress), False
+        except PlanError as error:
+            if not auto:
+                raise
+            refused.append(job.key.precision)
+            click.secho(f"{title}: not in {job.key.precision}: {error}", err=True)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,10 @@ def load(bundle: Bundle, settings: Settings) -> LoadedModel:
     tensorrt, _ = find_tensorrt(settings)
     largest = largest_batch(settings, "cuda")
     engines = Engines(tensorrt, largest, settings.precision) if tensorrt else None
-    return load_model(bundle, settings, engines)
+    model = load_model(bundle, settings, engines)
+    if model.tensorrt.reason and engines is not None:
+        logger.warning("TensorRT is %s", model.tensorrt)
+    return model
 
 
 async def _label_all(

@@ -11,7 +11,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,8 +56,14 @@ class FakeGpu:
         self.loaded: list[Path] = []
         self.closed = 0
 
-    def wanted(self, bundle: Bundle, precision: str, batches: tuple[int, ...]) -> Wanted:
-        found, graph, sha256 = graph_of(bundle, precision, "9.0")
+    def wanted(
+        self,
+        bundle: Bundle,
+        precision: str,
+        batches: tuple[int, ...],
+        refused: Collection[str] = (),
+    ) -> Wanted:
+        found, graph, sha256 = graph_of(bundle, precision, "9.0", refused)
         key = PlanKey(
             gpu=self.name,
             compute_capability="9.0",
@@ -331,6 +337,91 @@ def test_the_service_stops_while_a_plan_is_built(
     assert "ERROR" not in [record.levelname for record in caplog.records]
 
 
+@pytest.mark.parametrize("refittable", [False, True])
+def test_a_build_takes_what_those_of_earlier_versions_left(
+    serve: Any,
+    store: BundleStore,
+    gpu: FakeGpu,
+    builder: Builder,
+    tmp_path: Path,
+    refittable: bool,
+) -> None:
+    jobs: list[BuildJob] = []
+
+    def build(job: BuildJob) -> Plan:
+        jobs.append(job)
+        plan = write_plan(job)
+        facts = plan.facts.model_copy(update={"refittable": job.refittable})
+        plan.path.with_suffix(".json").write_text(facts.model_dump_json())
+        assert job.timings is not None
+        job.timings.write_bytes(b"measured")
+        return plan._replace(facts=facts)
+
+    builder(build)
+    options = {"watch_interval_s": 0.05, "refittable_plans": refittable}
+    with serve(store=store.root, spool_dir=tmp_path, **options) as client:
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
+        store.activate("demo", "2")
+        wait_until(lambda: len(jobs) == 2)
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
+    first, second = jobs
+    assert (first.earlier_timings, first.refit_from) == ((), ())
+    assert second.earlier_timings == (first.timings,)
+    assert second.refit_from == ((first.plan.with_suffix(".json"),) if refittable else ())
+    assert (first.refittable, second.refittable) == (refittable, refittable)
+
+
+def test_a_refitted_plan_with_other_answers_is_built_instead(
+    serve: Any,
+    store: BundleStore,
+    gpu: FakeGpu,
+    builder: Builder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refits: list[bool] = []
+
+    def build(job: BuildJob) -> Plan:
+        refits.append(bool(job.refit_from))
+        gpu.factor = 1.01 if job.refit_from else 1
+        plan = write_plan(job)
+        how = {"refittable": True, "refitted": bool(job.refit_from)}
+        facts = plan.facts.model_copy(update=how)
+        plan.path.with_suffix(".json").write_text(facts.model_dump_json())
+        return plan._replace(facts=facts)
+
+    builder(build)
+    options = {"watch_interval_s": 0.05, "refittable_plans": True}
+    with serve(store=store.root, spool_dir=tmp_path, **options) as client:
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
+        store.activate("demo", "2")
+        wait_until(lambda: len(refits) == 3)
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
+        assert serving(client) == "2"
+    assert refits == [False, True, False]
+    assert "refitted plan refused, it is built" in caplog.text
+
+
+def test_what_the_builder_warns_of_is_in_the_log(
+    serve: Any,
+    store: BundleStore,
+    gpu: FakeGpu,
+    builder: Builder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def build(job: BuildJob) -> Plan:
+        plan = write_plan(job)
+        warned = plan.facts.model_copy(update={"warnings": ("no matrix product computes in FP8",)})
+        return plan._replace(facts=warned)
+
+    builder(build)
+    with serve(store=store.root, spool_dir=tmp_path) as client:
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
+    (told,) = [vars(each) for each in caplog.records if each.message == "plan built with a warning"]
+    assert told["reason"] == "no matrix product computes in FP8"
+
+
 def test_several_models_build_their_plans_one_after_the_other(
     serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, tmp_path: Path
 ) -> None:
@@ -431,7 +522,7 @@ def test_float32_stands_in_for_a_plan_that_is_yet_to_be_built(
     precision: str, store: BundleStore, gpu: FakeGpu
 ) -> None:
     settings = load_settings(store=store.root, precision=precision, device="auto")
-    engines: Any = SimpleNamespace(find=lambda bundle: None)
+    engines: Any = SimpleNamespace(find=lambda bundle, refused: None)
     model = load_model(store.open("demo"), settings, engines)
     assert (model.runtime.precision, model.tensorrt) == ("float32", BUILDING)
     model.runtime.close()

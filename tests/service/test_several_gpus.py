@@ -126,11 +126,11 @@ def test_different_gpus_get_a_plan_each_built_on_their_own(
     serve: Serve, store: BundleStore, gpus: Gpus, built: list[BuildJob], tmp_path: Path
 ) -> None:
     found = gpus("A", "B", "A")
-    build_ahead(found[1], store.open("demo"))  # one that is there is no reason to build less
+    build_ahead(found[1], store.open("demo"))  # one that is there is no reason not to build others
     with serve(store=store.root, spool_dir=tmp_path) as client:
         wait_until(lambda: state(client) == ("tensorrt", "serving"), seconds=60)
         assert list(devices(client)) == ["cuda:0", "cuda:1", "cuda:2"]
-    assert [(job.gpu_index, job.key.gpu) for job in built] == [(0, "A"), (1, "B")]
+    assert [(job.gpu_index, job.key.gpu) for job in built] == [(0, "A")]
     assert found[0].loaded == found[2].loaded != found[1].loaded
 
 

@@ -6,17 +6,27 @@ import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from export.bundle import BundleStore
+from export.bundle import Bundle, BundleStore
+from export.manifest import LABELS, ONNX_FLOAT32, ONNX_FP16, WEIGHTS
 from export.runtime.cuda import Cuda
 from export.runtime.interface import RuntimeUnavailableError
-from export.runtime.plans import Gpu, layers_file
+from export.runtime.plans import Gpu, PlanError, layers_file
+from export.runtime.tensorrt import TensorRt, Wanted
 from export.tensorrt import BuildJob
 from service.cli import cli
-from tests.export.conftest import publish_colours
+from service.settings import load_settings
+from tests.export.conftest import (
+    COLOURS,
+    PASSED,
+    colour_manifest,
+    publish_colours,
+    write_colour_graph,
+)
 
 RTX = "tensorrt_rtx_bindings"
 
@@ -47,6 +57,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "export.runtime.tensorrt.load_tensorrt", lambda: SimpleNamespace(__version__="1.7")
     )
     monkeypatch.setattr(BuildJob, "of", functools.partial(BuildJob.of, module=RTX))
+
+
+def stop(job: BuildJob, progress: object) -> None:
+    raise PlanError("stopped")
 
 
 @pytest.mark.usefixtures("gpu")
@@ -84,9 +98,18 @@ class TestBuild:
         ]
         assert rows[0]["network"]["MATRIX_MULTIPLY"] == {"FLOAT": 1}
         assert (rows[0]["engine"], rows[0]["layers"]) == (None, None), "no GPU has loaded it"
-        counted = {"gemm": {"Half": 3}}
+        assert rows[0]["report"] == str(Path(facts["path"]).with_suffix(".html"))
+        unread = timesformer("engines", "list", "--store", store.root, "--engines",
+                             tmp_path / "plans")  # fmt: skip
+        assert unread.stdout.count("not told") == 2
+        counted = {"gemm": {"Half": 3}, "kgen": {"Float": 2}}
         facts_file = Path(facts["path"]).with_suffix(".json")
-        told = {**json.loads(facts_file.read_text()), "engine": counted}
+        told = {
+            **json.loads(facts_file.read_text()),
+            "engine": counted,
+            "products": {"FP16": 2, "FP8": 1},
+            "warnings": ["something is odd"],
+        }
         facts_file.write_text(json.dumps(told))
         layers_file(Path(facts["path"])).write_text("{}")
         (row,) = json.loads(
@@ -99,6 +122,87 @@ class TestBuild:
             "engines", "list", "--store", store.root, "--engines", tmp_path / "plans"
         )
         assert "NVIDIA H200" in table.stdout
+        assert "FP16 3, FP32 2" in table.stdout, "layers"
+        assert "FP8 1, FP16 2" in table.stdout, "matrix products"
+        assert f"{facts['path']}: something is odd" in table.stderr
+
+    def test_a_plan_that_was_built_less_hard_is_built_again_and_any_where_that_is_asked_for(
+        self, store: BundleStore
+    ) -> None:
+        def build(*options: object) -> dict[str, Any]:
+            command = ("engines", "build", "--store", store.root, "--batches", "2", "--json")
+            return dict(json.loads(timesformer(*command, *options).stdout))
+
+        assert build("--level", 1)["built"]
+        assert build("--level", 2)["built"]
+        assert not build("--level", 1)["built"]
+        again = build("--level", 1, "--rebuild")
+        assert (again["built"], again["level"]) == (True, 1)
+
+    def test_by_default_it_builds_what_the_service_would(
+        self, store: BundleStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[str] = []
+        real = TensorRt.wanted
+
+        def wanted(here: TensorRt, bundle: Bundle, precision: str, *rest: Any) -> Wanted:
+            asked.append(precision)
+            return real(here, bundle, precision, *rest)
+
+        monkeypatch.setattr(TensorRt, "wanted", wanted)
+        command = ("engines", "build", "--store", store.root, "--batches", "2")
+        for setting in (None, "auto"):
+            if setting is not None:
+                monkeypatch.setenv("TIMESFORMER_PRECISION", setting)
+            timesformer(*command)
+            assert asked[-1] == load_settings().precision == (setting or "float32")
+        timesformer(*command, "--precision", "float32")
+        assert asked[-1] == "float32"
+
+    def test_measurements_are_kept_in_a_folder(self, store: BundleStore, tmp_path: Path) -> None:
+        """What TensorRT-RTX measures is nothing: here only where it would be."""
+        jobs: list[BuildJob] = []
+        command = ("engines", "build", "--store", store.root, "--batches", "2")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("export.tensorrt.find_built", jobs.append)
+            patch.setattr("export.tensorrt.build_plan", stop)
+            timesformer(*command, code=1)
+            timesformer(*command, "--timing-cache", tmp_path / "timings", code=1)
+        beside, elsewhere = [job.timings for job in jobs]
+        assert beside == store.root / "colours/1/engines/nvidia-h200_sm90_trt1.7.timings"
+        assert elsewhere == tmp_path / "timings" / "nvidia-h200_sm90_trt1.7.timings"
+        (tmp_path / "a file").touch()
+        answer = timesformer(*command, "--timing-cache", tmp_path / "a file", code=2)
+        assert "is a file" in answer.stderr
+
+    def test_with_auto_a_graph_that_cannot_be_built_is_told_and_the_next_one_taken(
+        self, tmp_path: Path
+    ) -> None:
+        """The FP16 graph is none: TensorRT's parser refuses it."""
+        store = BundleStore(tmp_path / "store")
+        with store.staging("colours") as staging:
+            write_colour_graph(staging / ONNX_FLOAT32)
+            (staging / ONNX_FP16).write_bytes(b"no graph")
+            (staging / LABELS).write_text("\n".join(COLOURS))
+            (staging / WEIGHTS).write_bytes(b"none")
+            passed = {"verification": {ONNX_FLOAT32: PASSED, ONNX_FP16: PASSED}}
+            store.publish(staging, colour_manifest("colours").model_copy(update=passed))
+        store.activate("colours", "1")
+        command = ("engines", "build", "--store", store.root, "--batches", "2", "--precision")
+        answer = timesformer(*command, "auto")
+        assert "not in fp16: TensorRT cannot parse model.fp16.onnx" in answer.stderr
+        assert "_float32_b2.plan" in answer.stdout
+        answer = timesformer(*command, "fp16", code=1)
+        assert "TensorRT cannot parse model.fp16.onnx" in answer.stderr
+
+    def test_with_auto_and_no_graph_that_can_be_built_it_is_an_error(
+        self, store: BundleStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("export.tensorrt.build_plan", stop)
+        command = ("engines", "build", "--store", store.root, "--precision", "auto")
+        answer = timesformer(*command, code=1)
+        assert "not in float32: stopped" in answer.stderr
+        assert "has no graph that is left to be tried: those in float32" in answer.stderr
 
     def test_a_precision_that_the_bundle_lacks_is_an_error(self, store: BundleStore) -> None:
         answer = timesformer(
