@@ -206,7 +206,7 @@ class Engines:
             if isinstance(error, PlanError) and self._remove_refitted(bundle, state.refused):
                 logger.warning("refitted plan refused, it is built", extra={"reason": str(error)})
                 return state
-        except PlanError:  # the bundle has none from the start, or the GPUs differ
+        except RuntimeError:  # the bundle has none from the start, the GPUs differ or one is lost
             return TensorRtState("failed", str(error))
         refused = (*state.refused, Refused(precision, str(error)))
         if self._precision != "auto":
@@ -214,7 +214,7 @@ class Engines:
         reason = "; ".join(f"not in {each.precision}: {each.reason}" for each in refused)
         try:
             self._wanted(bundle, refused)
-        except PlanError:
+        except RuntimeError:
             return TensorRtState("failed", reason, refused)
         return TensorRtState("building", reason, refused)
 
@@ -260,7 +260,8 @@ class Engines:
                 plan.path.with_suffix(".json").unlink(missing_ok=True)
         except OSError:  # it would come back
             return False
-        self._not_refitted.update(each.graph for each in self._wanted(bundle, refused))
+        if refitted:
+            self._not_refitted.update(each.graph for each in self._wanted(bundle, refused))
         return bool(refitted)
 
     def _started(self, child: subprocess.Popen[str]) -> None:
