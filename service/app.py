@@ -17,7 +17,7 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 
 from service import errors
-from service.auth import Keyring, allow
+from service.auth import KeyFileError, Keyring, allow
 from service.decoder import WorkerLimits
 from service.decoding import LOSSES, DecoderPool
 from service.job_work import Means
@@ -31,11 +31,11 @@ from service.network import LocalNetwork, Network
 from service.routes import admin, classify, embed, health, inference_protocol, jobs, page, timeline
 from service.routes import models as model_list
 from service.sandbox import LAYERS
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 from service.shortcut import Shortcut
 from service.sources import Sources
 from service.spool import Spool
-from service.state import Intake, State
+from service.state import Intake, State, is_ready
 from service.tracing import open_tracer
 
 logger = logging.getLogger(__name__)
@@ -49,9 +49,13 @@ def create_app(settings: Settings) -> FastAPI:
     """The application; the model is loaded when it starts, not when it is made.
 
     Raises:
-        KeyFileError: the settings name a file of API keys that cannot be used.
-        SettingsError: they ask for spans, and OpenTelemetry is not installed.
+        SettingsError: the settings name a file of API keys that cannot be used, or ask for spans
+            and OpenTelemetry is not installed.
     """
+    try:
+        keyring = Keyring(settings.api_keys_file) if settings.api_keys_file else None
+    except KeyFileError as error:
+        raise SettingsError(f"TIMESFORMER_API_KEYS_FILE: {error}") from error
     app = FastAPI(
         title="TimeSformer",
         summary="Video in, action labels out.",
@@ -62,7 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         telemetry=_NO_TELEMETRY,
     )
-    _prepare(app, settings, Keyring(settings.api_keys_file) if settings.api_keys_file else None)
+    _prepare(app, settings, keyring)
     protocol = inference_protocol.router, inference_protocol.hot
     groups = classify, embed, timeline, jobs, model_list
     for router in (*(group.router for group in groups), *protocol):
@@ -179,11 +183,10 @@ async def running(app: FastAPI, *, behind_workers: bool = False) -> AsyncIterato
             streams=streams,
             jobs=kept_jobs,
         )
-        metrics.ready.set(1)
+        metrics.ready.set_function(lambda: is_ready(app.state))
         try:
             yield
         finally:
-            metrics.ready.set(0)
             app.state.service = None
             if kept_jobs is not None:
                 await kept_jobs.close()

@@ -8,7 +8,7 @@ nothing to do, threads and event loop sleep.
 
 Whose clips go first is in `service/turns.py`; here is what engines do with them. Each engine has
 threads of its own; which engine gets a batch is which of them is idle. An engine whose requests
-fail, and succeed on another one, is taken out.
+fail, and succeed on another one, is taken out; one that fails otherwise is tried until it works.
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batches import DEPTH, FAILURES, Batch, Engine, EngineWorker, Events, Piece, frames_of
+from service.batches import (
+    DEPTH,
+    FAILURES,
+    TRY_EVERY_S,
+    Batch,
+    Engine,
+    EngineWorker,
+    Events,
+    Piece,
+    frames_of,
+)
 from service.errors import (
     DeadlineExceededError,
     DeadlineUnreachableError,
@@ -47,6 +57,7 @@ class Batcher:
         max_batch: most clips in a batch.
         max_queue: most clips that wait.
         settle_s: see the module's text.
+        trial: clips that an engine which fails is tried with; without, only requests try it.
         events: is told what happens.
         threads: makes the threads of an engine, so many.
     """
@@ -58,6 +69,7 @@ class Batcher:
         max_batch: int,
         max_queue: int,
         settle_s: float = 0.002,
+        trial: NDArray[np.uint8] | None = None,
         events: Events | None = None,
         threads: Callable[[int], Executor] = lambda slots: ThreadPoolExecutor(
             slots, thread_name_prefix="engine"
@@ -69,11 +81,10 @@ class Batcher:
         ]
         self._max_queue = max_queue
         self._settle_s = settle_s
+        self._trial = trial
         self._events = events or Events()
         self._lock = threading.Lock()  # over turns, promised and retries
         self._turns = Turns()
-        self._reserved = 0
-        """Clips that are being decoded."""
         self._promised = 0
         """Clips that batches will take which have been started and have not taken theirs."""
         self._retries: list[Batch] = []
@@ -98,6 +109,8 @@ class Batcher:
             request.answer.cancel()
         for worker in self._workers:
             self._stop_settling(worker)
+            if worker.trying is not None:
+                worker.trying.cancel()
             worker.threads.shutdown(wait=False)
         await self._idle.wait()
 
@@ -163,28 +176,28 @@ class Batcher:
         """Asks, before a video is received or decoded for nothing, whether its clips may wait.
 
         Raises:
-            QueueFullError: too many do, or will once they are decoded.
+            QueueFullError: too many do, or will once they are decoded; see `Turns.would_fit`.
         """
         with self._lock:
-            taken = clips + self._reserved
-            if self._turns.room_for(taken, priority, self._max_queue) is None:
+            if not self._turns.would_fit(clips, priority, self._max_queue):
                 raise self._full()
 
     @contextlib.contextmanager
     def reserved(self, clips: int, priority: Priority = "normal") -> Iterator[Callable[[], None]]:
-        """Keeps room for clips that are being decoded, until the block ends or the function that
-        it gives is called; that is to be done right before they are submitted.
+        """Counts clips as being decoded, until the block ends or the function that it gives is
+        called; that is to be done right before they are submitted.
 
         Raises:
             QueueFullError: as `check_room`.
         """
         self.check_room(clips, priority)
-        self._reserved += clips
+        coming = self._turns.coming
+        coming[priority] += clips
         kept = clips
 
         def release() -> None:
             nonlocal kept
-            self._reserved -= kept
+            coming[priority] -= kept
             kept = 0
 
         try:
@@ -221,8 +234,9 @@ class Batcher:
                 other.answer.set_exception(self._full())
 
     def _full(self) -> QueueFullError:
-        """With the seconds until half the queue is done, at the present rate."""
-        return QueueFullError(max(1, math.ceil(self._turns.waiting / 2 * self._seconds_per_clip)))
+        """With the seconds until half of what waits and comes is done, at the present rate."""
+        ahead = self._turns.waiting + sum(self._turns.coming.values())
+        return QueueFullError(max(1, math.ceil(ahead / 2 * self._seconds_per_clip)))
 
     def _expire(self, request: Request) -> None:
         self._drop(request, "deadline")
@@ -371,6 +385,7 @@ class Batcher:
     def _retry(self, worker: EngineWorker, batch: Batch) -> None:
         """Leaves clips on which an engine failed to another one, if there is one left."""
         worker.failures += 1
+        self._try_later(worker)
         batch = Batch(batch.slots, batch.tried | {worker.index})
         if self._can_be_tried(batch):
             with self._lock:
@@ -403,6 +418,33 @@ class Batcher:
             self._retries = [batch for batch in self._retries if batch not in hopeless]
         for batch in hopeless:
             self._fail(batch)
+
+    def _try_later(self, worker: EngineWorker) -> None:
+        """Tries an engine in a while, if it fails on everything and nobody is to do so already."""
+        done = worker.healthy or worker.removed or worker.trying is not None or self._closed
+        if self._trial is not None and not done:
+            worker.trying = self._loop.call_later(TRY_EVERY_S, self._try, worker, self._trial)
+
+    def _try(self, worker: EngineWorker, trial: NDArray[np.uint8]) -> None:
+        worker.trying = None
+        if worker.healthy or worker.removed or worker.jobs:  # then it is requests that show it
+            self._try_later(worker)
+            return
+
+        def work() -> None:
+            self._tell(self._tried, worker, worker.works_on(trial))
+
+        worker.jobs += 1
+        self._note_idle()
+        worker.threads.submit(work)
+
+    def _tried(self, worker: EngineWorker, works: bool) -> None:
+        worker.jobs -= 1
+        if works:
+            worker.failures = 0
+            logger.info("an engine works again", extra={"engine": worker.index})
+        self._try_later(worker)
+        self._start_batches()
 
     def _note_rate(self, seconds_per_clip: float) -> None:
         """Of all engines together."""

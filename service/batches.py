@@ -19,6 +19,9 @@ from service.turns import Priority, Slot
 DEPTH = 2
 # Requests in a row that an engine failed, none done between them, before it counts as broken.
 FAILURES = 3
+# How often a broken engine is tried while it has nothing to do. Nobody sends it requests any more
+# once readiness says so, so they cannot show that it works again.
+TRY_EVERY_S = 5.0
 
 
 class Engine(Protocol):
@@ -84,6 +87,7 @@ class EngineWorker:
         self.previous = 0
         """Clips of its last batch."""
         self.settling: asyncio.TimerHandle | None = None
+        self.trying: asyncio.TimerHandle | None = None
         self.free_since = 0.0
         self.failures = 0
         self.removed = False
@@ -91,6 +95,13 @@ class EngineWorker:
     @property
     def healthy(self) -> bool:
         return not self.removed and self.failures < FAILURES
+
+    def works_on(self, clips: NDArray[np.uint8]) -> bool:
+        """Runs clips for the sake of it."""
+        try:
+            return bool(np.isfinite(self.run(clips).logits).all())
+        except Exception:  # engines' exceptions share no base but Exception
+            return False
 
     def size(self, waiting: int) -> int:
         """How many of so many clips it takes: all it can, but a number just above a size that it

@@ -112,16 +112,19 @@ class Worker:
     def _start_once(self) -> None:
         # Spawned, not forked: a fork of a process with engine threads and GPU handles is a trap.
         context = multiprocessing.get_context("spawn")
-        with self._lock:
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(
-                target=worker_main,
-                args=(theirs, self._limits, os.getpid()),
-                daemon=True,
-                name="decoder",
-            )
-            self._process.start()
-            theirs.close()
+        with contextlib.ExitStack() as unless_started, self._lock:
+            ours, theirs = context.Pipe()
+            unless_started.enter_context(ours)
+            with theirs:
+                process = context.Process(
+                    target=worker_main,
+                    args=(theirs, self._limits, os.getpid()),
+                    daemon=True,
+                    name="decoder",
+                )
+                process.start()
+            unless_started.pop_all()
+            self._connection, self._process = ours, process
         self.decoded = 0
         if not self._connection.poll(_START_TIMEOUT_S):
             raise TimeoutError

@@ -12,8 +12,9 @@ import contextlib
 import logging
 import math
 import os
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 # A worker is replaced after so many videos, so that a leak in a codec never adds up.
 _RECYCLE_AFTER = 500
+# How long a video that nobody waits for any more may still decode. About what another worker costs,
+# so that most end by themselves.
+_PATIENCE_S = 1.0
 # How much the newest video counts in the rate: about the last ten.
 _RATE_WEIGHT = 0.1
 _DIED = "decoder_died"  # between two videos: killed from outside, for memory it may be
@@ -109,21 +113,73 @@ class DecoderPool:
     async def decode(self, job: Job) -> Clips:
         """Decodes a video once a worker is free.
 
-        A caller that is cancelled while it waits costs nothing; one that is cancelled while its
-        video decodes gives the worker back when that is done.
+        Raises:
+            QueueFullError: too many videos wait already.
+            DecoderUnavailableError, VideoRejectedError, asyncio.CancelledError: as `turn`'s.
+        """
+        async with self.turn() as decode:
+            return await decode(job)
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[Callable[[Job], Awaitable[Clips]]]:
+        """Waits for a worker, and gives the function with which it decodes one video.
+
+        Being cancelled costs nothing while it waits. The function, when it is cancelled, ends only
+        once the worker can take another video: what a caller counts as its own, such as its place
+        among a key's requests, is not free before.
 
         Raises:
             QueueFullError: too many videos wait already.
-            DecoderUnavailableError: no worker can be started.
-            VideoRejectedError: the video cannot be used, or broke its worker.
+            DecoderUnavailableError: by the function, no worker can be started.
+            VideoRejectedError: by the function, the video cannot be used, or broke its worker.
         """
         worker = await self._free_worker()
+        begun = False
+
+        async def decode(job: Job) -> Clips:
+            nonlocal begun
+            begun = True
+            return await self._decode(worker, job)
+
+        try:
+            yield decode
+        finally:
+            if not begun:
+                self._idle.put_nowait(worker)
+
+    async def _decode(self, worker: Worker, job: Job) -> Clips:
         loop = asyncio.get_running_loop()
-        exchange = self._threads.submit(self._exchange, worker, job)
-        exchange.add_done_callback(
-            lambda _: loop.call_soon_threadsafe(self._idle.put_nowait, worker)
-        )
-        return await asyncio.wrap_future(exchange)
+        given_up, back = threading.Event(), asyncio.Event()
+
+        def put_back() -> None:
+            self._idle.put_nowait(worker)
+            back.set()
+
+        def ended() -> None:
+            if not given_up.is_set() or self._closing:
+                put_back()
+                return
+            renewing = self._threads.submit(worker.restart)
+            renewing.add_done_callback(lambda _: loop.call_soon_threadsafe(put_back))
+
+        exchange = self._threads.submit(self._exchange, worker, job, given_up)
+        exchange.add_done_callback(lambda _: loop.call_soon_threadsafe(ended))
+        decoding = asyncio.wrap_future(exchange)
+        try:
+            return await asyncio.shield(decoding)
+        except asyncio.CancelledError:
+            decoding.add_done_callback(_failed)
+            exchange.cancel()
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_PATIENCE_S):
+                        await back.wait()
+            finally:
+                if not exchange.done():
+                    given_up.set()
+                    worker.kill()
+            await back.wait()
+            raise
 
     @contextlib.asynccontextmanager
     async def stream(self, job: StreamJob) -> AsyncIterator[AsyncIterator[Piece]]:
@@ -189,7 +245,7 @@ class DecoderPool:
             logger.warning("decoder worker replaced", extra={"reason": reason})
             self._on_restart(reason)
 
-    def _exchange(self, worker: Worker, job: Job) -> Clips:
+    def _exchange(self, worker: Worker, job: Job, given_up: threading.Event) -> Clips:
         began = time.perf_counter()
         try:
             worker.begin(job, self._note_death)
@@ -197,9 +253,10 @@ class DecoderPool:
             self._note_rate(time.perf_counter() - began)
             return clips
         except WorkerLostError as error:
-            self._note_loss(error)
-            if not self._closing:
-                worker.restart()
+            if not given_up.is_set():
+                self._note_loss(error)
+                if not self._closing:
+                    worker.restart()
             raise VideoRejectedError(error.code, str(error)) from error
         finally:
             if worker.decoded >= _RECYCLE_AFTER and not self._closing:
@@ -279,3 +336,8 @@ class _Pieces:
             raise
         self.over = isinstance(piece, Ended)
         return piece
+
+
+def _failed(decoding: asyncio.Future[Clips]) -> bool:
+    """Takes note of an error that nobody waits for any more."""
+    return not decoding.cancelled() and decoding.exception() is not None

@@ -6,6 +6,7 @@ chose other kernels than any other one, and a plan may have been refitted.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import subprocess
@@ -133,7 +134,8 @@ class Engines:
         self._child: subprocess.Popen[str] | None = None
         self.stopped = False
         self._lock = threading.Lock()
-        self._building = threading.Lock()
+        self.building = asyncio.Lock()
+        """To be held around `build`: each build wants the GPU and its memory."""
 
     def find(self, bundle: Bundle, refused: Sequence[Refused] = ()) -> tuple[Plan, ...] | None:
         """The bundle's plan for each GPU, if all have one that fits.
@@ -157,8 +159,8 @@ class Engines:
         refused: Sequence[Refused] = (),
         progress: Progress = lambda share, step: None,
     ) -> tuple[Plan, ...]:
-        """Builds what is missing of the bundle's plans, in minutes each, in child processes; one
-        plan at a time, as each build wants the GPU and its memory. One for each GPU comes back.
+        """Builds what is missing of the bundle's plans, in minutes each, in child processes, one
+        plan at a time. One for each GPU comes back.
 
         Args:
             refused: precisions that are not to be taken.
@@ -169,11 +171,10 @@ class Engines:
         plans: dict[PlanKey, Plan] = {}
         wanted = self._wanted(bundle, refused)
         for gpu, each in zip(self._gpus, wanted, strict=True):
-            with self._building:
-                if self.stopped:
-                    raise PlanError("the service stops")
-                if each.key not in plans:
-                    plans[each.key] = self._built(each, gpu.cuda.index, progress)
+            if self.stopped:
+                raise PlanError("the service stops")
+            if each.key not in plans:
+                plans[each.key] = self._built(each, gpu.cuda.index, progress)
         return tuple(plans[each.key] for each in wanted)
 
     def load(self, plans: Sequence[Plan], bundle: Bundle) -> tuple[Runtime, ...]:

@@ -91,6 +91,11 @@ class ModelHost:
         return self._current is not None
 
     @property
+    def is_ready(self) -> bool:
+        """Whether a version serves, and not all of its engines fail."""
+        return self._current is not None and any(self._current.batcher.healthy)
+
+    @property
     def refusal(self) -> str | None:
         """Why the store's active version does not serve, while it does not."""
         return self._refusal[1] if self._refusal else None
@@ -352,7 +357,8 @@ class ModelHost:
         while (engines := self._engines) and (waiting := self._without_plan()):
             bundle, state = waiting.bundle, waiting.tensorrt
             try:
-                plans = await asyncio.to_thread(engines.build, bundle, state.refused)
+                async with engines.building:  # not in the thread: all models share a few of them
+                    plans = await asyncio.to_thread(engines.build, bundle, state.refused)
                 async with self._swapping:
                     if self._is_used(waiting):
                         runtimes = await asyncio.to_thread(engines.load, plans, bundle)

@@ -126,8 +126,8 @@ class Metrics:
         )
         self.worker_restarts = Counter(
             "timesformer_worker_restarts",
-            "Processes of `timesformer serve --workers` replaced after they ended by themselves or "
-            "were killed, each with the requests that it was at.",
+            "Processes of `timesformer serve --workers` replaced after they ended by themselves, "
+            "were killed or hung, each with the requests that it was at.",
             registry=self.registry,
         )
         self.decoders = Gauge("timesformer_decoders", "Decoder workers.", registry=self.registry)
@@ -260,6 +260,13 @@ class Metrics:
             ["kind", "state"],
             registry=self.registry,
         )
+        self.jobs_put_off = Counter(
+            "timesformer_jobs_put_off",
+            "Runs of jobs that the service had no room or means for at the moment; they are tried "
+            "again.",
+            ["kind"],
+            registry=self.registry,
+        )
         self.job_seconds = Histogram(
             "timesformer_job_seconds",
             "Time that a job ran, by kind.",
@@ -269,7 +276,7 @@ class Metrics:
         )
         self.jobs_bytes = Gauge(
             "timesformer_jobs_bytes",
-            "Videos that jobs keep or that are being received for them.",
+            "Videos and results that jobs keep, or that are being received or written for them.",
             registry=self.registry,
         )
         self.webhooks = Counter(
@@ -323,7 +330,9 @@ class Metrics:
             registry=self.registry,
         )
         self.ready = Gauge(
-            "timesformer_ready", "1 while the service accepts work.", registry=self.registry
+            "timesformer_ready",
+            "1 while the service accepts work and an engine of it can do some.",
+            registry=self.registry,
         )
         self.start_seconds = Gauge(
             "timesformer_start_seconds",
@@ -365,6 +374,7 @@ class Metrics:
     def add_jobs(self, folder: Path) -> None:
         """Begins the counters of jobs at 0, and reports the disk that they are kept on."""
         for kind in JOB_KINDS:
+            self.jobs_put_off.labels(kind)
             for state in JOB_ENDS:
                 self.jobs_ended.labels(kind, state)
         for result in WEBHOOK_RESULTS:

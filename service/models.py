@@ -33,6 +33,11 @@ class Models:
         """All of them, the default first."""
         return tuple(self._hosts.values())
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether one of them answers requests, which is enough."""
+        return any(host.is_ready for host in self.hosts)
+
     def find(self, name: str | None = None) -> ModelHost:
         """The host of a name, by default the first.
 
@@ -100,5 +105,5 @@ class Models:
                 for name in names:
                     if name not in self._hosts and was_activated(store, name):
                         (await self._add(name, alone=False)).watch()
-            except BundleError as error:
+            except Exception as error:  # a disk that fails for a moment must not end the watch
                 logger.error("the store cannot be listed", extra={"reason": str(error)})

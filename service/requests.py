@@ -216,11 +216,13 @@ async def _look(
 ) -> tuple[Bundle, Clips, float, Answer]:
     started = time.perf_counter()
     asked = parameters.views * parameters.crops
-    async with state.network.for_video(wanted, asked, urgency.priority) as held:
+    # In this order: a video that waits for a decoder keeps no room before the engine.
+    async with (
+        state.decoders.turn() as decode,
+        state.network.for_video(wanted, asked, urgency.priority) as held,
+    ):
         preprocessing = held.bundle.config.preprocessing
-        clips = await state.decoders.decode(
-            Job(upload.path, preprocessing, parameters.views, parameters.crops)
-        )
+        clips = await decode(Job(upload.path, preprocessing, parameters.views, parameters.crops))
         decode_s = time.perf_counter() - started
         answered = await held.answer(clips.frames, urgency.priority, urgency.deadline)
         return held.bundle, clips, decode_s, answered.answer

@@ -131,7 +131,6 @@ def _until_stopped(
             logger.warning("ended by a second signal; what ran is lost")
             os._exit(128 + number)
         app.state.stopping = True
-        app.state.metrics.ready.set(0)
         on_signal()
         wait_s = delay_s if number == signal.SIGTERM else 0.0
         logger.info("stopping", extra={"signal": number.name, "no_new_requests_in_s": wait_s})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -67,6 +67,12 @@ async def _accepting(request: Request, state: Annotated[State, Depends(running_s
     if request.app.state.stopping:
         raise NotReadyError("The service is stopping.")
     return state
+
+
+def is_ready(app_state: Any) -> bool:
+    """Whether an app takes requests that an engine of it can answer."""
+    state: State | None = app_state.service
+    return state is not None and not app_state.stopping and state.models.is_ready
 
 
 Running = Annotated[State, Depends(running_state)]

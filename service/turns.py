@@ -112,6 +112,8 @@ class Turns:
         self._reached = 0
         self.waiting = 0
         """Clips, of all classes."""
+        self.coming = dict.fromkeys(PRIORITIES, 0)
+        """Clips of each class that are being decoded."""
 
     def add(self, request: Request) -> None:
         own = request.priority
@@ -176,7 +178,7 @@ class Turns:
         missing = self.waiting + clips - limit
         if missing <= 0:
             return []
-        shares = {own: limit * weight // sum(WEIGHTS.values()) for own, weight in WEIGHTS.items()}
+        shares = _shares(limit)
         if self._clips[priority] + clips > shares[priority]:
             return None
         displaced: list[Request] = []
@@ -191,6 +193,27 @@ class Turns:
                     missing -= request.waiting
         return displaced if missing <= 0 else None
 
+    def would_fit(self, clips: int, priority: Priority, limit: int) -> bool:
+        """Whether clips that are yet to be decoded will find room, as far as can be told.
+
+        What is being decoded is expected, but of another class no more than its share: the rest
+        would be turned away when it comes. While nothing waits none of it counts, for decoding may
+        take its time, and an idle engine refuses nobody.
+        """
+        if not self.waiting:
+            return clips <= limit
+        own = self.coming[priority] + clips
+        shares = _shares(limit)
+        others = sum(
+            min(self.coming[other], max(0, shares[other] - self._clips[other]))
+            for other in PRIORITIES
+            if other != priority
+        )
+        if self.waiting + own + others <= limit:
+            return True
+        within = self._clips[priority] + own <= shares[priority]
+        return within and self.room_for(own, priority, limit) is not None
+
     def oldest(self) -> float | None:
         """When the request arrived that has waited longest, of those that are still wanted."""
         arrivals = [
@@ -204,3 +227,8 @@ class Turns:
     def _count(self, priority: Priority, change: int) -> None:
         self._clips[priority] += change
         self.waiting += change
+
+
+def _shares(limit: int) -> dict[Priority, int]:
+    """Clips of so many that each class may have at the cost of others."""
+    return {own: limit * weight // sum(WEIGHTS.values()) for own, weight in WEIGHTS.items()}

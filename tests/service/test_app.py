@@ -6,12 +6,18 @@ import asyncio
 import base64
 import hashlib
 import re
+import threading
+import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from export.bundle import BundleStore
+from export.runtime.interface import Outputs
+from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import STORE
 from service.app import create_app
 from service.settings import SettingsError, load_settings
@@ -146,6 +152,37 @@ def test_before_it_is_ready_work_is_refused_and_it_is_alive_all_the_same() -> No
         answer = asyncio.run(ask(path))
         assert answer.status_code == 503
         assert answer.json()["code"] == "not_ready"
+
+
+def test_an_engine_that_fails_for_a_while_is_ready_again_though_nobody_asks_it(
+    serve: Serve, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down, honest = threading.Event(), OnnxRuntime.run
+
+    def run(runtime: OnnxRuntime, frames: NDArray[np.uint8]) -> Outputs:
+        if down.is_set():
+            raise MemoryError("CUDA out of memory")
+        return honest(runtime, frames)
+
+    monkeypatch.setattr(OnnxRuntime, "run", run)
+    monkeypatch.setattr("service.batcher.TRY_EVERY_S", 0.05)
+    with serve(spool_dir=tmp_path) as client:
+
+        def ready() -> tuple[int, bool]:
+            told = "timesformer_ready 1.0" in client.get("/metrics").text
+            return client.get("/health/ready").status_code, told
+
+        assert ready() == (200, True)
+        down.set()
+        for _ in range(3):
+            answer = client.post("/v1/classify", content=video.read_bytes())
+            assert answer.status_code == 500
+        assert ready() == (503, False)
+        down.clear()
+        deadline = time.monotonic() + 60
+        while ready() != (200, True):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_the_page_runs_its_own_script_and_nothing_from_elsewhere(client: httpx.Client) -> None:

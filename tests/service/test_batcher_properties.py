@@ -6,6 +6,7 @@ In virtual time, with engines that are stepped: see `stepped.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from service.errors import (
     InternalError,
     QueueFullError,
 )
-from service.turns import MOST_BETWEEN, PRIORITIES, Priority
+from service.turns import MOST_BETWEEN, PRIORITIES, WEIGHTS, Priority
 from tests.service.stepped import Stepped, SteppedEngine, VirtualLoop, clips, run, values_of
 
 REFUSALS = (DeadlineExceededError, DeadlineUnreachableError, QueueFullError)
@@ -49,6 +50,16 @@ class Leave(NamedTuple):
     which: int
 
 
+class Decode(NamedTuple):
+    size: int
+    priority: Priority
+
+
+class Decoded(NamedTuple):
+    which: int
+    broken: bool
+
+
 ARRIVALS = st.builds(
     Arrive,
     st.integers(1, 9),
@@ -61,7 +72,9 @@ HAPPENINGS = st.lists(
     | st.builds(Begin, st.integers(0, 2))
     | st.builds(End, st.integers(0, 2))
     | st.builds(Wait, st.sampled_from([0.001, 0.005, 0.05, 0.5]))
-    | st.builds(Leave, st.integers(0, 40)),
+    | st.builds(Leave, st.integers(0, 40))
+    | st.builds(Decode, st.integers(1, 9), st.sampled_from(PRIORITIES))
+    | st.builds(Decoded, st.integers(0, 8), st.booleans()),
     max_size=60,
 )
 
@@ -111,6 +124,32 @@ class Caller:
             self.outcomes.append("left")
 
 
+class Video:
+    """One that has a decoder, and keeps room for its clips."""
+
+    def __init__(self, batcher: Batcher, decode: Decode, max_queue: int) -> None:
+        self.decode = decode
+        self._kept = contextlib.ExitStack()
+        turns, (size, own) = batcher._turns, decode
+        coming = dict(turns.coming)
+        try:
+            self.release = self._kept.enter_context(batcher.reserved(*decode))
+        except QueueFullError:
+            self.refused = True
+            assert turns.waiting, "an idle engine refuses nobody"
+            assert turns.waiting + sum(coming.values()) + size > max_queue
+            share = max_queue * WEIGHTS[own] // sum(WEIGHTS.values())
+            if turns._clips[own] + coming[own] + size <= share:
+                # Then it is for want of room now, whatever others decode.
+                assert turns.waiting + coming[own] + size > max_queue
+        else:
+            self.refused = False
+            assert turns.coming[own] == coming[own] + size
+
+    def end(self) -> None:
+        self._kept.close()
+
+
 @given(
     happenings=HAPPENINGS,
     engines=st.integers(1, 3),
@@ -138,7 +177,7 @@ class Caller:
 )
 @settings(max_examples=300, deadline=None)
 def test_every_request_is_answered_once_and_right_whatever_happens(
-    happenings: list[Arrive | Begin | End | Wait | Leave],
+    happenings: list[Arrive | Begin | End | Wait | Leave | Decode | Decoded],
     engines: int,
     slots: int,
     batches: tuple[int, ...],
@@ -159,6 +198,7 @@ def test_every_request_is_answered_once_and_right_whatever_happens(
         events = Counted()
         stepped = Stepped(loop, *own, max_batch=max_batch, max_queue=max_queue, events=events)
         callers: list[Caller] = []
+        videos: list[Video] = []
         following = 0
         for happening in happenings:
             match happening:
@@ -179,6 +219,24 @@ def test_every_request_is_answered_once_and_right_whatever_happens(
                     caller.left |= not caller.task.done()
                     caller.task.cancel()
                     await stepped.turn()
+                case Decode():
+                    videos.append(Video(stepped.batcher, happening, max_queue))
+                    if videos[-1].refused:
+                        videos.pop()
+                case Decoded(which, is_broken) if videos:
+                    video = videos.pop(which % len(videos))
+                    if not is_broken:
+                        video.release()
+                        arrival = Arrive(*video.decode, None, poisoned=False)
+                        callers.append(Caller(stepped.batcher, following, arrival, loop.now))
+                        following += arrival.size
+                        await stepped.turn()
+                    video.end()
+            coming = stepped.batcher._turns.coming
+            assert coming == {
+                own: sum(video.decode.size for video in videos if video.decode.priority == own)
+                for own in PRIORITIES
+            }
             assert 0 <= stepped.batcher.waiting <= max_queue
             assert stepped.batcher._promised >= 0
         await stepped.finish()

@@ -6,19 +6,20 @@ In virtual time, with engines that are stepped: see `stepped.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import numpy as np
 import pytest
 
-from service.batches import Events
+from service.batches import TRY_EVERY_S, Events
 from service.errors import (
     DeadlineExceededError,
     DeadlineUnreachableError,
     InternalError,
     QueueFullError,
 )
-from service.turns import Answer, Priority, Request, Turns
+from service.turns import PRIORITIES, Answer, Priority, Request, Turns
 from tests.service.stepped import Stepped, SteppedEngine, VirtualLoop, clips, run
 
 
@@ -347,6 +348,61 @@ def test_the_only_engine_is_kept_and_is_healthy_again_once_it_works() -> None:
     run(body)
 
 
+def test_an_engine_that_fails_is_tried_while_nobody_asks_until_it_works() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        down = [True]
+        engine = SteppedEngine(fails=lambda batch: down[0])
+        stepped = Stepped(loop, engine, trial=clips(5))
+        for _ in range(2):
+            submit(stepped, 1)
+            await stepped.finish()
+        await stepped.wait(60)
+        assert not stepped.threads[0].jobs, "one that does not fail on everything is left alone"
+        submit(stepped, 1)
+        await stepped.finish()
+        assert stepped.batcher.healthy == (False,)
+        for _ in range(2):
+            assert not stepped.threads[0].jobs
+            await stepped.wait(TRY_EVERY_S)
+            assert await stepped.step()
+            assert stepped.batcher.healthy == (False,)
+        down[0] = False
+        await stepped.wait(TRY_EVERY_S)
+        assert await stepped.step()
+        assert stepped.batcher.healthy == (True,)
+        assert engine.ran[3:] == [[5]] * 3
+        await stepped.wait(60)
+        assert not stepped.threads[0].jobs, "once it works it is left alone"
+        assert stepped.batcher.running == (0,)
+
+    run(body)
+
+
+def test_an_engine_that_fails_is_not_tried_beside_requests_and_not_after_the_end() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        engine = SteppedEngine(fails=lambda batch: batch == [1])
+        stepped = Stepped(loop, engine, trial=clips(5))
+        for _ in range(3):
+            submit(stepped, 1)
+            await stepped.finish()
+        task = submit(stepped, 2)
+        assert await stepped.begin()
+        await stepped.wait(TRY_EVERY_S)
+        assert not stepped.threads[0].jobs
+        await stepped.end()
+        assert logits(task) == [2]
+        await stepped.wait(TRY_EVERY_S)
+        assert not stepped.threads[0].jobs, "the request has shown that it works"
+        for _ in range(3):
+            submit(stepped, 1)
+            await stepped.finish()
+        await stepped.batcher.close()
+        await stepped.wait(TRY_EVERY_S)
+        assert [5] not in engine.ran
+
+    run(body)
+
+
 def test_the_time_of_a_batch_leaves_out_what_the_engine_spent_on_the_one_before() -> None:
     async def body(loop: VirtualLoop) -> None:
         seconds: list[float] = []
@@ -371,8 +427,10 @@ def test_the_time_of_a_batch_leaves_out_what_the_engine_spent_on_the_one_before(
 
 def test_room_is_kept_for_clips_that_are_being_decoded_and_given_back() -> None:
     async def body(loop: VirtualLoop) -> None:
-        stepped = Stepped(loop, SteppedEngine(), max_batch=1, max_queue=4)
+        stepped = Stepped(loop, SteppedEngine(), max_batch=1, max_queue=5)
         await occupy(stepped)
+        waits = submit(stepped, 0)
+        await stepped.turn()
         with stepped.batcher.reserved(3) as release:
             stepped.batcher.check_room(1)
             with pytest.raises(QueueFullError):
@@ -386,8 +444,85 @@ def test_room_is_kept_for_clips_that_are_being_decoded_and_given_back() -> None:
         with pytest.raises(QueueFullError):
             stepped.batcher.check_room(2)  # the three wait now; leaving the block took nothing back
         await stepped.finish()
-        assert logits(task) == [1, 2, 3]
-        stepped.batcher.check_room(4)
+        assert [logits(waits), logits(task)] == [[0], [1, 2, 3]]
+        stepped.batcher.check_room(5)
+
+    run(body)
+
+
+def test_what_is_being_decoded_locks_nobody_out_of_an_idle_engine() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        stepped = Stepped(loop, SteppedEngine(), max_queue=26)
+        with contextlib.ExitStack() as decoding:
+            for _ in range(9):
+                decoding.enter_context(stepped.batcher.reserved(26))
+            for priority in PRIORITIES:
+                stepped.batcher.check_room(26, priority)
+            with pytest.raises(QueueFullError):
+                stepped.batcher.check_room(27)
+            await occupy(stepped)
+            submit(stepped, 1, priority="high")
+            await stepped.turn()
+            with pytest.raises(QueueFullError):
+                stepped.batcher.check_room(1)
+
+    run(body)
+
+
+def test_what_other_classes_decode_counts_no_further_than_their_share() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        # The shares of 26 are 16, 8 and 2.
+        stepped = Stepped(loop, SteppedEngine(), max_queue=26)
+        await occupy(stepped)
+        submit(stepped, 1, priority="high")
+        await stepped.turn()
+        with stepped.batcher.reserved(25, "low"):
+            stepped.batcher.check_room(23, "high")
+            stepped.batcher.check_room(23, "normal")
+            with pytest.raises(QueueFullError):
+                stepped.batcher.check_room(24, "normal")
+            with pytest.raises(QueueFullError):
+                stepped.batcher.check_room(1, "low")
+            with stepped.batcher.reserved(8, "normal"):
+                stepped.batcher.check_room(15, "high")
+                with pytest.raises(QueueFullError):
+                    stepped.batcher.check_room(16, "high")
+
+    run(body)
+
+
+def test_a_class_below_its_share_may_decode_though_others_fill_the_queue() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        stepped = Stepped(loop, SteppedEngine(), max_queue=13)
+        await occupy(stepped)
+        for value in range(13):
+            submit(stepped, value)
+        await stepped.turn()
+        with stepped.batcher.reserved(6, "high") as release:
+            stepped.batcher.check_room(2, "high")
+            for clips, priority in ((3, "high"), (1, "normal"), (2, "low")):
+                with pytest.raises(QueueFullError):
+                    stepped.batcher.check_room(clips, priority)
+            release()
+            high = submit(stepped, *range(60, 66), priority="high")
+            await stepped.turn()
+        assert stepped.batcher.waiting == 13
+        await stepped.finish()
+        assert logits(high) == list(range(60, 66))
+
+    run(body)
+
+
+def test_when_to_come_again_takes_what_is_being_decoded_into_account() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        stepped = Stepped(loop, SteppedEngine(), max_batch=1, max_queue=10)
+        await measure(stepped, 1.0)
+        await occupy(stepped)
+        submit(stepped, 1, 2)
+        await stepped.turn()
+        with stepped.batcher.reserved(8), pytest.raises(QueueFullError) as refusal:
+            stepped.batcher.check_room(1)
+        assert int(refusal.value.headers["Retry-After"]) == 5
 
     run(body)
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,10 @@ def test_a_worker_that_was_taken_over_gets_no_further(
     assert not (tmp_path / "harm").exists()
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def kill_the_worker() -> None:
     """Ends the pool's one worker and waits until it is dead."""
     (pid,) = child_pids()
@@ -379,6 +384,80 @@ def test_decoders_that_cannot_be_started_are_a_503_until_they_can(
         await pool.decode(Job(video, SEEN, 1, 1))
 
     assert with_pool(body) == ["decoder_died"]
+
+
+@pytest.mark.parametrize("reason", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
+def test_a_process_that_cannot_be_made_costs_one_request_and_not_its_place_in_the_pool(
+    video: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    async def body(pool: DecoderPool) -> None:
+        def fails(process: SpawnProcess) -> None:
+            raise OSError(reason, os.strerror(reason))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SpawnProcess, "start", fails)
+            kill_the_worker()
+            before = open_files()
+            for _ in range(3):
+                with pytest.raises(DecoderUnavailableError):
+                    await pool.decode(Job(video, SEEN, 1, 1))
+            assert open_files() <= before
+        assert len((await pool.decode(Job(video, SEEN, 1, 1))).frames) == 1
+
+    assert with_pool(body) == ["decoder_died"]
+
+
+def test_a_turn_that_is_not_used_gives_its_worker_back(video: Path) -> None:
+    async def body(pool: DecoderPool) -> None:
+        with pytest.raises(QueueFullError):
+            async with pool.turn():
+                raise QueueFullError(1)
+        async with pool.turn() as decode:
+            assert pool.busy == 1
+            assert len((await decode(Job(video, SEEN, 1, 1))).frames) == 1
+            assert pool.busy == 0
+
+    assert with_pool(body) == []
+
+
+def test_who_gives_up_is_let_go_once_the_worker_can_take_another_video(
+    video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.decoding._PATIENCE_S", 0.2)
+
+    async def body(pool: DecoderPool) -> None:
+        (pid,) = child_pids()
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)  # as one that is at a video for long
+        leaving = asyncio.create_task(pool.decode(Job(video, SEEN, 1, 1)))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait({leaving}, timeout=0.1)
+        assert not leaving.done()
+        assert pool.busy == 1
+        await asyncio.wait({leaving})
+        assert leaving.cancelled()
+        assert pool.busy == 0
+        assert pid not in child_pids()
+        assert len((await pool.decode(Job(video, SEEN, 1, 1))).frames) == 1
+
+    assert with_pool(body) == [], "nothing was lost: it was given up"
+
+
+def test_what_is_given_up_a_moment_before_its_end_costs_no_worker(video: Path) -> None:
+    async def body(pool: DecoderPool) -> None:
+        before = child_pids()
+        leaving = asyncio.create_task(pool.decode(Job(video, SEEN, 1, 1)))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait({leaving})
+        assert leaving.cancelled()
+        assert pool.busy == 0
+        assert child_pids() == before
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("service.decoding._PATIENCE_S", 60.0)
+        assert with_pool(body) == []
 
 
 def test_only_so_many_videos_wait_for_a_decoder(video: Path) -> None:

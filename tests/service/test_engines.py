@@ -37,7 +37,7 @@ from export.runtime.plans import (
 )
 from export.runtime.tensorrt import Wanted
 from export.tensorrt import BuildJob, build_plan
-from service.engines import BUILDING, find_tensorrt
+from service.engines import BUILDING, Engines, find_tensorrt
 from service.loading import load_model
 from service.settings import load_settings
 from tests.service.test_models import DEMO, metric, publish, serving, wait_until
@@ -423,7 +423,12 @@ def test_what_the_builder_warns_of_is_in_the_log(
 
 
 def test_several_models_build_their_plans_one_after_the_other(
-    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, tmp_path: Path
+    serve: Any,
+    store: BundleStore,
+    gpu: FakeGpu,
+    builder: Builder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("one", "two"):
         with store.staging(name) as staging:
@@ -432,6 +437,13 @@ def test_several_models_build_their_plans_one_after_the_other(
             store.publish(staging, DEMO.manifest.model_copy(update={"name": name}))
         store.activate(name, "1")
     go_on, running, most = threading.Event(), [], []
+    in_threads, honest = [], Engines.build
+
+    def counted(*given: Any) -> Any:
+        in_threads.append(given)
+        return honest(*given)
+
+    monkeypatch.setattr(Engines, "build", counted)
 
     def build(job: BuildJob) -> Plan:
         running.append(job)
@@ -449,6 +461,7 @@ def test_several_models_build_their_plans_one_after_the_other(
 
         wait_until(lambda: running)
         time.sleep(0.3)  # what would begin beside it begins now
+        assert len(in_threads) == 1, "the others hold no thread, which uploads need"
         go_on.set()
         wait_until(lambda: serving_tensorrt() == 3, seconds=60)
     assert most == [1, 1, 1]

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import ACTIVE, BundleError, BundleStore
+from export.bundle import ACTIVE, BundleError, BundleStore, sha256_of
 from export.manifest import ONNX_FLOAT32
 from model.video import load_clips
 from service.metrics import Metrics
@@ -176,6 +176,43 @@ def test_all_of_the_store_is_also_what_comes_into_it_later(
         wait_until(lambda: client.get("/health/ready?model=asleep").status_code == 200)
         answer = client.post(URL, params={"model": "asleep"}, content=red.read_bytes())
         assert best(answer) == ("asleep", "red")
+
+
+def test_a_disk_that_fails_for_a_moment_does_not_end_the_watch_for_new_names(
+    serve: Serve, store: BundleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter([OSError(5, "Input/output error")] * 3)
+    honest = BundleStore.names
+
+    def names(store: BundleStore) -> list[str]:
+        if error := next(failures, None):
+            raise error
+        return honest(store)
+
+    with serve(store=store.root, model="*", watch_interval_s=0.05) as client:
+        monkeypatch.setattr(BundleStore, "names", names)
+        wait_until(lambda: next(failures, None) is None)
+        store.activate("third", publish_colours(store, "third").version)
+        wait_until(lambda: len(client.get("/v1/models").json()["models"]) == 3)
+
+
+def test_a_disk_that_does_not_give_one_of_them_does_not_keep_the_others_from_serving(
+    serve: Serve, store: BundleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = sha256_of
+
+    def fails(path: Path) -> str:
+        if "inverse" in path.parts:
+            raise OSError(5, "Input/output error")
+        return honest(path)
+
+    monkeypatch.setattr("export.bundle.sha256_of", fails)
+    with serve(store=store.root, model="plain,inverse", watch_interval_s=0) as client:
+        ready = client.get("/health/ready").json()["models"]
+        assert [(model["name"], model["refused"]) for model in ready] == [
+            ("plain", False),
+            ("inverse", True),
+        ]
 
 
 def test_if_none_can_be_served_it_does_not_start_and_says_why_of_each(store: BundleStore) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import socket
 import threading
 import time
@@ -372,3 +375,41 @@ def test_a_video_that_there_is_no_room_for_is_refused_before_it_is_read(
                 answer = sender.recv(65536)
             assert answer.startswith(b"HTTP/1.1 503 ")
             assert b"retry-after: 7" in answer.lower()
+
+
+def test_videos_that_wait_for_a_decoder_lock_nobody_out_of_an_idle_engine(
+    serve: Any, video: Path, tmp_path: Path
+) -> None:
+    content = video.read_bytes()
+    limits = {"max_clips_per_request": 10, "max_queue_clips": 30, "decode_workers": 1}
+    statuses: list[int] = []
+    others = multiprocessing.active_children()
+    with serve(**limits, decode_timeout_s=300, spool_dir=tmp_path) as client:
+
+        def post() -> None:
+            ask = {"params": {"views": 10}, "content": content, "timeout": 300}
+            statuses.append(httpx.post(f"{client.base_url}{URL}", **ask).status_code)
+
+        def waiting() -> float:
+            waits = "timesformer_decode_waiting "
+            lines = client.get("/metrics").text.splitlines()
+            return next(float(line.split()[1]) for line in lines if line.startswith(waits))
+
+        (decoder,) = [child for child in multiprocessing.active_children() if child not in others]
+        assert decoder.pid is not None
+        os.kill(decoder.pid, signal.SIGSTOP)
+        threads = [threading.Thread(target=post) for _ in range(4)]
+        try:
+            for thread in threads:
+                thread.start()
+            deadline = time.monotonic() + 120
+            while waiting() < 3 and not statuses:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert statuses == [], "one was refused for clips that nobody decodes yet"
+        finally:
+            os.kill(decoder.pid, signal.SIGCONT)
+        for thread in threads:
+            thread.join()
+    # The clips of four may come faster than an engine of a busy machine takes those of one.
+    assert 200 in statuses
