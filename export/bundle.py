@@ -85,14 +85,11 @@ class Bundle:
         """Checks every file against the manifest, and that every artefact passed its parity gate.
 
         Raises:
-            BundleError: names the first file that is missing, changed or failed.
+            BundleError: names the first file that is missing, changed or failed, or that the disk
+                does not give.
         """
         for name, entry in self.manifest.files.items():
-            path = self.path / name
-            if not path.is_file():
-                raise BundleError(f"{path} is missing: publish the bundle again")
-            if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
-                raise BundleError(f"{path} is not the file that was published: its hash is off")
+            _check(self.path / name, entry)
         artefacts = {name for name in self.manifest.files if name.endswith(".onnx")}
         for name in sorted(artefacts):
             parity = self.manifest.verification.get(name)
@@ -113,12 +110,17 @@ class BundleStore:
         return sorted(name for name in entries if _NAME.fullmatch(name) and self.versions(name))
 
     def versions(self, name: str) -> list[str]:
-        """Published versions of a name, oldest first; none if there is no such name."""
-        found = _entries(self._folder(name))
-        versions = (entry.name for entry in found if VERSION.fullmatch(entry.name))
-        return sorted(
-            (v for v in versions if (self._folder(name) / v / MANIFEST).is_file()), key=int
-        )
+        """Published versions of a name, oldest first; none if there is no such name.
+
+        Raises:
+            BundleError: the disk does not give them.
+        """
+        folder = self._folder(name)
+        versions = (entry.name for entry in _entries(folder) if VERSION.fullmatch(entry.name))
+        try:
+            return sorted((v for v in versions if (folder / v / MANIFEST).is_file()), key=int)
+        except OSError as error:
+            raise BundleError(f"cannot read {folder}: {error.strerror}") from error
 
     def active(self, name: str) -> str | None:
         """The version that serves, or None when none was ever activated.
@@ -321,6 +323,16 @@ class BundleStore:
             yield
         finally:
             os.close(descriptor)
+
+
+def _check(path: Path, entry: FileEntry) -> None:
+    try:
+        if not path.is_file():
+            raise BundleError(f"{path} is missing: publish the bundle again")
+        if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
+            raise BundleError(f"{path} is not the file that was published: its hash is off")
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ ServiceError
 |- JobNotFoundError          404  or another owner's
 |- JobNotDoneError           409  it has no result, or not yet
 |- JobsOffError              409  this service keeps no jobs
+|- ResultTooLargeError       422  a job's; it is not kept
 |- JobAbandonedError         422  the service ended as often as it ran the job
 |- WebhookRefusedError       422  a URL that is not called
 |- SourceRefusedError        422  a URL that is not read
@@ -138,6 +139,10 @@ class JobsOffError(ServiceError):
 
 class JobAbandonedError(ServiceError):
     status, code = 422, "job_abandoned"
+
+
+class ResultTooLargeError(ServiceError):
+    status, code = 422, "result_too_large"
 
 
 class JobsFullError(ServiceError):

@@ -1,7 +1,7 @@
 """Jobs in SQLite: what was accepted, what became of it, and whom to tell. One thread uses it.
 
 Every change is one transaction, on the disk when the call returns (WAL, synchronous FULL): after
-`kill -9` a job is in exactly one state, and a result is there once or not at all.
+`kill -9` a job is in exactly one state. What came of it is a file (`service/job_results.py`).
 """
 
 from __future__ import annotations
@@ -39,15 +39,20 @@ CREATE TABLE IF NOT EXISTS jobs (
     hook_state TEXT NOT NULL,
     hook_attempts INTEGER NOT NULL DEFAULT 0,
     hook_due REAL,
+    due REAL,
+    delays INTEGER NOT NULL DEFAULT 0,
     UNIQUE (owner, idempotency)
 );
 CREATE INDEX IF NOT EXISTS by_state ON jobs (state, seq);
 CREATE INDEX IF NOT EXISTS by_owner ON jobs (owner, seq);
+-- Of jobs that an earlier version of the service did; later ones have a file.
 CREATE TABLE IF NOT EXISTS results (
     id TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
     body BLOB NOT NULL
 );
 """
+# What databases of earlier versions lack.
+_ADDED = {"due": "REAL", "delays": "INTEGER NOT NULL DEFAULT 0"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,10 @@ class StoredJob:
     hook_state: HookState
     hook_attempts: int
     hook_due: float | None
+    due: float | None
+    """When it may be claimed, if it was put off."""
+    delays: int
+    """How often it was."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,10 @@ class JobStore:
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.executescript(_SCHEMA)
+        known = {row["name"] for row in self._db.execute("PRAGMA table_info(jobs)")}
+        for column, kind in _ADDED.items():
+            if column not in known:
+                self._db.execute(f"ALTER TABLE jobs ADD COLUMN {column} {kind}")
 
     def close(self) -> None:
         self._db.close()
@@ -178,9 +191,11 @@ class JobStore:
         return [_job(row) for row in rows]
 
     def claim(self, now: float) -> StoredJob | None:
-        """The oldest queued job, which runs from here on."""
+        """The oldest queued job that is not put off, which runs from here on."""
         with self._change():
-            job = self._one("state = 'queued' ORDER BY seq LIMIT 1")
+            job = self._one(
+                "state = 'queued' AND (due IS NULL OR due <= ?) ORDER BY seq LIMIT 1", now
+            )
             if job is None:
                 return None
             self._db.execute(
@@ -190,15 +205,25 @@ class JobStore:
             )
         return self.get(job.id)
 
-    def finish(
-        self,
-        job: StoredJob,
-        now: float,
-        *,
-        result: bytes | None = None,
-        error: Mapping[str, Any] | None = None,
-    ) -> bool:
-        """Stores what came of a run; False if the job was cancelled or taken up anew meanwhile."""
+    def next_due(self) -> float | None:
+        """When the next of the jobs that were put off may be claimed."""
+        row = self._db.execute("SELECT min(due) AS due FROM jobs WHERE state = 'queued'").fetchone()
+        return None if row["due"] is None else float(row["due"])
+
+    def put_off(self, job: StoredJob, due: float) -> bool:
+        """Queues what runs again, for later, as if it had not begun; False as of `finish`."""
+        with self._change():
+            changed = self._db.execute(
+                "UPDATE jobs SET state = 'queued', attempts = attempts - 1, due = ?, "
+                "delays = delays + 1 WHERE id = ? AND state = 'running' AND attempts = ?",
+                (due, job.id, job.attempts),
+            ).rowcount
+        return changed == 1
+
+    def finish(self, job: StoredJob, now: float, error: Mapping[str, Any] | None) -> bool:
+        """Stores that a run has ended, well without an error; False if the job was cancelled or
+        taken up anew meanwhile.
+        """
         with self._change():
             changed = self._db.execute(
                 "UPDATE jobs SET state = ?, finished = ?, error = ?, source = NULL, "
@@ -213,8 +238,6 @@ class JobStore:
                     job.attempts,
                 ),
             ).rowcount
-            if changed and result is not None:
-                self._db.execute("INSERT INTO results (id, body) VALUES (?, ?)", (job.id, result))
         return changed == 1
 
     def cancel(self, identifier: str, now: float) -> bool:
@@ -228,7 +251,8 @@ class JobStore:
             ).rowcount
         return changed == 1
 
-    def result(self, identifier: str) -> bytes | None:
+    def old_result(self, identifier: str) -> bytes | None:
+        """What an earlier version of the service stored here."""
         row = self._db.execute("SELECT body FROM results WHERE id = ?", (identifier,)).fetchone()
         return None if row is None else bytes(row["body"])
 
@@ -237,12 +261,17 @@ class JobStore:
         with self._change():
             self._db.execute("DELETE FROM jobs WHERE id = ?", (identifier,))
 
-    def remove_ended_before(self, moment: float) -> int:
-        """Forgets jobs that ended before and have nobody left to tell; returns how many."""
+    def remove_ended_before(self, moment: float) -> list[str]:
+        """Forgets jobs that ended before and have nobody left to tell; returns which."""
+        ended = "finished < ? AND hook_state != 'waiting'"
         with self._change():
-            return self._db.execute(
-                "DELETE FROM jobs WHERE finished < ? AND hook_state != 'waiting'", (moment,)
-            ).rowcount
+            rows = self._db.execute(f"SELECT id FROM jobs WHERE {ended}", (moment,)).fetchall()  # noqa: S608 - a text of two lines above
+            self._db.execute(f"DELETE FROM jobs WHERE {ended}", (moment,))  # noqa: S608 - as above
+        return [row["id"] for row in rows]
+
+    def done(self) -> set[str]:
+        """Jobs that have a result."""
+        return {row["id"] for row in self._db.execute("SELECT id FROM jobs WHERE state = 'done'")}
 
     def unfinished(self) -> dict[str, int]:
         """Jobs whose videos are still needed, with their size."""

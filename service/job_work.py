@@ -1,4 +1,6 @@
-"""What a job does, by its kind: a video in the jobs' folder in, the JSON of its result out."""
+"""What a job does, by its kind: a video in the jobs' folder in, the JSON of its result out, as it
+comes.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from model.video import Limits
 from service.classification import classification, embedding_of
 from service.decoder import Job
 from service.decoding import DecoderPool
+from service.job_results import Draft
 from service.models import Models
 from service.schemas import ClassifyParameters, ViewParameters
 from service.schemas_timeline import (
@@ -35,6 +38,9 @@ PARAMETERS: dict[str, type[ViewParameters] | type[JobTimelineParameters]] = {
     "embed": ViewParameters,
 }
 Parameters = ViewParameters | JobTimelineParameters
+
+
+_HEAD = b'{"start":%b,"windows":['
 
 
 class Progress(NamedTuple):
@@ -71,13 +77,16 @@ def parse(kind: str, given: Mapping[str, Any], most_clips: int) -> Parameters:
 
 
 async def do(
-    kind: str,
     parameters: Parameters,
     video: Path,
     means: Means,
+    result: Draft,
     on_progress: Callable[[Progress], None],
-) -> bytes:
+) -> None:
     """Does the job; its clips stand back behind those of requests.
+
+    Args:
+        result: is written to.
 
     Raises:
         ServiceError: the video or the service does not allow it.
@@ -85,22 +94,21 @@ async def do(
     """
     with means.models.find(parameters.model).current.in_use() as model:
         if isinstance(parameters, JobTimelineParameters):
-            return await _timeline(parameters, video, means, model, on_progress)
-        return await _look(kind, parameters, video, means, model)
+            await _timeline(parameters, video, means, model, result, on_progress)
+        else:
+            await result.write(await _look(parameters, video, means, model))
 
 
-async def _look(
-    kind: str, parameters: ViewParameters, video: Path, means: Means, model: ServedModel
-) -> bytes:
+async def _look(parameters: ViewParameters, video: Path, means: Means, model: ServedModel) -> bytes:
     seen = model.bundle.config.preprocessing
     clips = await means.decoders.decode(Job(video, seen, parameters.views, parameters.crops))
     answer = await submit_patiently(model, clips.frames, "low")
-    result: BaseModel
+    found: BaseModel
     if isinstance(parameters, ClassifyParameters):
-        result = classification(model.bundle, clips, answer.logits, parameters)
+        found = classification(model.bundle, clips, answer.logits, parameters)
     else:
-        result = embedding_of(model.bundle, clips, answer.embedding, parameters)
-    return result.model_dump_json().encode()
+        found = embedding_of(model.bundle, clips, answer.embedding, parameters)
+    return found.model_dump_json().encode()
 
 
 async def _timeline(
@@ -108,8 +116,9 @@ async def _timeline(
     video: Path,
     means: Means,
     model: ServedModel,
+    result: Draft,
     on_progress: Callable[[Progress], None],
-) -> bytes:
+) -> None:
     settings = means.settings
     cut = checked_cut(model, parameters, settings.max_windows)
     limits = Limits(
@@ -118,27 +127,25 @@ async def _timeline(
     job = StreamJob(video, model.bundle.config.preprocessing, cut, limits)
     timeline = Timeline(model.bundle, cut, parameters)
     start = summary = b"null"
-    windows: list[bytes] = []  # as text: a tenth of what they take as objects
-    segments: list[bytes] = []
-    expected = 0
-    async with (
-        means.decoders.stream(job) as pieces,
-        aclosing(events_of(pieces, model, timeline, model.ahead, "low")) as events,
-    ):
-        async for event in events:
-            text = event.model_dump_json(exclude={"event", "request_id"}).encode()
-            if isinstance(event, TimelineStart):
-                start, expected = text, event.windows
-            elif isinstance(event, TimelineWindow):
-                windows.append(text)
-                on_progress(Progress(len(windows), expected))
-            elif isinstance(event, TimelineSegment):
-                segments.append(text)
-            elif isinstance(event, TimelineSummary):
-                summary = text
-    return b'{"start":%b,"windows":[%b],"segments":[%b],"summary":%b}' % (
-        start,
-        b",".join(windows),
-        b",".join(segments),
-        summary,
-    )
+    windows = expected = 0
+    with result.beside() as segments:
+        async with (
+            means.decoders.stream(job) as pieces,
+            aclosing(events_of(pieces, model, timeline, model.ahead, "low")) as events,
+        ):
+            async for event in events:
+                text = event.model_dump_json(exclude={"event", "request_id"}).encode()
+                if isinstance(event, TimelineStart):
+                    start, expected = text, event.windows
+                elif isinstance(event, TimelineWindow):
+                    await result.write((b"," if windows else _HEAD % start) + text)
+                    windows += 1
+                    on_progress(Progress(windows, expected))
+                elif isinstance(event, TimelineSegment):
+                    await segments.write((b"," if segments.file.size else b"") + text)
+                elif isinstance(event, TimelineSummary):
+                    summary = text
+        await segments.end()
+        await result.write((b"" if windows else _HEAD % start) + b'],"segments":[')
+        await result.append(segments)
+        await result.write(b'],"summary":%b}' % summary)

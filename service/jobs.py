@@ -1,11 +1,13 @@
 """Jobs: long videos that are accepted now and done later, whatever happens to the server meanwhile.
 
 A video is on the disk and its job in the database before it is accepted (202). A job that ran when
-its server ended, by whatever means, is done again from its start; three times at most.
+its server ended, by whatever means, is done again from its start; three times at most. One that the
+service has no room or means for at the moment is put off, for a day at most.
 
-    TIMESFORMER_JOBS_DIR/jobs.sqlite   states and results
+    TIMESFORMER_JOBS_DIR/jobs.sqlite   states
                          videos/ID     until the job has ended
-                         incoming/     being received
+                         results/ID    of a job that is done
+                         incoming/     being received or written
                          lock          held by the one server that uses the folder
 """
 
@@ -39,6 +41,7 @@ from service.errors import (
     SpoolFullError,
     UploadTimeoutError,
 )
+from service.job_results import Results, Stored, move_durably, stored_in_memory
 from service.job_store import STATES, JobStore, NewJob, StoredJob, TooManyWaitError
 from service.job_work import Means, Progress
 from service.metrics import Metrics
@@ -52,6 +55,8 @@ T = TypeVar("T")
 _MOST_ATTEMPTS = 3
 _TIDY_EVERY_S = 600.0
 _RETRY_STORE_S = 5.0
+# A job is put off for 5 s, then twice as long each time, ten minutes at most, and that for a day.
+_FIRST_DELAY_S, _LONGEST_DELAY_S, _MOST_DELAYS = 5.0, 600.0, 150
 
 
 class Jobs:
@@ -81,13 +86,15 @@ class Jobs:
         self._videos = folder / "videos"
         incoming = folder / "incoming"
         try:
-            for each in (folder, self._videos, incoming):
+            for each in (folder, self._videos, folder / "results", incoming):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _lock(folder / "lock")
             self._store = JobStore(folder / "jobs.sqlite")
         except (OSError, sqlite3.Error) as error:
             raise SettingsError(f"TIMESFORMER_JOBS_DIR: {folder} cannot be used: {error}") from None
         self.incoming = Spool(incoming, self._settings.max_jobs_bytes)
+        most_bytes = self._settings.max_job_result_bytes
+        self._results = Results(folder / "results", self.incoming, most_bytes)
         # The one thread that uses the database.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="jobs")
         self._wake = asyncio.Event()
@@ -109,6 +116,7 @@ class Jobs:
             if video.name not in needed:
                 video.unlink()
         self.incoming.used_bytes += sum(needed.values())
+        self._results.take_stock(await self._db(JobStore.done))
         self._metrics.jobs_bytes.set_function(lambda: self.incoming.used_bytes)
         await self._count()
         loops = [self._work_on() for _ in range(self._settings.job_workers)]
@@ -133,7 +141,7 @@ class Jobs:
 
     async def find_repeated(self, owner: str, idempotency: str | None) -> StoredJob | None:
         """The job of an earlier request with the same idempotency key."""
-        return await self._db(lambda store: store.find_repeated(owner, idempotency))
+        return await self._asked(lambda store: store.find_repeated(owner, idempotency))
 
     def check_webhook(self, url: str | None) -> None:
         """Raises `WebhookRefusedError` if this URL will not be called."""
@@ -142,7 +150,7 @@ class Jobs:
 
     async def refuse_if_full(self) -> None:
         """Raises `JobsFullError` if so many wait that no more are taken."""
-        counts = await self._db(JobStore.counts)
+        counts = await self._asked(JobStore.counts)
         if counts["queued"] >= self._settings.max_waiting_jobs:
             raise _full()
 
@@ -177,7 +185,7 @@ class Jobs:
         place = self._videos / job.id
         try:
             if video is not None:
-                await asyncio.to_thread(_move_durably, video, place)
+                await asyncio.to_thread(move_durably, video, place)
             most = self._settings.max_waiting_jobs
             stored = await self._db(lambda store: store.add(job, most, time.time()))
         except TooManyWaitError:
@@ -202,7 +210,7 @@ class Jobs:
             JobNotFoundError: there is none.
         """
         try:
-            job = await self._db(lambda store: store.get(identifier))
+            job = await self._asked(lambda store: store.get(identifier))
         except KeyError:
             job = None
         if job is None or (owner is not None and job.owner != owner):
@@ -216,32 +224,42 @@ class Jobs:
             JobNotFoundError: there is no such other one.
         """
         seq = None if before is None else (await self.find(before, owner)).seq
-        return await self._db(lambda store: store.page(owner, seq, limit))
+        return await self._asked(lambda store: store.page(owner, seq, limit))
 
-    async def result(self, job: StoredJob) -> bytes:
+    async def result(self, job: StoredJob) -> Stored:
         """The JSON of what came of a job.
 
         Raises:
             JobNotDoneError: nothing, or not yet.
+            JobNotFoundError: it was forgotten a moment ago.
             ServiceError: what the job failed with.
         """
         if job.error is not None:
             raise _as_error(job.error)
-        body = await self._db(lambda store: store.result(job.id))
-        if body is None:
+        if job.state != "done":
             raise JobNotDoneError(f"The job is {job.state}.")
-        return body
+        if stored := await self._results.open(job.id):
+            return stored
+        body = await self._asked(lambda store: store.old_result(job.id))
+        if body is None:
+            raise JobNotFoundError("There is no such job any more.")
+        return stored_in_memory(body)
 
     async def cancel(self, job: StoredJob) -> StoredJob:
-        """Ends a job that has no result yet; one that has ended is forgotten, with its result."""
-        if await self._db(lambda store: store.cancel(job.id, time.time())):
+        """Ends a job that has no result yet; one that has ended is forgotten, with its result.
+
+        Raises:
+            SpoolFullError: the disk is full; nothing has changed.
+        """
+        if await self._asked(lambda store: store.cancel(job.id, time.time())):
             if task := self._running.get(job.id):
                 task.cancel()
             self._metrics.jobs_ended.labels(job.kind, "cancelled").inc()
             await self._ended(job)
             return await self.find(job.id, None)
         job = await self.find(job.id, None)
-        await self._db(lambda store: store.remove(job.id))
+        await self._asked(lambda store: store.remove(job.id))
+        await self._results.remove([job.id])
         await self._count()
         return job
 
@@ -251,12 +269,13 @@ class Jobs:
             self._wake.clear()
             job = await self._patiently(lambda store: store.claim(time.time()))
             if job is None:
-                await self._wake.wait()
+                await _until(self._wake, await self._patiently(JobStore.next_due))
                 continue
-            self._wake.set()  # there may be more, for the others
-            await self._count()
+            # At once: whoever cancels the job from here on finds what to cancel.
             task = self._running[job.id] = asyncio.create_task(self._do(job))
             try:
+                self._wake.set()  # there may be more, for the others
+                await self._count()
                 await asyncio.wait({task})
             finally:
                 task.cancel()
@@ -265,38 +284,52 @@ class Jobs:
 
     async def _do(self, job: StoredJob) -> None:
         started = time.monotonic()
-        result: bytes | None = None
-        error: ServiceError | None = None
+        error = await self._try(job)
+        if error is not None and error.status == 503 and job.delays < _MOST_DELAYS:
+            await self._put_off(job, error)
+            return
+        failure = None if error is None else _error_of(error)
+        if await self._patiently(lambda store: store.finish(job, time.time(), failure)):
+            state = "done" if error is None else "failed"
+            self._metrics.jobs_ended.labels(job.kind, state).inc()
+            self._metrics.job_seconds.labels(job.kind).observe(time.monotonic() - started)
+            await self._ended(job)
+        else:
+            await self._results.remove([job.id])
+
+    async def _try(self, job: StoredJob) -> ServiceError | None:
+        """Makes the job's result; returns what it failed with."""
         try:
             async with asyncio.timeout(self._settings.timeline_timeout_s):
                 async with self._video(job) as video:
                     parameters = job_work.parse(
                         job.kind, job.parameters, self._settings.max_clips_per_request
                     )
-                    result = await job_work.do(
-                        job.kind,
-                        parameters,
-                        video,
-                        self._means,
-                        functools.partial(self.progress.__setitem__, job.id),
-                    )
+                    on_progress = functools.partial(self.progress.__setitem__, job.id)
+                    with self._results.draft() as draft:
+                        await job_work.do(parameters, video, self._means, draft, on_progress)
+                        await self._results.keep(draft, job.id)
         except ServiceError as problem:
-            error = problem
+            return problem
         except RequestValidationError as problem:  # they fitted the model that served then
             error = ServiceError("; ".join(str(item["msg"]) for item in problem.errors()))
             error.status, error.code = 422, "invalid_parameters"
+            return error
         except TimeoutError:
-            error = RequestTimeoutError("The job took longer than one may.")
+            return RequestTimeoutError("The job took longer than one may.")
         except Exception:
             logger.exception("a job broke", extra={"job": job.id})
-            error = InternalError("Something broke on our side; the log has more.")
-        failure = None if error is None else _error_of(error)
-        finish = functools.partial(JobStore.finish, job=job, result=result, error=failure)
-        if await self._patiently(lambda store: finish(store, now=time.time())):
-            state = "done" if error is None else "failed"
-            self._metrics.jobs_ended.labels(job.kind, state).inc()
-            self._metrics.job_seconds.labels(job.kind).observe(time.monotonic() - started)
-            await self._ended(job)
+            return InternalError("Something broke on our side; the log has more.")
+        return None
+
+    async def _put_off(self, job: StoredJob, error: ServiceError) -> None:
+        """Queues a job again that the service can do nothing for at the moment."""
+        delay = min(_FIRST_DELAY_S * 2**job.delays, _LONGEST_DELAY_S)
+        if await self._patiently(lambda store: store.put_off(job, time.time() + delay)):
+            self._metrics.jobs_put_off.labels(job.kind).inc()
+            facts = {"job": job.id, "code": error.code, "reason": error.detail, "seconds": delay}
+            logger.warning("a job is put off", extra=facts)
+            await self._count()
 
     @contextlib.asynccontextmanager
     async def _video(self, job: StoredJob) -> AsyncIterator[Path]:
@@ -327,15 +360,11 @@ class Jobs:
         """Calls who is to be called, when it is time; sleeps until then."""
         while True:
             self._wake_hooks.clear()
-            now = time.time()
             due = await self._patiently(lambda store: store.hooks_due(time.time(), AT_ONCE))
             if due:
                 await asyncio.gather(*map(self._call, due))
                 continue
-            following = await self._patiently(JobStore.next_hook)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None if following is None else following - now):
-                    await self._wake_hooks.wait()
+            await _until(self._wake_hooks, await self._patiently(JobStore.next_hook))
 
     async def _call(self, job: StoredJob) -> None:
         if await self._webhooks.call(job.webhook or "", self._hook_body(job), time.time()):
@@ -352,7 +381,12 @@ class Jobs:
         """Forgets jobs whose time is over."""
         keep = self._settings.job_retention_s
         while True:
-            if await self._patiently(lambda store: store.remove_ended_before(time.time() - keep)):
+            before = time.time() - keep
+            gone = await self._patiently(
+                functools.partial(JobStore.remove_ended_before, moment=before)
+            )
+            if gone:
+                await self._results.remove(gone)
                 await self._count()
             await asyncio.sleep(min(_TIDY_EVERY_S, keep))
 
@@ -360,6 +394,18 @@ class Jobs:
         counts = await self._patiently(JobStore.counts)
         for state in STATES:
             self._metrics.jobs.labels(state).set(counts[state])
+
+    async def _asked(self, use: Callable[[JobStore], T]) -> T:
+        """For a client, who may come again.
+
+        Raises:
+            SpoolFullError: the disk is full.
+        """
+        try:
+            return await self._db(use)
+        except sqlite3.OperationalError as error:
+            logger.error("the jobs' database cannot be used", extra={"reason": str(error)})
+            raise SpoolFullError("Jobs cannot be read or changed at present.") from error
 
     async def _patiently(self, use: Callable[[JobStore], T]) -> T:
         """For what must not be lost: again and again while the disk is full."""
@@ -372,6 +418,14 @@ class Jobs:
 
     async def _db(self, use: Callable[[JobStore], T]) -> T:
         return await asyncio.wrap_future(self._thread.submit(use, self._store))
+
+
+async def _until(event: asyncio.Event, moment: float | None) -> None:
+    """Sleeps until the event is set, or until a moment, if there is one."""
+    limit = None if moment is None else moment - time.time()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit):
+            await event.wait()
 
 
 def _full() -> JobsFullError:
@@ -397,15 +451,3 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
         raise OSError("another server uses it") from None
     return descriptor
-
-
-def _move_durably(file: Path, place: Path) -> None:
-    """Renames a file that is on the disk when this returns, under its new name."""
-    for path, flags in ((file, os.O_RDONLY), (place.parent, os.O_RDONLY | os.O_DIRECTORY)):
-        descriptor = os.open(path, flags)
-        try:
-            if path == place.parent:
-                file.rename(place)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -283,8 +283,13 @@ class Settings(BaseSettings):
     max_jobs_bytes: int = Field(
         20 * 1024 * MIB,
         ge=1,
-        description="Most bytes of videos that jobs keep until they are done; past that the answer "
-        "is 503.",
+        description="Most bytes of the videos of jobs that are not done and of the results of "
+        "those that are; past that the answer is 503.",
+    )
+    max_job_result_bytes: int = Field(
+        256 * MIB,
+        ge=1,
+        description="Largest result of a job; one that becomes larger fails.",
     )
     job_retention_s: float = Field(
         7 * 24 * 3600.0, gt=0, description="How long a job is kept, with its result, once it ended."
@@ -380,7 +385,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _a_remote_store_has_a_folder(self) -> Settings:
         if self.store_url is not None and self.store is None:
-            raise ValueError("store_url needs store: the folder that bundles are fetched into")
+            raise ValueError(
+                "TIMESFORMER_STORE_URL: it needs TIMESFORMER_STORE, the folder that bundles are "
+                "fetched into"
+            )
         return self
 
     @field_validator("source_hosts", "webhook_hosts")
@@ -399,18 +407,27 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _largest_request_fits(self) -> Settings:
-        if self.max_queue_clips < self.max_clips_per_request:
+        most = self.max_queue_clips
+        if most < self.max_clips_per_request:
             raise ValueError(
-                f"max_queue_clips ({self.max_queue_clips}) is below max_clips_per_request "
+                f"TIMESFORMER_MAX_QUEUE_CLIPS: {most} is below TIMESFORMER_MAX_CLIPS_PER_REQUEST "
                 f"({self.max_clips_per_request}): the largest request could never be queued"
             )
-        share = self._spool_share
-        if share is not None and share < self.max_upload_bytes:
-            shared = f", shared out among {self.workers + 1} processes," if self.workers > 1 else ""
-            raise ValueError(
-                f"max_spool_bytes ({self.max_spool_bytes}){shared} is below max_upload_bytes "
-                f"({self.max_upload_bytes}): the largest upload would never fit"
-            )
+        spool, jobs = self._spool_share, self.max_jobs_bytes
+        shared = f", shared out among {self.workers + 1} processes," if self.workers > 1 else ""
+        for limit in ("max_upload_bytes", "max_long_upload_bytes"):
+            if spool is not None and spool < getattr(self, limit):
+                raise ValueError(
+                    f"TIMESFORMER_MAX_SPOOL_BYTES: {self.max_spool_bytes}{shared} is below "
+                    f"{ENV_PREFIX}{limit.upper()} ({getattr(self, limit)}): the largest upload "
+                    "would never fit"
+                )
+        for limit in ("max_long_upload_bytes", "max_job_result_bytes"):
+            if self.jobs_dir is not None and jobs < getattr(self, limit):
+                raise ValueError(
+                    f"TIMESFORMER_MAX_JOBS_BYTES: {jobs} is below {ENV_PREFIX}{limit.upper()} "
+                    f"({getattr(self, limit)}): the largest would never fit"
+                )
         return self
 
     def of_worker(self, number: int) -> Settings:
@@ -436,7 +453,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _ports_differ(self) -> Settings:
         if self.admin_port == self.port != 0:
-            raise ValueError(f"admin_port is {self.port} as port is: give it another, or none")
+            raise ValueError(
+                f"TIMESFORMER_ADMIN_PORT: it is {self.port} as TIMESFORMER_PORT is: give it "
+                "another, or none"
+            )
         return self
 
 
@@ -482,9 +502,12 @@ def _variables() -> list[str]:
 def _problems(error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors():
+        if not problem["loc"]:
+            # Of several settings, which the message names; the input would be all of them.
+            lines.append(problem["msg"].removeprefix("Value error, "))
+            continue
         name = ENV_PREFIX + "_".join(map(str, problem["loc"])).upper()
-        subject = name if problem["loc"] else "settings"
-        lines.append(f"{subject}: {problem['msg']} (got {problem['input']!r})")
+        lines.append(f"{name}: {problem['msg']} (got {problem['input']!r})")
         if _SERVICE_ADDRESS.fullmatch(str(problem["input"])):
             lines[-1] += (
                 "; Kubernetes sets this for a Service named timesformer: "

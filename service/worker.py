@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from service import sandbox
 from service.app import create_intake_app, taking_in
+from service.auth import KeyFileError
 from service.forwarding import Forwarder
 from service.listening import Server, configuration
 from service.logging import configure
@@ -59,16 +60,16 @@ async def _work(post: Post, control: socket.socket) -> None:
     _, wire = await loop.create_unix_connection(Wire, sock=control)
     link = Link(post.asking)
     keys = post.settings.api_keys_file
-    app = create_intake_app(post.settings, SharedKeyring(keys, link) if keys else None)
-    both = _Split(app, Forwarder(post.forwarding, lambda: bool(app.state.stopping)))
     try:
+        app = create_intake_app(post.settings, SharedKeyring(keys, link) if keys else None)
+        both = _Split(app, Forwarder(post.forwarding, lambda: bool(app.state.stopping)))
         async with taking_in(app, RemoteNetwork(link)):
             config = configuration(both, post.settings, lifespan="off")
             server = Server(config, lambda: wire.send({"ready": True}))
             obeying = loop.create_task(_obey(wire, app, server))
             await server.serve(post.listeners)
             obeying.cancel()
-    except SettingsError as error:
+    except (SettingsError, KeyFileError) as error:
         wire.send({"failed": str(error)})
     link.close()
     await wire.close()

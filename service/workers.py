@@ -1,4 +1,4 @@
-"""Several workers: started, watched, replaced when one dies, stopped; their metrics as one.
+"""Several workers: started, watched, replaced when one dies or hangs, stopped; metrics as one's.
 
 The process that starts them has the engines, one a device whatever the number of workers. They end
 with it: a worker whose starter is gone is killed by the kernel. Each worker has a listening socket
@@ -35,6 +35,11 @@ _START_TIMEOUT_S = 300.0
 # Beyond the grace of its requests, before a worker is killed.
 _END_S = 5.0
 _SCRAPE_TIMEOUT_S = 2.0
+# How often each is asked for its metrics, whether or not anybody scrapes: so it is noticed when one
+# hangs, and what it counted is lost for the time since at most when one dies.
+_ASK_EVERY_S = 10.0
+# One that does not answer for so long hangs: as long, nobody who is connected to it had an answer.
+_SILENCE_S = 60.0
 # Before a worker that died young is replaced, and twice as long after each further one.
 _RETRY_S = 0.5
 _LONGEST_RETRY_S = 30.0
@@ -152,6 +157,7 @@ class _Worker:
         self._wire: Wire | None = None
         self._stopping = asyncio.Event()
         self._told_stopping = False
+        self._came_up = asyncio.Event()
         self._asked: asyncio.Future[None] | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[None] | None = None
@@ -242,15 +248,31 @@ class _Worker:
         _, self._wire = await loop.create_unix_connection(Wire, sock=ours)
         if self._stopping.is_set():
             self._order("stop")
+        self._came_up.clear()
+        watching = loop.create_task(self._watch(process), name=f"watch on worker {self.number}")
         try:
             while True:
                 self._hear(**(await self._wire.receive()).head)
         except ConnectionError:
             self.is_ready = False
+        watching.cancel()
         self._have_samples(self.samples)
         self._process = None
         await asyncio.to_thread(_reap, process)
         return process.exitcode
+
+    async def _watch(self, process: BaseProcess) -> None:
+        """Kills a process that does not come up, or does not answer any more."""
+        try:
+            await asyncio.wait_for(self._came_up.wait(), _START_TIMEOUT_S)
+            while True:
+                await asyncio.sleep(_ASK_EVERY_S)
+                async with asyncio.timeout(_SILENCE_S):
+                    await asyncio.shield(self.ask_metrics())
+        except TimeoutError:
+            if not self._stopping.is_set():  # else `stop` has a limit of its own
+                logger.error("a worker hangs and is killed", extra={"worker": self.number})
+                process.kill()
 
     def _hear(
         self,
@@ -262,6 +284,7 @@ class _Worker:
             self._have_samples([Sample(*sample) for sample in samples])
         if ready:
             self.is_ready = True
+            self._came_up.set()
             if self._told_stopping:
                 self._order("stopping")
             if not self._ready.done():

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 
 from service.auth import ApiKey
@@ -153,7 +154,9 @@ async def result(identifier: str, request: Request, state: Running) -> Response:
     """The result; of a job that failed, the problem that it failed with."""
     jobs = _jobs(state)
     job = await jobs.find(identifier, _reader(request))
-    return Response(await jobs.result(job), media_type="application/json")
+    size, blocks = await jobs.result(job)
+    headers = {"Content-Length": str(size)}
+    return StreamingResponse(blocks, headers=headers, media_type="application/json")
 
 
 @router.delete("/jobs/{identifier}", responses=_ONE, summary="Cancel or forget a job")

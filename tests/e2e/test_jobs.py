@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sqlite3
 import time
 from collections import Counter
 from pathlib import Path
@@ -110,9 +109,7 @@ def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
     assert len(set(calls)) == len(accepted)
     assert max(Counter(calls).values()) <= 1 + kills
     assert list((jobs_dir / "videos").iterdir()) == []
-    database = sqlite3.connect(jobs_dir / "jobs.sqlite")
-    assert database.execute("SELECT count(*) FROM results").fetchone() == (len(accepted),)
-    database.close()
+    assert {path.name for path in (jobs_dir / "results").iterdir()} == set(accepted)
 
 
 def test_stopped_it_gives_back_what_runs_and_the_next_does_it(

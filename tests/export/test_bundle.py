@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -332,6 +333,29 @@ class TestActivating:
         pointer.unlink()
         store.activate("colours", "1")
         assert store.active("colours") == "1"
+
+    @pytest.mark.parametrize("reason", [errno.EIO, errno.ESTALE, errno.EACCES])
+    def test_a_disk_that_does_not_give_a_file_is_an_error_of_ours(
+        self, store: BundleStore, reason: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bundle, error = publish_colours(store), OSError(reason, os.strerror(reason))
+
+        def fails(*given: object, **options: object) -> Any:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("hashlib.file_digest", fails)
+            with pytest.raises(BundleError, match=rf"cannot read .*: {os.strerror(reason)}"):
+                bundle.verify()
+            with pytest.raises(BundleError, match="cannot read"):
+                store.activate("colours", "1")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "is_file", fails)
+            with pytest.raises(BundleError, match=r"cannot read .*colours: "):
+                store.open("colours", "1")
+            with pytest.raises(BundleError, match="cannot read"):
+                bundle.verify()
+        bundle.verify()
 
     def test_a_pointer_that_cannot_be_read_is_not_called_damaged(self, store: BundleStore) -> None:
         publish_colours(store)

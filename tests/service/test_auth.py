@@ -11,9 +11,11 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
+from service.app import create_app
 from service.auth import ApiKey, KeyFileError, Keyring, new_key, read_keys, write_keys
 from service.cli import cli
 from service.errors import TooManyRequestsError
+from service.settings import SettingsError, load_settings
 from tests.service.test_models import publish, store  # noqa: F401 - a fixture
 
 
@@ -119,6 +121,11 @@ def test_a_file_that_is_none_of_keys_is_refused_at_start(tmp_path: Path, content
     path.write_text(content)
     with pytest.raises(KeyFileError, match="is no file of API keys"):
         Keyring(path)
+
+
+def test_a_service_that_cannot_read_its_keys_names_the_variable(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"TIMESFORMER_API_KEYS_FILE: cannot read .*nowhere"):
+        create_app(load_settings(api_keys_file=tmp_path / "nowhere"))
 
 
 def test_an_error_never_repeats_what_stands_in_the_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The jobs' database: one state each, results once, whatever ends the process between two calls."""
+"""The jobs' database: one state each, ended once, whatever ends the process between two calls."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ import pytest
 from service.job_store import JobStore, NewJob, StoredJob, TooManyWaitError
 
 ERROR = {"code": "job_abandoned", "status": 422, "detail": "Gone."}
+
+
+# As the service before wrote them.
+OLD = """
+PRAGMA journal_mode = WAL;
+CREATE TABLE jobs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
+    idempotency TEXT, kind TEXT NOT NULL, parameters TEXT NOT NULL, source TEXT,
+    size INTEGER NOT NULL, state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+    created REAL NOT NULL, started REAL, finished REAL, error TEXT, webhook TEXT,
+    hook_state TEXT NOT NULL, hook_attempts INTEGER NOT NULL DEFAULT 0, hook_due REAL,
+    UNIQUE (owner, idempotency)
+);
+CREATE TABLE results (
+    id TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE, body BLOB NOT NULL
+);
+INSERT INTO jobs (id, owner, kind, parameters, size, state, attempts, created, finished, hook_state)
+    VALUES ('job_done', '', 'timeline', '{}', 10, 'done', 1, 1.0, 2.0, 'none'),
+           ('job_waits', '', 'timeline', '{}', 10, 'queued', 0, 1.0, NULL, 'none');
+INSERT INTO results VALUES ('job_done', CAST('{"start":null}' AS BLOB));
+"""
 
 
 @pytest.fixture
@@ -49,22 +70,55 @@ def test_others_cannot_read_the_file(tmp_path: Path, store: JobStore) -> None:
     assert (tmp_path / "jobs.sqlite").stat().st_mode & 0o077 == 0
 
 
-def test_a_result_is_stored_once(store: JobStore) -> None:
+def test_a_run_ends_once(store: JobStore) -> None:
     store.add(new("a"), 10, 1.0)
     job = claim(store)
-    assert store.finish(job, 3.0, result=b"{}")
-    assert not store.finish(job, 4.0, result=b"[]")
-    assert store.result("a") == b"{}"
+    assert store.finish(job, 3.0, None)
+    assert not store.finish(job, 4.0, ERROR)
     assert store.get("a").state == "done"
+    assert store.done() == {"a"}
 
 
-def test_a_run_that_was_cancelled_stores_nothing(store: JobStore) -> None:
+def test_a_run_that_was_cancelled_has_no_say(store: JobStore) -> None:
     store.add(new("a"), 10, 1.0)
     job = claim(store)
     assert store.cancel("a", 3.0)
-    assert not store.finish(job, 4.0, result=b"{}")
-    assert store.result("a") is None
+    assert not store.finish(job, 4.0, None)
+    assert not store.put_off(job, 4.0)
+    assert store.get("a").state == "cancelled"
+    assert store.done() == set()
     assert not store.cancel("a", 5.0)
+
+
+def test_what_is_put_off_waits_for_its_time_holds_nobody_up_and_counts_no_attempt(
+    store: JobStore,
+) -> None:
+    store.add(new("a"), 10, 1.0)
+    store.add(new("b"), 10, 1.0)
+    assert store.put_off(claim(store, 2.0), 9.0)
+    job = store.get("a")
+    assert (job.state, job.attempts, job.delays) == ("queued", 0, 1)
+    assert claim(store, 3.0).id == "b"
+    assert store.claim(8.9) is None
+    assert store.next_due() == 9.0
+    assert claim(store, 9.0).id == "a"
+    assert store.next_due() is None
+
+
+def test_a_database_of_an_earlier_version_goes_on_and_its_results_can_be_had(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "jobs.sqlite"
+    old = sqlite3.connect(path)
+    old.executescript(OLD)
+    old.close()
+    store = JobStore(path)
+    assert store.old_result("job_done") == b'{"start":null}'
+    assert store.done() == {"job_done"}
+    assert claim(store).id == "job_waits"
+    assert store.remove_ended_before(9e9) == ["job_done"]
+    assert store.old_result("job_done") is None
+    JobStore(path)
 
 
 def test_what_ran_when_the_process_was_killed_is_queued_again(tmp_path: Path) -> None:
@@ -76,7 +130,7 @@ def test_what_ran_when_the_process_was_killed_is_queued_again(tmp_path: Path) ->
     second = JobStore(path)  # the first is not closed
     second.recover(3, ERROR, 5.0)
     assert claim(second).id == "a"
-    assert not second.finish(old, 6.0, result=b"{}"), "a run of the dead server has no say"
+    assert not second.finish(old, 6.0, None), "a run of the dead server has no say"
     assert claim(second).id == "b"
 
 
@@ -130,24 +184,23 @@ def test_ended_jobs_go_after_their_time_but_not_before_their_webhook_is_through(
     store.add(new("a"), 10, 1.0)
     store.add(new("b", webhook="https://example.org/"), 10, 1.0)
     for _ in range(2):
-        store.finish(claim(store), 3.0, result=b"{}")
-    assert store.remove_ended_before(2.0) == 0
-    assert store.remove_ended_before(4.0) == 1
-    assert store.result("a") is None
+        store.finish(claim(store), 3.0, None)
+    assert store.remove_ended_before(2.0) == []
+    assert store.remove_ended_before(4.0) == ["a"]
     store.note_hook("b", "delivered", None)
-    assert store.remove_ended_before(4.0) == 1
+    assert store.remove_ended_before(4.0) == ["b"]
 
 
 def test_a_url_is_kept_no_longer_than_it_is_needed(store: JobStore) -> None:
     store.add(new("a", source="https://example.org/?signature=s"), 10, 1.0)
-    store.finish(claim(store), 3.0, error=ERROR)
+    store.finish(claim(store), 3.0, ERROR)
     assert store.get("a").source is None
 
 
 def test_webhooks_are_due_when_their_time_has_come(store: JobStore) -> None:
     store.add(new("a", webhook="https://example.org/"), 10, 1.0)
     assert store.next_hook() is None
-    store.finish(claim(store), 3.0, result=b"{}")
+    store.finish(claim(store), 3.0, None)
     assert store.next_hook() == 3.0
     assert [job.id for job in store.hooks_due(3.0, 8)] == ["a"]
     store.note_hook("a", "waiting", 9.0)
@@ -155,12 +208,10 @@ def test_webhooks_are_due_when_their_time_has_come(store: JobStore) -> None:
     assert store.hooks_due(9.0, 8)[0].hook_attempts == 1
 
 
-def test_what_fails_in_the_middle_leaves_nothing(
-    store: JobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fails_in_the_middle_leaves_nothing(store: JobStore) -> None:
     store.add(new("a"), 10, 1.0)
     job = claim(store)
     with pytest.raises(sqlite3.ProgrammingError):
-        store.finish(job, 3.0, result=object())  # type: ignore[arg-type]
+        store.finish(job, object(), None)  # type: ignore[arg-type]
     assert store.get("a").state == "running"
-    assert store.finish(job, 3.0, result=b"{}")
+    assert store.finish(job, 3.0, None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -244,6 +246,26 @@ def test_a_version_damaged_on_the_disk_is_refused(
         (store.root / "demo" / ACTIVE).write_text('{"version": "2", "previous": ["1"]}')
         wait_until(lambda: metric(client, refused) == 1)
         assert serving(client) == "1"
+
+
+def test_a_version_that_the_disk_does_not_give_is_refused_once_and_the_old_one_stays(
+    serve: Any, store: BundleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused, asked = 'timesformer_swaps_total{model="demo",result="refused"}', []
+
+    def fails(path: Path) -> str:
+        asked.append(path)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+        monkeypatch.setattr("export.bundle.sha256_of", fails)
+        (store.root / "demo" / ACTIVE).write_text('{"version": "2", "previous": ["1"]}')
+        wait_until(lambda: metric(client, refused) == 1)
+        read = len(asked)
+        time.sleep(0.5)
+        assert len(asked) == read, "it is not hashed again and again"
+        assert serving(client) == "1"
+        assert metric(client, 'timesformer_active_bundle_refused{model="demo"}') == 1
 
 
 def test_with_the_watch_off_nothing_changes(serve: Any, store: BundleStore, tmp_path: Path) -> None:

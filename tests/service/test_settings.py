@@ -30,8 +30,13 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     return settings
 
 
-# Of text that not every address is an example of.
-EXAMPLES = {"gpu": "0,1", "source_hosts": "videos.example.org", "webhook_hosts": "*.example.org"}
+# Of what not every address or number is an example of.
+EXAMPLES = {
+    "gpu": "0,1",
+    "max_spool_bytes": 1 << 32,
+    "source_hosts": "videos.example.org",
+    "webhook_hosts": "*.example.org",
+}
 # What a setting cannot be without.
 COMPANIONS = {"store_url": {"store": "/somewhere"}}
 
@@ -158,9 +163,53 @@ def test_all_mistakes_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert named == {"TIMESFORMER_PORT", "TIMESFORMER_DEVICE", "TIMESFORMER_PROT"}
 
 
-def test_settings_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"max_queue_clips \(10\) is below"):
-        load_settings(max_queue_clips=10)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_queue_clips": 10}, "MAX_QUEUE_CLIPS: 10 is below TIMESFORMER_MAX_CLIPS_PER_REQUEST"),
+        ({"port": 80, "admin_port": 80}, "ADMIN_PORT: it is 80 as TIMESFORMER_PORT is"),
+        ({"store_url": "s3://a"}, "STORE_URL: it needs TIMESFORMER_STORE, the folder"),
+        (
+            {"max_spool_bytes": 9, "max_long_upload_bytes": 1},
+            "MAX_SPOOL_BYTES: 9 is below TIMESFOR",
+        ),
+        (
+            {"max_spool_bytes": 9, "max_upload_bytes": 9},
+            "MAX_SPOOL_BYTES: 9 is below TIMESFORMER_MAX_LONG_UPLOAD_BYTES (2147483648)",
+        ),
+        (
+            {
+                "workers": 2,
+                "max_spool_bytes": 32,
+                "max_upload_bytes": 1,
+                "max_long_upload_bytes": 11,
+            },
+            "MAX_SPOOL_BYTES: 32, shared out among 3 processes, is below TIMESFORMER_MAX_LONG",
+        ),
+        (
+            {"max_jobs_bytes": 1, "jobs_dir": "/somewhere"},
+            "MAX_JOBS_BYTES: 1 is below TIMESFORMER_MAX_LONG_UPLOAD_BYTES (2147483648)",
+        ),
+        (
+            {"max_jobs_bytes": 1, "jobs_dir": "/somewhere", "max_long_upload_bytes": 1},
+            "MAX_JOBS_BYTES: 1 is below TIMESFORMER_MAX_JOB_RESULT_BYTES (268435456)",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named_and_nothing_else_is_told(
+    given: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIMESFORMER_STORE_URL", "s3://key:s3cret@bucket/bundles")
+    given = {"store": "/somewhere", **given} if "store_url" not in given else given
+    with pytest.raises(SettingsError) as refused:
+        load_settings(**given)
+    assert str(refused.value).startswith(f"TIMESFORMER_{message}")
+    assert "s3cret" not in str(refused.value)
+    assert "Value error" not in str(refused.value)
+
+
+def test_a_quota_of_jobs_matters_only_where_there_are_jobs() -> None:
+    assert load_settings(max_jobs_bytes=1).max_jobs_bytes == 1
 
 
 @pytest.mark.parametrize(
@@ -216,6 +265,7 @@ def test_several_workers_share_out_what_is_for_all_of_them() -> None:
         max_decode_queue=64,
         max_spool_bytes=4000,
         max_upload_bytes=1000,
+        max_long_upload_bytes=1000,
     )
     shares = [settings.of_worker(number) for number in range(3)]
     assert [share.decode_workers for share in shares] == [3, 3, 2]
@@ -225,6 +275,7 @@ def test_several_workers_share_out_what_is_for_all_of_them() -> None:
 
 
 def test_the_largest_upload_fits_into_a_workers_share_of_the_spool() -> None:
+    limits = {"max_upload_bytes": 1000, "max_long_upload_bytes": 1000}
     with pytest.raises(SettingsError, match=r"shared out among 4 processes, is below"):
-        load_settings(workers=3, max_spool_bytes=3999, max_upload_bytes=1000)
-    assert load_settings(max_spool_bytes=1000, max_upload_bytes=1000).workers == 1
+        load_settings(workers=3, max_spool_bytes=3999, **limits)
+    assert load_settings(max_spool_bytes=1000, **limits).workers == 1

@@ -17,6 +17,7 @@ import pytest
 
 from model.demo import SAMPLE_CLIP
 from service.app import create_app, running
+from service.merging import Sample
 from service.settings import Settings, SettingsError, load_settings
 from service.workers import Workers
 
@@ -147,6 +148,41 @@ def test_one_that_does_not_answer_is_killed_when_all_are_to_end(short_path: Path
         assert not exists(pid)
 
     run(case)
+
+
+def test_one_that_hangs_is_replaced_and_what_it_last_told_stays(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("service.workers._ASK_EVERY_S", 0.1)
+    monkeypatch.setattr("service.workers._SILENCE_S", 10.0)
+    answered = 'timesformer_requests_total{method="POST",route="/v1/classify",status="200"} '
+
+    async def case() -> None:
+        async with workers_of(settings_of(short_path, workers=1), short_path) as workers:
+            url = await workers.start()
+            assert {each.status_code for each in await answers(url, 2)} == {200}
+            (worker,) = workers._workers
+            # Without a scrape: it tells by itself.
+            await until(lambda: any(each.value == 2 for each in counted(worker.samples)))
+            (hung,) = pids(workers)
+            os.kill(hung, signal.SIGSTOP)
+            await until(lambda: not exists(hung))
+            await until(lambda: worker.is_ready)
+            assert {each.status_code for each in await answers(url, 1)} == {200}
+            text = (await workers.render()).decode()
+            assert f"{answered}3.0" in text
+            assert "timesformer_worker_restarts_total 1.0" in text
+
+    run(case)
+    assert "a worker hangs and is killed" in caplog.text
+
+
+def counted(samples: list[Sample]) -> list[Sample]:
+    return [
+        sample
+        for sample in samples
+        if sample.name == "timesformer_requests_total" and sample.labels["route"] == "/v1/classify"
+    ]
 
 
 def test_a_spool_whose_path_is_too_long_for_sockets_is_refused(short_path: Path) -> None:

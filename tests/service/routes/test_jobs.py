@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
 import logging
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +17,15 @@ from typing import Any
 import httpx
 import pytest
 
+from service import job_work
+from service.app import create_app, running
 from service.auth import ApiKey, new_key, write_keys
+from service.errors import DecoderUnavailableError, ModelUnavailableError, SpoolFullError
+from service.job_store import JobStore
 from service.settings import SettingsError, load_settings
 from service.webhooks import Webhooks, sign, wait_after
 from tests.service.long_video import write_long_video
+from tests.service.test_job_store import OLD
 from tests.service.web_server import Handler, web_server
 
 URL = "/v1/jobs"
@@ -91,7 +98,11 @@ def test_the_video_goes_when_the_job_has_ended(serve: Any, video: Path, tmp_path
         eventually(lambda: list((tmp_path / "videos").iterdir()), lambda found: not found)
         counted = 'timesformer_jobs{state="done"} 1.0'
         text = eventually(lambda: client.get("/metrics").text, lambda text: counted in text)
-        assert "timesformer_jobs_bytes 0.0" in text
+        (result,) = (tmp_path / "results").iterdir()
+        assert f"timesformer_jobs_bytes {result.stat().st_size}.0" in text
+        client.delete(f"{URL}/{job['id']}").raise_for_status()
+        assert "timesformer_jobs_bytes 0.0" in client.get("/metrics").text
+        assert list((tmp_path / "results").iterdir()) == []
         assert 'timesformer_jobs_ended_total{kind="embed",state="done"} 1.0' in text
         assert 'timesformer_job_seconds_count{kind="embed"} 1.0' in text
 
@@ -142,10 +153,6 @@ def test_without_a_folder_there_are_no_jobs_and_it_says_so(serve: Any) -> None:
 
 
 def test_two_servers_cannot_use_one_folder(serve: Any, tmp_path: Path) -> None:
-    import asyncio
-
-    from service.app import create_app, running
-
     async def second() -> None:
         async with running(create_app(load_settings(jobs_dir=tmp_path, device="cpu"))):
             pass
@@ -262,7 +269,8 @@ def test_so_many_wait_and_no_more(serve: Any, long_video: bytes, tmp_path: Path)
 
 def test_the_quota_counts_what_is_kept(serve: Any, long_video: bytes, tmp_path: Path) -> None:
     quota = int(1.5 * len(long_video))
-    with serve(jobs_dir=tmp_path, max_jobs_bytes=quota) as client:
+    limits = ("max_jobs_bytes", "max_long_upload_bytes", "max_job_result_bytes")
+    with serve(jobs_dir=tmp_path, **dict.fromkeys(limits, quota)) as client:
         ask = {"params": {"kind": "timeline"}, "content": long_video}
         first = client.post(URL, **ask)
         assert first.status_code == 202
@@ -279,6 +287,153 @@ def test_ended_jobs_are_forgotten_after_their_time(serve: Any, video: Path, tmp_
         eventually(
             lambda: client.get(f"{URL}/{job['id']}").status_code, lambda status: status == 404
         )
+
+
+def test_a_result_that_grows_too_large_fails_with_a_code_of_its_own(
+    serve: Any, long_video: bytes, tmp_path: Path
+) -> None:
+    with serve(jobs_dir=tmp_path, max_job_result_bytes=5000) as client:
+        job = client.post(URL, params={"kind": "timeline"}, content=long_video).json()
+        failed = ended(client, job["id"])
+        assert (failed["state"], failed["error"]["code"]) == ("failed", "result_too_large")
+        assert client.get(f"{URL}/{job['id']}/result").status_code == 422
+        eventually(lambda: files_in(tmp_path), lambda found: not found)
+        assert "timesformer_jobs_bytes 0.0" in client.get("/metrics").text
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Videos, results and what is being written."""
+    return [
+        path
+        for part in ("videos", "results", "incoming")
+        for path in (folder / part).rglob("*")
+        if path.is_file()
+    ]
+
+
+def test_what_the_service_has_no_means_for_at_the_moment_is_done_later(
+    serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.jobs._FIRST_DELAY_S", 0.05)
+    refusals = [
+        DecoderUnavailableError("No decoder."),
+        SpoolFullError("No room."),
+        ModelUnavailableError("No model."),
+    ]
+    honest = job_work.do
+
+    async def do(*given: Any) -> None:
+        if refusals:
+            raise refusals.pop()
+        await honest(*given)
+
+    monkeypatch.setattr(job_work, "do", do)
+    with serve(jobs_dir=tmp_path) as client:
+        job = client.post(URL, params={"kind": "embed"}, content=video.read_bytes()).json()
+        done = ended(client, job["id"])
+        assert (done["state"], done["attempts"], done["error"]) == ("done", 1, None)
+        assert client.get(f"{URL}/{job['id']}/result").status_code == 200
+        counted = 'timesformer_jobs_put_off_total{kind="embed"} 3.0'
+        assert counted in client.get("/metrics").text
+
+
+def test_what_it_never_has_the_means_for_fails_in_the_end(
+    serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.jobs._FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("service.jobs._MOST_DELAYS", 2)
+
+    async def do(*given: Any) -> None:
+        raise DecoderUnavailableError("No decoder.")
+
+    monkeypatch.setattr(job_work, "do", do)
+    with serve(jobs_dir=tmp_path) as client:
+        job = client.post(URL, params={"kind": "embed"}, content=video.read_bytes()).json()
+        failed = ended(client, job["id"])
+        assert (failed["state"], failed["error"]["code"]) == ("failed", "decoder_unavailable")
+
+
+def test_a_job_that_is_cancelled_while_it_is_claimed_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, honest = threading.Event(), JobStore.claim
+
+    def claim(store: JobStore, now: float) -> Any:
+        go_on.wait(60)
+        return honest(store, now)
+
+    async def do(*given: Any) -> None:
+        await asyncio.sleep(600)
+
+    monkeypatch.setattr(job_work, "do", do)
+    app = create_app(load_settings(jobs_dir=tmp_path, spool_dir=tmp_path, device="cpu"))
+
+    async def case() -> None:
+        async with running(app):
+            jobs = app.state.service.jobs
+            monkeypatch.setattr(JobStore, "claim", claim)
+            with jobs.incoming.file() as file:
+                file.add(b"a video")
+                file.write()
+                asked = {"kind": "embed", "owner": "", "parameters": {}}
+                none = dict.fromkeys(("idempotency", "source", "webhook"))
+                job = await jobs.add(file.path, file.size, **asked, **none)
+            cancelling = asyncio.create_task(jobs.cancel(job))
+            await asyncio.sleep(0)  # its change stands behind the claim
+            go_on.set()
+            assert (await cancelling).state == "cancelled"
+            async with asyncio.timeout(60):
+                while jobs._running:  # noqa: ASYNC110 - it is of another task
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(case())
+
+
+@pytest.mark.parametrize("ended_before", [False, True])
+def test_a_full_disk_refuses_a_cancellation_and_the_job_is_as_it_was(
+    serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended_before: bool
+) -> None:
+    def full(*given: object) -> Any:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with serve(jobs_dir=tmp_path) as client:
+        job = client.post(URL, params={"kind": "embed"}, content=video.read_bytes()).json()
+        where = f"{URL}/{job['id']}"
+        if ended_before:
+            ended(client, job["id"])
+        with monkeypatch.context() as patch:
+            patch.setattr(JobStore, "remove" if ended_before else "cancel", full)
+            answer = client.delete(where)
+            assert (answer.status_code, answer.json()["code"]) == (503, "spool_full")
+            assert int(answer.headers["retry-after"]) > 0
+        assert ended(client, job["id"])["state"] == "done"
+        assert client.get(f"{where}/result").status_code == 200
+
+
+def test_results_of_an_earlier_version_can_still_be_had(serve: Any, tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / "jobs.sqlite")
+    old.executescript(OLD)
+    old.execute("DELETE FROM jobs WHERE state = 'queued'")
+    old.execute("UPDATE jobs SET finished = ?", (time.time(),))
+    old.commit()
+    old.close()
+    with serve(jobs_dir=tmp_path) as client:
+        answer = client.get(f"{URL}/job_done/result")
+        assert (answer.status_code, answer.json()) == (200, {"start": None})
+
+
+def test_a_restart_knows_the_results_and_removes_what_no_job_has(
+    serve: Any, video: Path, tmp_path: Path
+) -> None:
+    with serve(jobs_dir=tmp_path) as client:
+        job = client.post(URL, params={"kind": "embed"}, content=video.read_bytes()).json()
+        ended(client, job["id"])
+        result = client.get(f"{URL}/{job['id']}/result").content
+    (tmp_path / "results" / "job_of_nobody").write_bytes(b"{}")
+    with serve(jobs_dir=tmp_path) as client:
+        assert client.get(f"{URL}/{job['id']}/result").content == result
+        assert f"timesformer_jobs_bytes {len(result)}.0" in client.get("/metrics").text
+        assert [path.name for path in (tmp_path / "results").iterdir()] == [job["id"]]
 
 
 def test_a_job_may_have_a_url_which_no_answer_and_no_log_shows(
