@@ -369,13 +369,16 @@ def report(
 
 
 def versions(options: argparse.Namespace) -> dict[str, str]:
-    names = "('litserve', 'bentoml', 'ray')"
-    code = f"import importlib.metadata as m; print(*(m.version(name) for name in {names}))"
-    found = subprocess.run(
-        [str(options.python), "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    """Of the peers that were measured, and of what runs the engine."""
+    names = [peer for peer in PEERS[1:] if peer in options.peers]
+    found: list[str] = []
+    if names:
+        code = f"import importlib.metadata as m; print(*(m.version(name) for name in {names}))"
+        found = subprocess.run(
+            [str(options.python), "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
     own = {"onnxruntime": importlib.metadata.version("onnxruntime")}
-    return {**dict(zip(PEERS[1:], found, strict=True)), **own, "python": platform.python_version()}
+    return {**dict(zip(names, found, strict=True)), **own, "python": platform.python_version()}
 
 
 if __name__ == "__main__":
