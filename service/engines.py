@@ -15,18 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from export.bundle import Bundle
-from export.manifest import ONNX_FLOAT32
 from export.runtime import Runtime, RuntimeUnavailableError, device_name
 from export.runtime.cuda import count_gpus
 from export.runtime.plans import Plan, PlanError, PlanKey, batches_up_to, find_plan
 from export.runtime.tensorrt import TensorRt, Wanted
 from export.tensorrt import BuildJob, Progress, build_plan
-from export.verify import LIMITS, hold, run_in_batches
-from model.demo import SAMPLE_CLIP
-from model.video import load_clips
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -282,26 +276,25 @@ def _load(gpu: TensorRt, plan: Plan, largest: int) -> Runtime:
 
 
 def prove(runtimes: Sequence[Runtime], bundle: Bundle) -> None:
-    """Compares engines with the bundle's float32 graph on the CPU: a video's crops and noise.
+    """Compares engines with the bundle's float32 graph on the CPU.
 
     Raises:
         PlanError: the answers differ by more than the gate of the export allows.
     """
-    from export.runtime.onnxruntime import OnnxRuntime
+    from export.proof import Proof, shortfall
 
-    preprocessing = bundle.config.preprocessing
-    seen = load_clips(SAMPLE_CLIP, preprocessing, crops=3).frames
-    noise = np.random.default_rng(0).integers(0, 256, (1, *seen.shape[1:]), dtype=np.uint8)
-    clips = np.concatenate([seen, noise])
-    reference = OnnxRuntime(bundle.file(ONNX_FLOAT32), cuda=False)
-    try:
-        expected = run_in_batches(reference, clips)
-    finally:
-        reference.close()
+    proof = Proof.of(bundle)
     for runtime in runtimes:
-        parity = hold(runtime, clips, expected, LIMITS[runtime.precision])
+        parity, where = proof.judge(runtime), device_name(runtime)
         if not parity.passed:
             raise PlanError(
-                f"the plan's answers are not the network's on {device_name(runtime)}: logits "
-                f"differ by {parity.max_difference:.3g}, cosine {parity.centred_cosine:.5f}"
+                f"the plan's answers are not the network's on {where}: {shortfall(parity)}"
             )
+        facts = {
+            "engine_device": where,
+            "precision": runtime.precision,
+            "clips": parity.clips,
+            "max_difference": parity.max_difference,
+            "cosine": parity.centred_cosine,
+        }
+        logger.info("plan proven", extra=facts)

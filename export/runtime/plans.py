@@ -11,7 +11,7 @@ import fcntl
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -102,6 +102,27 @@ class PlanFacts(_Model):
     warnings: tuple[str, ...] = ()
 
 
+class Fastest(_Model):
+    """`HARDWARE.fastest`: how fast each precision of a bundle is on a kind of GPU."""
+
+    schema_version: Literal[1] = 1
+    gpu: str
+    compute_capability: str
+    tensorrt: str
+    graphs: dict[str, str] = Field(description="hash of the graph of each precision")
+    batch: int = Field(description="clips that went through together")
+    milliseconds: dict[str, float] = Field(
+        description="of a clip, the median, by precision; they took turns"
+    )
+    refused: dict[str, str] = Field(description="precisions whose plans came to nothing, and why")
+    created: datetime
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The fastest first."""
+        return tuple(sorted(self.milliseconds, key=lambda each: self.milliseconds[each]))
+
+
 class Plan(NamedTuple):
     path: Path
     facts: PlanFacts
@@ -133,22 +154,51 @@ def engines_folder(bundle: Bundle, engines: Path | None = None) -> Path:
     return engines / bundle.name / bundle.version if engines else bundle.path / FOLDER
 
 
+def graphs_of(bundle: Bundle) -> dict[str, str]:
+    """Hashes of the graphs that TensorRT takes, by precision."""
+    files = bundle.manifest.files
+    return {name: files[file].sha256 for name, file in GPU_GRAPHS.items() if file in files}
+
+
+def fastest_file(folder: Path, key: PlanKey) -> Path:
+    """Where the measurements of a kind of GPU lie."""
+    return folder / f"{key.hardware}.fastest"
+
+
+def measured_order(folder: Path, key: PlanKey, bundle: Bundle) -> tuple[str, ...]:
+    """Precisions, the fastest first, if they were measured on such a GPU, with this TensorRT and on
+    the graphs that the bundle has now; else none."""
+    try:
+        found = Fastest.model_validate_json(fastest_file(folder, key).read_bytes())
+    except (OSError, ValidationError):
+        return ()
+    hardware = (found.gpu, found.compute_capability, found.tensorrt)
+    if hardware != (key.gpu, key.compute_capability, key.tensorrt):
+        return ()
+    return found.order if found.graphs == graphs_of(bundle) else ()
+
+
 def graph_of(
-    bundle: Bundle, precision: str, compute_capability: str, refused: Collection[str] = ()
+    bundle: Bundle,
+    precision: str,
+    compute_capability: str,
+    refused: Collection[str] = (),
+    measured: Sequence[str] = (),
 ) -> tuple[str, Path, str]:
     """Precision, path and hash of the graph that a plan is to be built from.
 
     Args:
         precision: one of `GPU_GRAPHS`; `auto` takes the fastest that the bundle has and the GPU can
-            compute in, in the order that the export found, if it was to find one.
+            compute in, in the order that was measured, else in that which the export noted.
         compute_capability: of the GPU, such as `9.0`.
         refused: precisions that are not to be taken, as their plans came to nothing.
+        measured: by `measured_order`.
 
     Raises:
         PlanError: the bundle has no such graph, or the GPU does not compute in this precision.
     """
-    found = bundle.manifest.fastest.get("gpu")
-    order = found.order if found else tuple(GPU_GRAPHS)
+    noted = bundle.manifest.fastest.get("gpu")
+    order = measured or (noted.order if noted else tuple(GPU_GRAPHS))
     for name in order if precision == "auto" else (precision,):
         if name in refused:
             continue

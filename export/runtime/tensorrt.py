@@ -31,6 +31,7 @@ from export.runtime.plans import (
     PlanKey,
     engines_folder,
     graph_of,
+    measured_order,
     profiles,
     read_plan,
 )
@@ -98,7 +99,7 @@ class TensorRt:
             PlanError: the bundle has no graph of that precision, or the GPU lacks it.
         """
         gpu = self.cuda.gpu
-        precision, graph, sha256 = graph_of(bundle, precision, gpu.compute_capability, refused)
+        folder = engines_folder(bundle, self.engines)
         key = PlanKey(
             gpu=gpu.name,
             compute_capability=gpu.compute_capability,
@@ -106,7 +107,11 @@ class TensorRt:
             precision=precision,
             batches=batches,
         )
-        return Wanted(key, graph, sha256, engines_folder(bundle, self.engines))
+        measured = measured_order(folder, key, bundle) if precision == "auto" else ()
+        found, graph, sha256 = graph_of(
+            bundle, precision, gpu.compute_capability, refused, measured
+        )
+        return Wanted(key.model_copy(update={"precision": found}), graph, sha256, folder)
 
     def load(self, plan: Plan, largest: int) -> TensorRtRuntime:
         """Loads a plan for batches of up to `largest`.

@@ -134,6 +134,65 @@ def build(
         _say(plan, title, there, as_json)
 
 
+@engines.command()
+@click.argument("bundle", required=False)
+@store_option
+@engines_option
+@click.option(
+    "--batches",
+    type=Sizes(),
+    default="1,8,32",
+    show_default=True,
+    help="As of `build`; the last one is measured.",
+)
+@click.option("--level", type=click.IntRange(0, 5), default=3, show_default=True, help="As there.")
+@click.option("--gpu", default=0, show_default=True, help="Which GPU.")
+@json_option
+def choose(
+    bundle: str | None,
+    store: Path | None,
+    engines: Path | None,
+    batches: tuple[int, ...],
+    level: int,
+    gpu: int,
+    as_json: bool,
+) -> None:
+    """Find out which precision of BUNDLE is fastest on this machine's GPU.
+
+    Builds the plan of each precision that the bundle has, compares its answers with the network's,
+    and measures those that hold, taking turns. The precision `auto` takes the fastest from then on,
+    wherever these plans are; else it goes by the rates that GPUs' makers state.
+    """
+    from export.fastest import measure_fastest
+    from export.runtime.tensorrt import TensorRt
+    from export.tensorrt import BuildJob
+
+    here = TensorRt(gpu, engines)
+    for each in find_bundles(bundle, store):
+        title = f"{each.name} version {each.version}"
+
+        def build(precision: str, found: Bundle = each, title: str = title) -> Plan:
+            def job(refused: Collection[str]) -> BuildJob:
+                wanted = here.wanted(found, precision, batches, refused)
+                return BuildJob.of(wanted, gpu_index=gpu, level=level)
+
+            return _built(job, title, False, as_json)[0]
+
+        def report(step: str, title: str = title) -> None:
+            if not as_json:
+                click.echo(f"{title}: {step}", err=True)
+
+        fastest = measure_fastest(each, here, batches, build, report=report)
+        if as_json:
+            click.echo(fastest.model_dump_json())
+            continue
+        rows = [[name, f"{fastest.milliseconds[name]:.4g}", "yes"] for name in fastest.order]
+        rows += [[name, "-", reason] for name, reason in fastest.refused.items()]
+        columns = ["precision", f"ms a clip, {fastest.batch} at a time", "passes"]
+        print_rows(f"{title} on {fastest.gpu}", columns, rows)
+        click.echo(f"auto is {fastest.order[0]} here")
+
+
 @engines.command(name="list")
 @click.argument("bundle", required=False)
 @store_option

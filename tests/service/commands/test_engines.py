@@ -15,7 +15,8 @@ from export.bundle import Bundle, BundleStore
 from export.manifest import LABELS, ONNX_FLOAT32, ONNX_FP16, WEIGHTS
 from export.runtime.cuda import Cuda
 from export.runtime.interface import RuntimeUnavailableError
-from export.runtime.plans import Gpu, PlanError, layers_file
+from export.runtime.onnxruntime import OnnxRuntime
+from export.runtime.plans import Gpu, Plan, PlanError, layers_file
 from export.runtime.tensorrt import TensorRt, Wanted
 from export.tensorrt import BuildJob
 from service.cli import cli
@@ -194,6 +195,25 @@ class TestBuild:
         assert "_float32_b2.plan" in answer.stdout
         answer = timesformer(*command, "fp16", code=1)
         assert "TensorRT cannot parse model.fp16.onnx" in answer.stderr
+
+    def test_choose_builds_proves_and_measures_and_says_what_auto_is(
+        self, store: BundleStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(self: TensorRt, plan: Plan, largest: int) -> OnnxRuntime:
+            assert plan.path.is_file()
+            return OnnxRuntime(plan.path.parents[1] / ONNX_FLOAT32, cuda=False)
+
+        monkeypatch.setattr(TensorRt, "load", load)
+        command = ("engines", "choose", "--store", store.root, "--batches", "1,2", "--level", 1)
+        answer = timesformer(*command)
+        assert "colours version 1 on NVIDIA H200" in answer.stdout
+        assert "ms a clip, 2 at a time" in answer.stdout
+        assert answer.stdout.splitlines()[-1] == "auto is float32 here"
+        assert "proving float32" in answer.stderr
+        facts = json.loads(timesformer(*command, "--json").stdout)
+        assert list(facts["milliseconds"]) == ["float32"]
+        (note,) = (store.root / "colours/1/engines").glob("*.fastest")
+        assert note.name == "nvidia-h200_sm90_trt1.7.fastest"
 
     def test_with_auto_and_no_graph_that_can_be_built_it_is_an_error(
         self, store: BundleStore, monkeypatch: pytest.MonkeyPatch
