@@ -3,8 +3,9 @@
 What a stream is given runs only when somebody waits for it, and as far as order allows the streams
 take turns, operation by operation. So a copy that is read too early, a buffer that is changed too
 soon and work that shares memory without waiting give wrong answers here, and not on a lucky day
-right ones. Misuse (freed memory, a stream in capture that is waited for, a thread without a device)
-is an error, and what is left at the end can be asked for.
+right ones. Misuse (freed memory, a stream in capture that is waited for, a thread that is on no
+device or on another one, a handle of another device) is an error, and what is left at the end can
+be asked for.
 
 The network is that of `write_colour_graph`: logits are the means of red, green and blue over 64.
 """
@@ -30,11 +31,19 @@ class MisuseError(AssertionError):
     """A call that a real device would answer with an error, a crash or garbage."""
 
 
+def fake_gpus(count: int) -> tuple[FakeCuda, ...]:
+    """The GPUs of one machine, of which a thread is on one at a time."""
+    threads = threading.local()
+    return tuple(FakeCuda(index=index, threads=threads) for index in range(count))
+
+
 class FakeCuda:
     """The methods of `Cuda`."""
 
-    def __init__(self, fail: str = "") -> None:
-        self.index = 0
+    def __init__(
+        self, fail: str = "", *, index: int = 0, threads: threading.local | None = None
+    ) -> None:
+        self.index = index
         self.gpu = Gpu("Fake GPU", "9.0")
         self.fail = fail
         self.launches = 0
@@ -47,9 +56,10 @@ class FakeCuda:
         self._graphs: dict[int, list[Any]] = {}
         self._capturing: dict[int, list[Any]] = {}
         self._done: set[object] = set()
-        self._handles = itertools.count(1000)
+        # No handle of one device is one of another.
+        self._handles = itertools.count(1000 + 1_000_000 * index)
         self._lock = threading.RLock()
-        self._thread = threading.local()
+        self._thread = threads or threading.local()
 
     def leaks(self) -> list[str]:
         kinds = ("_memory", "_pinned", "_streams", "_events", "_graphs")
@@ -58,68 +68,78 @@ class FakeCuda:
     def use(self) -> None:
         self._thread.device = self.index
 
-    def _called(self, name: str) -> None:
-        if getattr(self._thread, "device", None) is None:
+    def called(self, name: str) -> None:
+        """Every call begins here."""
+        device = getattr(self._thread, "device", None)
+        if device is None:
             raise MisuseError(f"{name} by a thread that has chosen no device")
+        if device != self.index:
+            raise MisuseError(f"{name} on GPU {self.index} by a thread that is on GPU {device}")
         if self.fail == name:
             raise CudaError(f"{name}: out of luck")
 
     def allocate(self, size: int) -> int:
-        self._called("allocate")
+        self.called("allocate")
         address = next(self._handles)
         self._memory[address] = np.full(size, POISON, np.uint8)
         return address
 
     def free(self, address: int) -> None:
-        self._called("free")
+        self.called("free")
         self._take(self._memory, address, "memory")
 
     def memory(self, address: int) -> np.ndarray:
-        if address not in self._memory:
-            raise MisuseError(f"memory {address} is used and was freed")
+        self._check(self._memory, address, "memory")
         return self._memory[address]
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        self._called("pinned")
+        self.called("pinned")
         array = np.zeros(shape, dtype)
         array.view(np.uint8)[:] = POISON
         self._pinned[array.ctypes.data] = array
         return array
 
     def free_pinned(self, array: np.ndarray) -> None:
+        self.called("free_pinned")
         self._take(self._pinned, array.ctypes.data, "pinned memory").view(np.uint8)[:] = POISON
 
     def stream(self) -> int:
-        self._called("stream")
+        self.called("stream")
         handle = next(self._handles)
         self._streams[handle] = deque()
         return handle
 
     def destroy_stream(self, stream: int) -> None:
+        self.called("destroy_stream")
         if self._take(self._streams, stream, "stream"):
             raise MisuseError("a stream is destroyed with work in it")
 
     def event(self) -> int:
-        self._called("event")
+        self.called("event")
         handle = next(self._handles)
         self._events[handle] = None
         return handle
 
     def destroy_event(self, event: int) -> None:
+        self.called("destroy_event")
         self._take(self._events, event, "event")
 
     def record(self, event: int, stream: int) -> None:
+        self.called("record")
+        self._check(self._events, event, "event")
         with self._lock:
             mark = self._events[event] = object()
             self.give(stream, lambda: self._done.add(mark))
 
     def wait(self, stream: int, event: int) -> None:
+        self.called("wait")
+        self._check(self._events, event, "event")
         with self._lock:
             if (mark := self._events[event]) is not None:
                 self.give(stream, mark)
 
     def to_device(self, address: int, array: np.ndarray, stream: int) -> None:
-        self._called("to_device")
+        self.called("to_device")
         self._check_pinned(array)
 
         def copy() -> None:
@@ -128,7 +148,7 @@ class FakeCuda:
         self.give(stream, copy)
 
     def to_host(self, array: np.ndarray, address: int, stream: int) -> None:
-        self._called("to_host")
+        self.called("to_host")
         self._check_pinned(array)
 
         def copy() -> None:
@@ -138,12 +158,14 @@ class FakeCuda:
         self.give(stream, copy)
 
     def begin_capture(self, stream: int) -> None:
-        self._called("begin_capture")
+        self.called("begin_capture")
+        self._check(self._streams, stream, "stream")
         if self._streams[stream]:
             raise MisuseError("a capture begins on a stream that has work in it")
         self._capturing[stream] = []
 
     def end_capture(self, stream: int) -> int:
+        self.called("end_capture")
         handle = next(self._handles)
         self._graphs[handle] = self._capturing.pop(stream)
         return handle
@@ -152,22 +174,24 @@ class FakeCuda:
         return stream in self._capturing
 
     def launch(self, graph: int, stream: int) -> None:
-        self._called("launch")
-        if graph not in self._graphs:
-            raise MisuseError("a graph is launched that was destroyed")
+        self.called("launch")
+        self._check(self._graphs, graph, "graph")
         self.launches += 1
         for operation in self._graphs[graph]:
             self.give(stream, operation)
 
     def destroy_graph(self, graph: int) -> None:
+        self.called("destroy_graph")
         self._take(self._graphs, graph, "graph")
 
     def give(self, stream: int, operation: Any) -> None:
+        self._check(self._streams, stream, "stream")
         with self._lock:
             self._capturing.get(stream, self._streams[stream]).append(operation)
 
     def synchronize(self, stream: int) -> None:
-        self._called("synchronize")
+        self.called("synchronize")
+        self._check(self._streams, stream, "stream")
         if stream in self._capturing:
             raise MisuseError("a stream is waited for while it is captured")
         self.before_synchronize()
@@ -191,6 +215,10 @@ class FakeCuda:
             return True
         return False
 
+    def _check(self, held: dict[int, Any], handle: int, what: str) -> None:
+        if handle not in held:
+            raise MisuseError(f"{what} {handle} is used and was freed, or is not of this device")
+
     def _take(self, held: dict[int, Any], handle: int, what: str) -> Any:
         if handle not in held:
             raise MisuseError(f"{what} {handle} is freed twice, or never was")
@@ -203,6 +231,7 @@ class FakeCuda:
 
 class _Context:
     def __init__(self, cuda: FakeCuda, log: Any, most: tuple[int, ...]) -> None:
+        cuda.called("create_execution_context")
         self._cuda, self._log, self._most = cuda, log, most
         self._addresses: dict[str, int] = {}
         self._profile: int | None = None
@@ -230,6 +259,7 @@ class _Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
+        self._cuda.called("execute_async_v3")
         if not self._shape or self._scratch is None or len(self._addresses) != 3:
             return self._no("shape, memory or an address is missing")
         if self._cuda.capturing(stream) and self._ran != self._shape:
@@ -269,6 +299,7 @@ def fake_tensorrt(cuda: FakeCuda, most: tuple[int, ...], loads: bool = True) -> 
             self._log = log
 
         def deserialize_cuda_engine(self, content: bytes) -> Any:
+            cuda.called("deserialize_cuda_engine")
             if not loads:
                 self._log.log(ILogger.ERROR, "the plan is of another version")
                 return None
