@@ -51,6 +51,8 @@ class SequenceAttention(nn.Module):
         self.scale = (attention.proj.in_features // attention.num_heads) ** -0.5
 
     def forward(self, x: Tensor) -> Tensor:
+        # PyTorch makes a product a group of tokens that lie in another order; a graph has no order.
+        x = x.contiguous()
         query, key, value = (
             self._heads(linear(x)) for linear in (self.query, self.key, self.value)
         )

@@ -34,7 +34,11 @@ class HalfLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.scale != 1:
             x = x / self.scale
-        return F.linear(x.to(self.dtype), self.weight, self.bias)
+        # Cast and put in order at once: tokens that lie in another order, as those of the attention
+        # over time, would be a product a group, and not one of all tokens.
+        x = x.to(self.dtype, memory_format=torch.contiguous_format)
+        flat = F.linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
 class HalfAttention(nn.Module):
