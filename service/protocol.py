@@ -1,8 +1,9 @@
 """Connections with deadlines: what uvicorn leaves to whoever sends slowly, or without end.
 
-The head of a request must be there in time and may not grow for ever; a body that nobody reads any
-more, since the request has been refused, may trickle on for a moment and no longer. How long the
-body of a request may take is `uploads.receive`'s concern.
+The head of a request must be there in time and may not grow for ever, nor may the fields that can
+follow a chunked body; a body that nobody reads any more, since the request has been refused, may
+trickle on for a moment and no longer. How long the body of a request may take is the concern of
+`service/uploads.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _LINGER_S = 5.0
 _HEAD_TIMEOUT = b"408 Request Timeout", b"The request's head did not arrive in time."
 _HEAD_TOO_LARGE = (
     b"431 Request Header Fields Too Large",
-    b"The request's head is larger than 64 KiB.",
+    b"The request's head, or what follows its body, is larger than 64 KiB.",
 )
 
 
@@ -33,6 +34,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._in_head = True
         self._in_body = False
+        self._in_trailer = False
         self._head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # the base names a wider type
@@ -44,22 +46,37 @@ class DeadlineProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        was_in_trailer = self._in_trailer
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._in_head or (was_in_trailer and self._in_trailer):
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(*_HEAD_TOO_LARGE)
+        elif self._is_idle:
+            # It ended uvicorn's wait for the next request without beginning one: an empty line,
+            # or the end of a body that nobody wanted.
+            self._await_head()
 
     def on_message_begin(self) -> None:
         self._await_head()
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_body:  # what follows a body is a trailer, which nobody asks for
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._stop_timer()
-        self._in_head, self._in_body = False, True
+        self._in_head, self._in_body, self._head_bytes = False, True, 0
         super().on_headers_complete()
 
+    def on_chunk_header(self) -> None:
+        self._in_trailer = True  # unless bytes of the chunk come: the last one has none
+
     def on_body(self, body: bytes) -> None:
+        self._in_trailer = False
         cycle = self.cycle
         if self.parser.should_upgrade() or cycle.response_complete or cycle.body:
             super().on_body(body)
@@ -70,7 +87,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         cycle.message_event.set()
 
     def on_message_complete(self) -> None:
-        self._in_body = False
+        self._in_body = self._in_trailer = False
         self._stop_timer()
         super().on_message_complete()
 
@@ -80,6 +97,18 @@ class DeadlineProtocol(HttpToolsProtocol):
         if unread and not self.transport.is_closing():
             self._stop_timer()
             self._timer = self.loop.call_later(_LINGER_S, self.transport.close)
+
+    @property
+    def _is_answering(self) -> bool:
+        cycle = self.cycle
+        return cycle is not None and cycle.response_started and not cycle.response_complete
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether there is neither a request nor anything that waits for one."""
+        waits = self._timer is not None or self.timeout_keep_alive_task is not None
+        open_ = self._in_body or self.cycle is None or not self.cycle.response_complete
+        return not waits and not open_
 
     def _await_head(self) -> None:
         self._in_head, self._head_bytes = True, 0
@@ -100,6 +129,9 @@ class DeadlineProtocol(HttpToolsProtocol):
     def _refuse(self, status: bytes, reason: bytes) -> None:
         """Answers before there is a request that the app could answer, and hangs up."""
         if self.transport.is_closing():
+            return
+        if self._is_answering:  # in the middle of another answer there is no place for this one
+            self.transport.close()
             return
         length = str(len(reason)).encode()
         self.transport.write(

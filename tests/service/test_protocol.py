@@ -76,6 +76,52 @@ def test_a_head_without_end_is_refused_while_it_is_read(
         assert b" 431 " in read_until_closed(connection)[:40]
 
 
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+
+
+@pytest.mark.parametrize("field", [b"a:b\r\n" * 800, b"x" * 4000])
+def test_what_follows_a_chunked_body_without_end_is_refused_while_it_is_read(
+    impatient: httpx.Client, field: bytes
+) -> None:
+    with connected(impatient) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(CHUNKED + b"0\r\nX-First: ")
+            for _ in range(400):
+                connection.sendall(field)
+        assert b" 431 " in read_until_closed(connection)[:40]
+
+
+def test_chunks_that_come_in_pieces_are_no_such_fields(impatient: httpx.Client) -> None:
+    """Nor are the few that a client may send there."""
+    with connected(impatient) as connection:
+        connection.sendall(HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(40):
+            for piece in (b"fa0\r\n", b"x" * 2000, b"x" * 2000, b"\r\n"):
+                connection.sendall(piece)
+                time.sleep(0.001)
+        connection.sendall(b"0\r\nX-Digest: 1\r\n\r\n")
+        assert read_until_closed(connection).startswith(b"HTTP/1.1 422 ")
+
+
+@pytest.mark.parametrize("rest", [b"\r\n", b"\r\n\r\n\r\n"])
+def test_empty_lines_after_an_answer_keep_no_connection(
+    impatient: httpx.Client, rest: bytes
+) -> None:
+    with connected(impatient) as connection:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(rest)
+        read_until_closed(connection)
+
+
+def test_nor_does_the_end_of_a_body_that_nobody_wanted(impatient: httpx.Client) -> None:
+    with connected(impatient) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404 ")
+        connection.sendall(b"abc")
+        assert read_until_closed(connection) == b""
+
+
 def test_a_large_head_below_the_limit_is_read(impatient: httpx.Client) -> None:
     answer = impatient.get("/health/live", headers={"X-Long": "x" * 60_000})
     assert answer.status_code == 200
@@ -131,6 +177,31 @@ class Wire(asyncio.Transport):
         """Nothing to close."""
 
 
+def test_fields_after_a_body_are_not_kept() -> None:
+    async def run() -> None:
+        seen = asyncio.get_running_loop().create_future()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            while (await receive())["more_body"]:
+                pass
+            seen.set_result(scope["headers"])
+
+        connection = connection_to(app)
+        connection.data_received(CHUNKED + b"0\r\n" + b"a:b\r\n" * 9000 + b"\r\n")
+        assert await seen == [(b"host", b"x"), (b"transfer-encoding", b"chunked")]
+
+    asyncio.run(run())
+
+
+def connection_to(app: Any) -> protocol.DeadlineProtocol:
+    kind = protocol.with_head_timeout(10)
+    config = Config(app, http=kind, lifespan="off", log_config=None)
+    config.load()
+    connection = kind(config=config, server_state=ServerState(), app_state={})
+    connection.connection_made(Wire())
+    return connection
+
+
 def test_a_body_in_one_piece_is_taken_as_it_is_and_more_waits_for_the_app() -> None:
     async def run() -> None:
         pieces: asyncio.Queue[bytes] = asyncio.Queue()
@@ -141,12 +212,9 @@ def test_a_body_in_one_piece_is_taken_as_it_is_and_more_waits_for_the_app() -> N
                 await wanted.acquire()
                 pieces.put_nowait((await receive())["body"])
 
-        kind = protocol.with_head_timeout(10)
-        config = Config(app, http=kind, lifespan="off", log_config=None)
-        config.load()
-        connection = kind(config=config, server_state=ServerState(), app_state={})
-        wire = Wire()
-        connection.connection_made(wire)
+        connection = connection_to(app)
+        wire = connection.transport
+        assert isinstance(wire, Wire)
         blocks = [bytes([number]) * 100_000 for number in range(3)]
         connection.data_received(HEAD + b"Content-Length: 1000000\r\n\r\n" + blocks[0])
         assert wire.reading
