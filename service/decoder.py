@@ -27,9 +27,9 @@ import numpy as np
 import orjson
 
 from model.config import Preprocessing
-from model.video import Clips, Limits, VideoError, VideoFacts, load_clips
-from service import sandbox
-from service.errors import DecoderUnavailableError, VideoRejectedError
+from model.video import Clips, Limits, VideoError, load_clips
+from service import sandbox, testimony
+from service.errors import DecoderUnavailableError
 from service.streaming import Piece, StalledError, StreamJob, receive_piece, send_windows
 
 if TYPE_CHECKING:
@@ -203,8 +203,6 @@ class Worker:
                     "decoding_timeout",
                     f"Decoding the video made no progress for {self._limits.timeout_s:g} s.",
                 ) from None
-            if isinstance(piece, dict):
-                raise VideoRejectedError(piece["code"], piece["detail"])
             return piece
 
     def clips(self, job: Job) -> Clips:
@@ -215,10 +213,7 @@ class Worker:
                     "decoding_timeout",
                     f"The video took longer than {self._limits.timeout_s:g} s to decode.",
                 )
-            # JSON, never a pickle: a file that takes its worker over must not get further.
-            answer = orjson.loads(self._connection.recv_bytes())
-            if "code" in answer:
-                raise VideoRejectedError(answer["code"], answer["detail"])
+            answer = testimony.receive(self._connection)
             seen = job.preprocessing
             size = (seen.image_size, seen.image_size)
             frames = np.empty((job.views * job.crops, seen.num_frames, *size, 3), np.uint8)
@@ -229,10 +224,10 @@ class Worker:
                 raise ValueError("the worker sent fewer pixels than it should")
             return Clips(
                 frames=frames,
-                times=np.array(answer["times"], np.float64),
-                facts=VideoFacts(**answer["facts"]),
-                truncated=answer["truncated"],
-                sampling=answer["sampling"],
+                times=testimony.times(answer["times"], (job.views, seen.num_frames)),
+                facts=testimony.facts(answer["facts"]),
+                truncated=bool(answer["truncated"]),
+                sampling=testimony.sampling(answer["sampling"]),
             )
 
 

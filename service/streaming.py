@@ -23,10 +23,10 @@ from model.video import (
     Ended,
     Limits,
     Opened,
-    VideoFacts,
     Window,
     stream_windows,
 )
+from service import testimony
 
 Piece = Opened | Window | Ended
 _PROGRESS_EVERY_S = 1.0
@@ -81,10 +81,11 @@ def send_windows(connection: Connection, job: StreamJob, on_progress: Callable[[
     connection.send_bytes(orjson.dumps({"kind": "ended", **asdict(ended)}))
 
 
-def receive_piece(connection: Connection, job: StreamJob, stall_s: float) -> Piece | dict[str, Any]:
-    """The server's side: the next piece, or the worker's refusal. Sleeps until it is there.
+def receive_piece(connection: Connection, job: StreamJob, stall_s: float) -> Piece:
+    """The server's side: the next piece. Sleeps until it is there.
 
     Raises:
+        VideoRejectedError: the worker refuses the video.
         StalledError: there was no progress for `stall_s`.
         EOFError, OSError, ValueError, KeyError, TypeError, BufferTooShort: the worker is gone, or
             was taken over by the file.
@@ -92,22 +93,19 @@ def receive_piece(connection: Connection, job: StreamJob, stall_s: float) -> Pie
     while True:
         if not connection.poll(stall_s):
             raise StalledError
-        # JSON, never a pickle: a file that takes its worker over must not get further.
-        message = orjson.loads(connection.recv_bytes())
-        if "code" in message:
-            return dict(message)
+        message = testimony.receive(connection)
         kind = message["kind"]
         if kind == "opened":
-            return Opened(_facts(message), _count(message["windows"], job))
+            return Opened(testimony.facts(message["facts"]), _count(message["windows"], job))
         if kind == "ended":
             count = _count(message["windows"], job)
-            return Ended(_facts(message), count, bool(message["truncated"]))
+            return Ended(testimony.facts(message["facts"]), count, bool(message["truncated"]))
         if kind == "window":
             return Window(
                 number=_count(message["number"], job),
-                start_s=float(message["start_s"]),
-                end_s=float(message["end_s"]),
-                times=tuple(map(float, message["times"])),
+                start_s=testimony.real(message["start_s"]),
+                end_s=testimony.real(message["end_s"]),
+                times=tuple(map(testimony.real, message["times"])),
                 frames=_receive_frames(connection, job, stall_s),
             )
         if kind != "progress":
@@ -128,11 +126,5 @@ def _receive_frames(
     return frames
 
 
-def _facts(message: dict[str, Any]) -> VideoFacts:
-    return VideoFacts(**message["facts"])
-
-
 def _count(value: object, job: StreamJob) -> int:
-    if not isinstance(value, int) or not 0 <= value <= job.cut.max_windows:
-        raise ValueError("the worker sent a number that cannot be")
-    return value
+    return testimony.whole(value, job.cut.max_windows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from multiprocessing.context import SpawnProcess
@@ -22,7 +24,7 @@ import orjson
 import pytest
 
 from model.config import Preprocessing
-from model.video import Limits, load_clips
+from model.video import Limits, VideoFacts, load_clips
 from service.decoder import (
     _BEGUN,
     Job,
@@ -301,6 +303,62 @@ def test_a_worker_whose_server_was_gone_before_it_began_ends() -> None:
         ours.recv_bytes()
 
 
+FACTS = {
+    "width": 96,
+    "height": 64,
+    "rotation": 0,
+    "frame_rate": None,
+    "frames": 60,
+    "duration_s": 2.0,
+    "codec": "h264",
+    "container": "mp4",
+}
+SAID = {"times": [[0.0, 0.1, 0.2, 0.3]], "facts": FACTS, "truncated": False, "sampling": "dense"}
+PIXELS = bytes(4 * 32 * 32 * 3)
+LIES: list[dict[str, object]] = [
+    {"times": [[0.0]]},
+    {"times": "soon"},
+    {"times": [[0.0, 0.1, 0.2, "nan"]]},
+    {"sampling": "random"},
+    {"facts": ["h264"]},
+]
+LIES_OF_FACTS: list[dict[str, object]] = [
+    {"width": "96"},
+    {"height": -1},
+    {"rotation": None},
+    {"frames": 1.5},
+    {"duration_s": "long"},
+    {"frame_rate": ""},
+    {"codec": 264},
+    {"container": "x" * 1000},
+    {"password": "x"},
+]
+
+
+def test_what_a_worker_says_is_taken_if_it_can_be(video: Path) -> None:
+    worker = Worker(LIMITS)
+    worker._connection, theirs = multiprocessing.Pipe()
+    theirs.send_bytes(orjson.dumps(SAID))
+    theirs.send_bytes(PIXELS)
+    assert worker.clips(Job(video, SEEN, 1, 1)).facts == VideoFacts(**FACTS)  # type: ignore[arg-type]
+
+
+def test_a_worker_that_was_taken_over_does_not_fill_the_memory(video: Path) -> None:
+    worker = Worker(LIMITS)
+    worker._connection, theirs = multiprocessing.Pipe()
+
+    def swell() -> None:
+        with contextlib.suppress(OSError):
+            theirs.send_bytes(b" " * 100_000_000)
+
+    sending = threading.Thread(target=swell)
+    sending.start()
+    with pytest.raises(WorkerLostError):
+        worker.clips(Job(video, SEEN, 1, 1))
+    worker._connection.close()
+    sending.join(60)
+
+
 class _Harm:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (Path.touch, (Path("harm"),))
@@ -313,6 +371,11 @@ class _Harm:
         [b"{}"],
         [b'{"times": [[0]], "facts": {}, "truncated": false, "sampling": "dense"}', b"short"],
         [b'{"times": [[0]], "facts": {}, "truncated": false, "sampling": "dense"}', b"x" * 99999],
+        [b'{"code": "of_its_own_making", "detail": "x"}'],
+        [b'{"code": ["empty_file"], "detail": "x"}'],
+        [b'{"code": "empty_file", "detail": 7}'],
+        *([orjson.dumps({**SAID, **lie}), PIXELS] for lie in LIES),
+        *([orjson.dumps({**SAID, "facts": {**FACTS, **lie}}), PIXELS] for lie in LIES_OF_FACTS),
     ],
 )
 def test_a_worker_that_was_taken_over_gets_no_further(
