@@ -236,8 +236,11 @@ def _parsed(numbers: bytes, shape: tuple[int, ...]) -> bytearray:
 
     Without ever making lists of lists: their structure is compared as text, with the digits out.
     """
+    count = math.prod(shape)
+    if len(numbers) < 2 * count + 1:  # a digit and a comma each: the claim alone costs nothing
+        raise _no_frames(shape)
     flat = re.match(rb"\[[ \t\r\n]*\[", numbers) is None
-    bones = _bones((math.prod(shape),) if flat else shape)
+    bones = _bones((count,) if flat else shape)
     values, at = bytearray(), 0
     try:
         for piece in _pieces(numbers):
@@ -250,11 +253,15 @@ def _parsed(numbers: bytes, shape: tuple[int, ...]) -> bytearray:
         if at != len(bones):
             raise ValueError("another structure")
     except ValueError as error:  # that of orjson and of bytes() too
-        raise InvalidTensorError(
-            f"the data of '{INPUT}' are not {math.prod(shape)} whole numbers of 0 to 255, flat or "
-            f"nested as {list(shape)}"
-        ) from error
+        raise _no_frames(shape) from error
     return values
+
+
+def _no_frames(shape: tuple[int, ...]) -> InvalidTensorError:
+    return InvalidTensorError(
+        f"the data of '{INPUT}' are not {math.prod(shape)} whole numbers of 0 to 255, flat or "
+        f"nested as {list(shape)}"
+    )
 
 
 def _bones(shape: tuple[int, ...]) -> bytes:
