@@ -23,6 +23,7 @@ from service.decoding import LOSSES, DecoderPool
 from service.job_work import Means
 from service.jobs import Jobs
 from service.loading import store_of
+from service.memory import Memory
 from service.metrics import Metrics
 from service.middleware import REQUEST_ID_HEADER, RequestContext
 from service.mirror import Mirror
@@ -179,6 +180,7 @@ async def running(app: FastAPI, *, behind_workers: bool = False) -> AsyncIterato
             decoders=decoders,
             spool=spool,
             sources=sources,
+            memory=_memory(settings, metrics),
             models=models,
             streams=streams,
             jobs=kept_jobs,
@@ -216,7 +218,8 @@ async def taking_in(app: FastAPI, network: Network) -> AsyncIterator[None]:
         await decoders.start()
         _watch(metrics, settings, decoders)
         metrics.spool_bytes.set_function(lambda: spool.used_bytes)
-        app.state.service = Intake(settings, metrics, network, decoders, spool, sources)
+        memory = _memory(settings, metrics)
+        app.state.service = Intake(settings, metrics, network, decoders, spool, sources, memory)
         yield
     finally:
         app.state.service = None
@@ -272,6 +275,12 @@ def _jobs(settings: Settings, metrics: Metrics, models: Models, sources: Sources
     )
     means = Means(settings, models, decoders)
     return Jobs(settings.jobs_dir, means, metrics, sources, jobs.hook_body)
+
+
+def _memory(settings: Settings, metrics: Metrics) -> Memory:
+    memory = Memory(settings.max_tensor_bytes)
+    metrics.tensor_bytes.set_function(lambda: memory.used_bytes)
+    return memory
 
 
 def _decoders(

@@ -25,8 +25,9 @@ ServiceError
 |- DeadlineUnreachableError  503  with Retry-After: it would not be done in time, so it is not begun
 |- JobsFullError             503  with Retry-After
 |- SpoolFullError            503  with Retry-After
+|- MemoryFullError           503  with Retry-After
 |- DecoderUnavailableError   503  with Retry-After
-|- NotReadyError             503
+|- NotReadyError             503  with Retry-After
 |- ModelUnavailableError     503  it could not be loaded; other models serve
 |- RequestTimeoutError       504  the service's own limit
 |- DeadlineExceededError     504  the limit that the request gave itself
@@ -198,6 +199,13 @@ class SpoolFullError(ServiceError):
         super().__init__(detail, headers={"Retry-After": "10"})
 
 
+class MemoryFullError(ServiceError):
+    status, code = 503, "memory_full"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"Retry-After": "5"})
+
+
 class DecoderUnavailableError(ServiceError):
     status, code = 503, "decoder_unavailable"
 
@@ -207,6 +215,9 @@ class DecoderUnavailableError(ServiceError):
 
 class NotReadyError(ServiceError):
     status, code = 503, "not_ready"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"Retry-After": "5"})
 
 
 class ModelUnavailableError(ServiceError):

@@ -21,6 +21,7 @@ ADDED_GAUGES = frozenset(
         "timesformer_decoders_busy",
         "timesformer_decode_waiting",
         "timesformer_spool_bytes",
+        "timesformer_tensor_bytes",
         "process_virtual_memory_bytes",
         "process_resident_memory_bytes",
         "process_open_fds",

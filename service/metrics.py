@@ -329,6 +329,11 @@ class Metrics:
             "Bytes of the uploads that are being received or decoded.",
             registry=self.registry,
         )
+        self.tensor_bytes = Gauge(
+            "timesformer_tensor_bytes",
+            "Bytes in memory of requests with clips that were sent ready.",
+            registry=self.registry,
+        )
         self.ready = Gauge(
             "timesformer_ready",
             "1 while the service accepts work and an engine of it can do some.",

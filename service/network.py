@@ -72,8 +72,12 @@ class Network(Protocol):
             QueueFullError: too many do.
         """
 
-    async def find(self, wanted: Wanted) -> Bundle:
-        """The version that is asked for, else the one that serves."""
+    async def find(self, wanted: Wanted, priority: Priority) -> Bundle:
+        """The version that is asked for, else the one that serves; before clips are received.
+
+        Raises:
+            QueueFullError: not even one more may wait.
+        """
 
     def for_video(
         self, wanted: Wanted, clips: int, priority: Priority
@@ -99,14 +103,16 @@ class LocalNetwork:
     async def check_room(self, model: str | None, clips: int, priority: Priority) -> None:
         self._models.find(model).current.batcher.check_room(clips, priority)
 
-    async def find(self, wanted: Wanted) -> Bundle:
-        return self.model(wanted).bundle
+    async def find(self, wanted: Wanted, priority: Priority) -> Bundle:
+        model = self.model(wanted)
+        model.batcher.check_room(1, priority)
+        return model.bundle
 
     def model(self, wanted: Wanted) -> ServedModel:
-        """What `find` finds, with its engines.
+        """The version that is asked for, else the one that serves, with its engines.
 
         Raises:
-            ModelNotFoundError, ModelUnavailableError: as there.
+            ModelNotFoundError, ModelUnavailableError: there is none.
         """
         candidates = self._models.find(wanted.model).candidates
         serving = candidates.serving

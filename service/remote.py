@@ -128,9 +128,9 @@ class RemoteNetwork:
         async with self._link.session() as session:
             await session.ask("room", model=model, clips=clips, priority=priority)
 
-    async def find(self, wanted: Wanted) -> Bundle:
+    async def find(self, wanted: Wanted, priority: Priority) -> Bundle:
         async with self._link.session() as session:
-            found = await session.ask("find", wanted=tuple(wanted))
+            found = await session.ask("find", wanted=tuple(wanted), priority=priority)
         return await self._bundle(found["path"])
 
     def for_video(

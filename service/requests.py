@@ -15,19 +15,17 @@ from export.bundle import Bundle
 from model.video import Clips
 from model.video.opening import CODECS
 from service.decoder import Job
-from service.errors import (
-    PROBLEM_TYPE,
-    ClientDisconnectedError,
-    RequestTimeoutError,
-)
+from service.errors import PROBLEM_TYPE, ClientDisconnectedError, RequestTimeoutError
+from service.forms import FILE_FIELD, SOURCE_FIELD
 from service.metrics import Metrics
 from service.network import GaveWayError, Wanted
 from service.outgoing import MAX_URL
+from service.pace import Pace
 from service.schemas import Problem, Timings, ViewParameters, inlined_schema
 from service.state import Intake
 from service.tracing import record_stages
 from service.turns import Answer
-from service.uploads import FILE_FIELD, SOURCE_FIELD, Upload, receive
+from service.uploads import Upload, receive
 from service.urgency import Urgency, urgency_of, within
 
 T = TypeVar("T")
@@ -126,7 +124,7 @@ async def answer_video(request: Request, state: Intake, query: P) -> VideoAnswer
             request,
             state.spool,
             settings.max_upload_bytes,
-            settings.upload_timeout_s,
+            Pace.of(settings),
             state.sources,
         ) as upload,
     ):
@@ -174,9 +172,17 @@ def merge_fields(query: M, fields: dict[str, str]) -> M:
     Raises:
         RequestValidationError: a form field is unknown or wrong.
     """
-    given = query.model_dump(exclude_unset=True)
+    return of_body(type(query), {**query.model_dump(exclude_unset=True), **fields})
+
+
+def of_body(model: type[M], content: object) -> M:
+    """What a body says, checked.
+
+    Raises:
+        RequestValidationError: something in it is unknown or wrong.
+    """
     try:
-        return type(query).model_validate({**given, **fields})
+        return model.model_validate(content)
     except ValidationError as error:
         problems = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
         raise RequestValidationError(problems) from None

@@ -88,7 +88,7 @@ class Sessions:
             await self._network.check_room(head["model"], head["clips"], head["priority"])
             wire.send({})
         elif ask == "find":
-            bundle = await self._network.find(Wanted(*head["wanted"]))
+            bundle = await self._network.find(Wanted(*head["wanted"]), head["priority"])
             wire.send({"path": str(bundle.path)})
         elif ask == "for_video":
             wanted = Wanted(*head["wanted"])

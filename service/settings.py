@@ -61,7 +61,8 @@ class Settings(BaseSettings):
         description="Processes that take requests in: HTTP, uploads, decoding and answers. More "
         "than one where that keeps a core busy before the engines are. Whatever the number, each "
         "device has one engine of a model, in a process that all of them ask. They share "
-        "`decode_workers`, `max_decode_queue` and `max_spool_bytes` out among them.",
+        "`decode_workers`, `max_decode_queue`, `max_spool_bytes` and `max_tensor_bytes` out "
+        "among them.",
     )
     admin_port: int | None = Field(
         None,
@@ -167,6 +168,18 @@ class Settings(BaseSettings):
     upload_timeout_s: float = Field(
         60.0, gt=0, description="Longest time that a client may take to send its body."
     )
+    min_upload_rate: float = Field(
+        10_000.0,
+        ge=0,
+        description="Bytes a second that a body has to come at, long videos' too, as a mean over "
+        "15 s; then 408. 0: any.",
+    )
+    max_tensor_bytes: int = Field(
+        512 * MIB,
+        ge=MIB,
+        description="Most bytes of requests with clips that were sent ready (`/v2`) in memory at "
+        "once, each from its arrival to its answer; past that the answer is 503 with Retry-After.",
+    )
     max_clips_per_request: int = Field(
         30,
         ge=1,
@@ -219,7 +232,7 @@ class Settings(BaseSettings):
         30.0,
         ge=0,
         description="After that, how long requests in progress may take to finish. What is not "
-        "done then, a stalled upload too, is cut off.",
+        "done then, a stalled upload too, is answered 503, or cut off where an answer has begun.",
     )
     source_hosts: str = Field(
         "",
@@ -437,6 +450,7 @@ class Settings(BaseSettings):
             "decode_workers": max(1, decoders + (number < more)),
             "max_decode_queue": max(1, self.max_decode_queue // self.workers),
             "max_spool_bytes": self._spool_share,
+            "max_tensor_bytes": self.max_tensor_bytes // self.workers,
         }
         return self.model_copy(update=share)
 

@@ -86,7 +86,7 @@ class Sources:
             announced = response.length or 0
             if announced > max_bytes:
                 raise _too_large(max_bytes)
-            file.reserve(announced)
+            file.spool.expect(announced)
             while data := await self._in_thread(functools.partial(exchange.read, _BLOCK)):
                 if file.size + len(data) > max_bytes:
                     raise _too_large(max_bytes)

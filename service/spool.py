@@ -56,7 +56,16 @@ class Spool:
         finally:
             file.close()
             file.path.unlink(missing_ok=True)
-            self.used_bytes -= file.reserved
+            self.used_bytes -= file.size
+
+    def expect(self, count: int) -> None:
+        """Asks whether so many bytes would fit at present; claims nothing, as they may never come.
+
+        Raises:
+            SpoolFullError: they would exceed the quota.
+        """
+        if self._max_bytes is not None and self.used_bytes + count > self._max_bytes:
+            raise SpoolFullError("Too many uploads are being received at present.")
 
     def take(self, count: int) -> None:
         """Counts bytes that are about to be written.
@@ -64,8 +73,7 @@ class Spool:
         Raises:
             SpoolFullError: they would exceed the quota.
         """
-        if self._max_bytes is not None and self.used_bytes + count > self._max_bytes:
-            raise SpoolFullError("Too many uploads are being received at present.")
+        self.expect(count)
         self.used_bytes += count
 
     def close(self) -> None:
@@ -80,22 +88,11 @@ class SpoolFile:
     def __init__(self, spool: Spool, path: Path, descriptor: int) -> None:
         self.path = path
         self.size = 0
-        self.reserved = 0
         self.pending = 0
         """Bytes that were added and not yet written."""
-        self._spool = spool
+        self.spool = spool
         self._file = os.fdopen(descriptor, "wb", buffering=0)
         self._blocks: list[bytes] = []
-
-    def reserve(self, size: int) -> None:
-        """Claims room for a file that is said to be of `size` bytes.
-
-        Raises:
-            SpoolFullError: there is none.
-        """
-        if size > self.reserved:
-            self._spool.take(size - self.reserved)
-            self.reserved = size
 
     def add(self, data: bytes) -> None:
         """Takes a block, to be written by the next `write`.
@@ -103,7 +100,7 @@ class SpoolFile:
         Raises:
             SpoolFullError: it does not fit into the quota.
         """
-        self.reserve(self.size + len(data))
+        self.spool.take(len(data))
         self._blocks.append(data)
         self.pending += len(data)
         self.size += len(data)

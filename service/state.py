@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 from service.decoding import DecoderPool
 from service.errors import NotReadyError
 from service.jobs import Jobs
+from service.memory import Memory
 from service.metrics import Metrics
 from service.models import Models
 from service.network import LocalNetwork, Network
@@ -28,6 +29,8 @@ class Intake:
     decoders: DecoderPool
     spool: Spool
     sources: Sources
+    memory: Memory
+    """Of clips that are sent ready."""
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,24 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 
 from export.bundle import BundleError, Candidate
 from service.errors import BundleRefusedError
 from service.hosting import ModelHost
 from service.loading import store_of
-from service.requests import PROBLEM_RESPONSES, problem_response
+from service.pace import Pace
+from service.requests import PROBLEM_RESPONSES, of_body, problem_response
 from service.schemas import (
     AdminModel,
     AdminModels,
     CandidateFacts,
     CandidateRequest,
     ModelName,
+    inlined_schema,
 )
 from service.state import Running, State
+from service.uploads import receive_json
 
 router = APIRouter(
     prefix="/v1/admin/models",
@@ -83,13 +86,24 @@ async def rollback(model: str, state: Running) -> ModelName:
 
 
 @router.put(
-    "/{model}/candidate", summary="Try a version", responses=_REFUSED, dependencies=_CHANGES
+    "/{model}/candidate",
+    summary="Try a version",
+    responses={**{status: PROBLEM_RESPONSES[status] for status in (408, 413)}, **_REFUSED},
+    dependencies=_CHANGES,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": inlined_schema(CandidateRequest)}},
+        }
+    },
 )
-async def try_candidate(model: str, wanted: CandidateRequest, state: Running) -> AdminModel:
+async def try_candidate(model: str, request: Request, state: Running) -> AdminModel:
     """Loads a version beside the one that serves, as a shadow or a canary, or changes its mode or
     share. All replicas of the store do the same; `timesformer bundles candidate` does so too.
     """
     host = state.models.find(model)
+    content = await receive_json(request, Pace.of(state.settings))
+    wanted = of_body(CandidateRequest, content)
     await host.try_candidate(Candidate(**wanted.model_dump()))
     return await _facts(host, state)
 

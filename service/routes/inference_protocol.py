@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from fastapi import APIRouter, Request, Response
 from export.bundle import Bundle
 from service.auth import admitted, presented_key
 from service.network import Wanted
+from service.pace import Pace
 from service.requests import CANARY_KEY, answer_in_time, observe
 from service.schemas import LiveResponse, ModelName, inlined_schema
 from service.schemas_infer import (
@@ -201,18 +203,20 @@ async def infer(request: Request, state: Taking) -> Response:
     urgency = urgency_of(request)
     header_length = request.headers.get(HEADER_LENGTH)
     # Found before the body is read, and again afterwards: it may have been swapped meanwhile, and
-    # a slow sender must not keep an old version open.
-    clip_shape = _clip_shape(await state.network.find(_wanted(request)))
+    # a slow sender must not keep an old version open. The body may ask for the highest priority.
+    bundle = await state.network.find(_wanted(request), urgency.highest)
     limit = min(
         Limit(settings.max_upload_bytes),
-        body_limit(header_length, clip_shape, settings.max_clips_per_request),
+        Limit(settings.max_tensor_bytes, "the most that this service holds in memory"),
+        body_limit(header_length, _clip_shape(bundle), settings.max_clips_per_request),
     )
-    async with within(urgency.deadline):
-        content = await receive_tensors(request, limit, settings.upload_timeout_s)
-    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
-    uploaded = time.perf_counter()
-    work = _run(request, state, Body(content, encoding, header_length), limit, urgency)
-    model, inference, answer = await answer_in_time(request, settings.request_timeout_s, work)
+    with state.memory.share() as share:
+        async with within(urgency.deadline):
+            content = await receive_tensors(request, limit, Pace.of(settings), share)
+        encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+        uploaded = time.perf_counter()
+        work = _run(request, state, Body(content, encoding, header_length), limit, urgency)
+        model, inference, answer = await answer_in_time(request, settings.request_timeout_s, work)
     names = {"model_name": model.name, "model_version": model.version}
     tensors = {"logits": answer.logits, "embedding": answer.embedding}
     body, length = encode(dict(names), tensors, inference.request)
@@ -262,9 +266,17 @@ async def _run(
             max_clips=state.settings.max_clips_per_request,
             limit=limit,
         )
-        loop = asyncio.get_running_loop()
-        inference = read() if body.is_quick else await loop.run_in_executor(_DECODER, read)
+        inference = read() if body.is_quick else await _in_turn(read)
         asked = inference.request.parameters
         urgency = urgency.asking(_PRIORITIES[asked.priority], asked.timeout / 1e6)
         version, answer = await held.answer(inference.frames, urgency.priority, urgency.deadline)
         return ModelName(name=held.bundle.name, version=version), inference, answer
+
+
+async def _in_turn(read: Callable[[], Inference]) -> Inference:
+    # The executor keeps what was given up until its turn comes: let that not be the body.
+    waiting = [read]
+    try:
+        return await asyncio.get_running_loop().run_in_executor(_DECODER, lambda: waiting.pop()())
+    finally:
+        waiting.clear()

@@ -6,16 +6,16 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
-from pydantic import ValidationError
 
 from service.auth import ApiKey
 from service.errors import JobsOffError
+from service.forms import SOURCE_FIELD
 from service.job_store import StoredJob
 from service.job_work import parse
 from service.jobs import Jobs
-from service.requests import PROBLEM_RESPONSES, problem_response, video_body
+from service.pace import Pace
+from service.requests import PROBLEM_RESPONSES, of_body, problem_response, video_body
 from service.schemas import Classification, Embedding, inlined_schema
 from service.schemas_timeline import (
     JobError,
@@ -26,7 +26,7 @@ from service.schemas_timeline import (
     TimelineResult,
 )
 from service.state import Running, State
-from service.uploads import SOURCE_FIELD, receive
+from service.uploads import receive
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 _OFF: dict[int | str, dict[str, Any]] = {
@@ -73,14 +73,14 @@ async def submit(
         request,
         jobs.incoming,
         settings.max_long_upload_bytes,
-        settings.long_upload_timeout_s,
+        Pace.of_long(settings),
         sources=None,
     ) as upload:
         fields = dict(upload.fields)
         source = fields.pop(SOURCE_FIELD, None)
         if source is not None:
             state.sources.check(source)
-        asked = _asked({**request.query_params, **fields})
+        asked = of_body(JobRequest, {**request.query_params, **fields})
         given = asked.model_dump(exclude_unset=True, exclude={"kind", "webhook"})
         parameters = parse(asked.kind, given, settings.max_clips_per_request)
         state.models.find(parameters.model)
@@ -191,14 +191,6 @@ def status_of(job: StoredJob, jobs: Jobs | None = None) -> JobStatus:
 def hook_body(job: StoredJob) -> bytes:
     """What a webhook is told: the job's status."""
     return status_of(job).model_dump_json(exclude={"webhook"}).encode()
-
-
-def _asked(given: dict[str, Any]) -> JobRequest:
-    try:
-        return JobRequest.model_validate(given)
-    except ValidationError as error:
-        problems = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
-        raise RequestValidationError(problems) from None
 
 
 def _accepted(response: Response, jobs: Jobs, job: StoredJob) -> JobStatus:

@@ -22,10 +22,12 @@ with atheris.instrument_imports(include=["service", "python_multipart"]):
 from fastapi import Request
 
 from service.errors import ServiceError
+from service.pace import Pace
 from service.spool import Spool
 
 _CLIP = (1, 2, 2, 3)
 _MAX_BYTES = 4096
+_ANY_PACE = Pace(timeout_s=60, least_rate=0)
 
 
 def main() -> None:
@@ -71,7 +73,7 @@ async def upload(provider: atheris.FuzzedDataProvider, spool: Spool) -> None:
 
     request = Request({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive)
     try:
-        async with uploads.receive(request, spool, _MAX_BYTES, timeout_s=60) as received:
+        async with uploads.receive(request, spool, _MAX_BYTES, _ANY_PACE, sources=None) as received:
             assert received.path.stat().st_size == received.size <= _MAX_BYTES
     except ServiceError as error:
         refused_with(error, 400, 413)

@@ -13,13 +13,14 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 
 from export.bundle import BundleStore
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import STORE
-from service.app import create_app
+from service.app import create_admin_app, create_app, create_intake_app
 from service.settings import SettingsError, load_settings
 from tests.service.conftest import Serve
 
@@ -137,6 +138,16 @@ def test_the_description_of_the_api_is_whole(client: httpx.Client) -> None:
         "X-Request-Timeout",
     }
     assert description["components"]["schemas"]["ClassifyResponse"]["examples"]
+
+
+def test_no_endpoint_has_the_framework_read_its_body() -> None:
+    """It would do so before it asks for the key, and without any limit."""
+    settings = load_settings()
+    public = create_app(settings)
+    apps = (public, create_admin_app(public), create_intake_app(settings, None))
+    routes = [route for app in apps for route in app.routes if isinstance(route, APIRoute)]
+    assert len(routes) > 20
+    assert [route.path for route in routes if route.body_field is not None] == []
 
 
 def test_before_it_is_ready_work_is_refused_and_it_is_alive_all_the_same() -> None:

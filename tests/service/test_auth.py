@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import stat
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +176,47 @@ def test_only_an_admin_may_change_what_serves(serve: Any, tmp_path: Path) -> Non
 def test_without_keys_nobody_may(client: httpx.Client) -> None:
     answer = client.post("/v1/admin/models/demo/rollback")
     assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
+
+
+@pytest.mark.parametrize("scope", [None, "infer"])
+def test_a_body_is_not_waited_for_before_the_key(
+    serve: Any, tmp_path: Path, scope: str | None
+) -> None:
+    keys = write(tmp_path / "keys.json")
+    with serve(api_keys_file=tmp_path / "keys.json", spool_dir=tmp_path) as client:
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address, timeout=60) as sender:
+            key = f"X-API-Key: {keys[scope]}\r\n" if scope else ""
+            sender.sendall(
+                f"PUT /v1/admin/models/demo/candidate HTTP/1.1\r\nHost: x\r\n{key}"
+                f"Content-Length: 100000000\r\n\r\n".encode()
+            )
+            assert sender.recv(100).split()[1] == (b"403" if scope else b"401")
+
+
+def test_an_administrators_body_has_limits_too(serve: Any, tmp_path: Path) -> None:
+    headers = bearer(write(tmp_path / "keys.json")["admin"])
+    url = "/v1/admin/models/demo/candidate"
+
+    def trickle() -> Iterator[bytes]:
+        for _ in range(50):
+            yield b" "
+            time.sleep(0.1)
+
+    with serve(
+        api_keys_file=tmp_path / "keys.json", spool_dir=tmp_path, upload_timeout_s=0.5
+    ) as client:
+        for content, status, code in (
+            (b" " * 20_000, 413, "upload_too_large"),
+            ((b" " * 1000 for _ in range(20)), 413, "upload_too_large"),
+            (trickle(), 408, "upload_timeout"),
+            (b"version=2", 400, "bad_request"),
+            (b"", 400, "bad_request"),
+            (b"[]", 422, "invalid_parameters"),
+            (b'{"version": "2"}', 422, "invalid_parameters"),
+        ):
+            answer = client.put(url, headers=headers, content=content)
+            assert (answer.status_code, answer.json()["code"]) == (status, code)
 
 
 def test_an_admin_activates_and_rolls_back(

@@ -59,7 +59,9 @@ class Engines:
         if count > 10:
             raise QueueFullError(7)
 
-    async def find(self, wanted: Wanted) -> Any:
+    async def find(self, wanted: Wanted, priority: str) -> Any:
+        if priority == "low":
+            raise QueueFullError(7)
         if wanted.model != "demo":
             raise ModelNotFoundError("There is no such model here.")
         return BUNDLE
@@ -70,7 +72,7 @@ class Engines:
 
     @contextlib.asynccontextmanager
     async def for_clips(self, wanted: Wanted) -> AsyncIterator[Any]:
-        await self.find(wanted)
+        await self.find(wanted, "normal")
         self.held += 1
         try:
             yield self
@@ -143,7 +145,13 @@ def test_errors_are_those_of_the_other_side(tmp_path: Path) -> None:
         assert (full.value.status, full.value.code) == (503, "queue_full")
         assert full.value.headers == {"Retry-After": "7"}
         assert engines.log == [("demo", 11, "low", "r1")]
-        for wrong in (network.find(Wanted("other")), enter(network.for_clips(Wanted("other")))):
+        with pytest.raises(ServiceError) as full:
+            await network.find(Wanted("demo"), "low")
+        assert full.value.code == "queue_full"
+        for wrong in (
+            network.find(Wanted("other"), "high"),
+            enter(network.for_clips(Wanted("other"))),
+        ):
             with pytest.raises(ServiceError) as unknown:
                 await wrong
             assert unknown.value.code == "model_not_found"
@@ -165,7 +173,7 @@ def test_a_defect_there_is_a_500_here_and_no_more(
             with pytest.raises(ServiceError) as broken:
                 await held.answer(clips(1)[:, :, :1], "normal", None)
         assert broken.value.code == InternalError.code
-        assert await network.find(Wanted("demo"))
+        assert await network.find(Wanted("demo"), "high")
 
     run(tmp_path, case)
     assert "a worker's request broke" in caplog.text
@@ -191,7 +199,7 @@ def test_a_request_that_ends_early_lets_go_of_what_was_held_for_it(tmp_path: Pat
             async with network.for_video(Wanted("demo"), 1, "normal"):
                 raise VideoRejectedError("empty_file", "The video cannot be decoded.")
         await until(lambda: engines.held == 0)
-        assert await network.find(Wanted("demo"))
+        assert await network.find(Wanted("demo"), "high")
 
     run(tmp_path, case)
 
@@ -230,7 +238,7 @@ def test_nothing_of_a_worker_that_is_killed_stays(tmp_path: Path) -> None:
 def test_without_the_other_process_nothing_is_ready(tmp_path: Path) -> None:
     async def case(engines: Engines, link: Link, network: RemoteNetwork) -> None:
         with pytest.raises(NotReadyError):
-            await RemoteNetwork(Link(tmp_path / "nobody")).find(Wanted("demo"))
+            await RemoteNetwork(Link(tmp_path / "nobody")).find(Wanted("demo"), "high")
 
     run(tmp_path, case)
 

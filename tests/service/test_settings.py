@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from service.cli import cli
-from service.settings import ENV_PREFIX, Settings, SettingsError, load_settings
+from service.settings import ENV_PREFIX, MIB, Settings, SettingsError, load_settings
 
 FIELDS = pytest.mark.parametrize("name", Settings.model_fields)
 
@@ -266,11 +266,13 @@ def test_several_workers_share_out_what_is_for_all_of_them() -> None:
         max_spool_bytes=4000,
         max_upload_bytes=1000,
         max_long_upload_bytes=1000,
+        max_tensor_bytes=3 * MIB,
     )
     shares = [settings.of_worker(number) for number in range(3)]
     assert [share.decode_workers for share in shares] == [3, 3, 2]
     assert [share.max_decode_queue for share in shares] == [21, 21, 21]
     assert [share.max_spool_bytes for share in (*shares, settings.of_engines())] == [1000] * 4
+    assert [share.max_tensor_bytes for share in shares] == [MIB] * 3
     assert load_settings(workers=4, decode_workers=1).of_worker(3).decode_workers == 1
 
 

@@ -38,11 +38,11 @@ def test_the_quota_is_of_all_files_together_and_comes_back(tmp_path: Path) -> No
         with spool.file() as second, pytest.raises(SpoolFullError):
             second.add(b"x" * 5)
         assert spool.used_bytes == 6
-        with pytest.raises(SpoolFullError), spool.file() as announced:
-            announced.reserve(5)
+        with pytest.raises(SpoolFullError):
+            spool.expect(5)
+    spool.expect(10)
     with spool.file() as third:
-        third.reserve(10)
-        third.add(b"x" * 10)  # what was announced is counted once
+        third.add(b"x" * 10)  # what is expected claims nothing
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:

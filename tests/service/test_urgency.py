@@ -5,6 +5,7 @@ The engine and the decoder are real, and held where a test says so.
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -254,6 +255,30 @@ def test_a_higher_priority_overtakes_what_waits(
         assert order.index(30) < order.index(10)
         assert order.index(40) < order.index(10)
         assert value(client, 'timesformer_queue_seconds_count{priority="high"}') == 2
+
+
+def test_clips_are_not_received_where_none_may_wait(
+    serve: Serve, tmp_path: Path, engine: Held, pool: ThreadPoolExecutor
+) -> None:
+    file = tmp_path / "keys.json"
+    key, digest = new_key()
+    write_keys(file, (ApiKey(name="k", sha256=digest, scopes=("infer",)),))
+    limits = {"max_clips_per_request": 2, "max_queue_clips": 2}
+    with serve(spool_dir=tmp_path, api_keys_file=file, **limits) as client:
+        client.headers["X-API-Key"] = key
+        running = occupy(client, pool, engine)
+        waiting = pool.submit(client.post, INFER, **tensor(1, clips=2))
+        wait_until(lambda: value(client, "timesformer_queue_clips") == 2)
+        size = value(client, "timesformer_tensor_bytes")
+        assert size > 3 * math.prod(SHAPE)
+        with raw(
+            client, INFER, b"", X_API_Key=key
+        ) as refused:  # a body would be none that it takes
+            assert b" 503 " in refused.recv(1000)
+        assert value(client, "timesformer_tensor_bytes") == size
+        engine.gate.set()
+        assert running.result().status_code == waiting.result().status_code == 200
+        assert value(client, "timesformer_tensor_bytes") == 0
 
 
 def test_a_keys_priority_is_what_its_requests_have_and_the_most_they_may_ask_for(

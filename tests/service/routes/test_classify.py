@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from service.classification import softmax
 from service.errors import QueueFullError, SpoolFullError
 from tests.export.conftest import colour_config, publish_colours, write_video
 from tests.service.conftest import Serve
+from tests.service.test_models import wait_until
 
 URL = "/v1/classify"
 
@@ -174,6 +176,7 @@ def test_no_path_of_the_server_is_in_an_answer(client: httpx.Client, video: Path
     ("headers", "content", "message"),
     [
         ({"content-type": "multipart/form-data"}, b"x", "boundary"),
+        ({"content-type": f"multipart/form-data; boundary={'b' * 300}"}, b"x", "cannot be read"),
         ({"content-type": "multipart/form-data; boundary=b"}, b"nonsense", "cannot be read"),
         ({"content-type": "multipart/form-data; boundary=b"}, b"--b--\r\n", "0 parts"),
         (
@@ -240,6 +243,53 @@ def test_a_slow_sender_is_cut_off(serve: Any, tmp_path: Path) -> None:
     with serve(upload_timeout_s=0.5, spool_dir=tmp_path) as client:
         problem(client.post(URL, content=trickle()), 408, "upload_timeout")
         assert spool_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", [URL, "/v1/timeline", "/v2/models/demo/infer"])
+def test_a_body_has_to_come_at_a_least_rate(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    def pieces(size: int) -> Any:
+        for _ in range(30):
+            yield b"x" * size
+            time.sleep(0.1)
+
+    monkeypatch.setattr("service.pace.WINDOW_S", 1.0)
+    with serve(min_upload_rate=100, spool_dir=tmp_path) as client:
+        slow = client.post(path, content=pieces(1))
+        assert slow.status_code == 408
+        assert "100 bytes a second" in slow.text
+        assert client.post(path, content=pieces(1000)).status_code in {400, 415, 422}
+        with socket.create_connection((client.base_url.host, client.base_url.port), 60) as silent:
+            silent.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n".encode())
+            assert b" 408 " in silent.recv(1000)
+        assert spool_files(tmp_path) == []
+
+
+def test_what_is_announced_and_does_not_come_takes_no_room_from_others(
+    serve: Any, video: Path, tmp_path: Path
+) -> None:
+    limits = {"max_upload_bytes": 1_000_000, "max_spool_bytes": 1_200_000}
+    with serve(**limits, spool_dir=tmp_path) as client, contextlib.ExitStack() as stack:
+
+        def begin(content: bytes) -> socket.socket:
+            address = (client.base_url.host, client.base_url.port)
+            sender = stack.enter_context(socket.create_connection(address, 60))
+            head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+            sender.sendall(head.encode() + content)
+            return sender
+
+        def spooled() -> str:
+            lines = client.get("/metrics").text.splitlines()
+            return next(line for line in lines if line.startswith("timesformer_spool_bytes "))
+
+        for _ in range(10):
+            begin(b"abc")
+        wait_until(lambda: spooled().endswith(" 30.0"))
+        assert client.post(URL, content=video.read_bytes()).status_code == 200
+        begin(b"x" * 900_000)
+        wait_until(lambda: spooled().endswith(" 900030.0"))
+        assert b" 503 " in begin(b"").recv(1000)  # it could not fit, so it is not waited for
 
 
 def test_nothing_stays_in_the_spool(client: httpx.Client, serve: Any, tmp_path: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import gzip
 import socket
 import threading
 import time
+import tracemalloc
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,12 @@ from export.bundle import BundleStore
 from export.runtime import Outputs, load_runtime
 from model.demo import STORE
 from service.auth import ApiKey, new_key, write_keys
+from service.errors import InvalidTensorError
+from service.routes.inference_protocol import _DECODER, _in_turn
+from service.settings import MIB
+from service.tensors import Body, decode
+from service.uploads import Limit
+from tests.service.test_models import wait_until
 
 URL = "/v2/models/demo/infer"
 BUNDLE = BundleStore(STORE).open("demo")
@@ -419,6 +430,67 @@ def test_a_slow_sender_is_cut_off(serve: Any, tmp_path: Path) -> None:
 
     with serve(upload_timeout_s=0.5, spool_dir=tmp_path) as client:
         error(client.post(URL, content=trickle()), 408)
+
+
+def test_what_all_requests_hold_in_memory_is_bounded(serve: Any, tmp_path: Path) -> None:
+    def held() -> str:
+        rows = client.get("/metrics").text.splitlines()
+        return next(row for row in rows if row.startswith("timesformer_tensor_bytes "))
+
+    sound = binary(header())
+    with serve(max_tensor_bytes=MIB, spool_dir=tmp_path) as client:
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address) as sender:
+            length = b"Content-Length: 950000\r\n\r\n"
+            sender.sendall(f"POST {URL} HTTP/1.1\r\nHost: x\r\n".encode() + length + b" " * 900_000)
+            wait_until(lambda: held().endswith(" 900000.0"))
+            pieces = (sound["content"][start : start + 9999] for start in range(0, 200_000, 9999))
+            for content in (sound["content"], pieces):
+                answer = client.post(URL, content=content, headers=sound["headers"])
+                error(answer, 503, "Too many clips")
+                assert int(answer.headers["retry-after"]) >= 1
+            assert held().endswith(" 900000.0")
+        wait_until(lambda: held().endswith(" 0.0"))
+        assert client.post(URL, **sound).status_code == 200
+        assert held().endswith(" 0.0")
+        error(client.post(URL, content=b" " * (MIB + 1)), 413, "holds in memory")
+
+
+def test_a_body_that_nobody_waits_for_any_more_is_let_go() -> None:
+    class Content:
+        """Something that is seen to go."""
+
+    async def run() -> None:
+        gate = threading.Event()
+        _DECODER.submit(gate.wait)
+        content = Content()
+        seen = weakref.ref(content)
+        waiting = asyncio.create_task(_in_turn(partial(lambda content: content, content)))
+        del content
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        del waiting
+        gc.collect()
+        left = seen()
+        gate.set()
+        assert left is None
+
+    asyncio.run(run())
+
+
+def test_a_shape_that_is_only_claimed_costs_no_memory() -> None:
+    clip = (8, 224, 224, 3)
+    text = in_json([1])["content"].replace(orjson.dumps([1, *CLIP]), orjson.dumps([30, *clip]))
+    for data in (b"[1]", b"[[1]]"):
+        body = Body(text.replace(b"[1]}", data + b"}"))
+        assert body.is_quick
+        tracemalloc.start()
+        with pytest.raises(InvalidTensorError, match="whole numbers"):
+            decode(body, clip, max_clips=30, limit=Limit(MIB))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < MIB
 
 
 def test_a_request_may_give_itself_a_time(client: httpx.Client) -> None:
