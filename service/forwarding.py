@@ -15,6 +15,7 @@ import httptools
 from starlette.types import Message, Receive, Scope, Send
 
 from service.errors import NotReadyError, answer_to
+from service.middleware import answer_last
 
 # Of one connection, not of a request: RFC 9110 section 7.6.1; what is expected has been answered.
 _OF_A_HOP = frozenset(
@@ -63,6 +64,10 @@ class Forwarder:
                 await send(event)
             if not started and not answer.given_up:
                 await self._refuse(scope, receive, send)
+        except asyncio.CancelledError:
+            if self._is_stopping() and not started:
+                await answer_last(scope, receive, send)
+            raise
         finally:
             passing.cancel()
             await asyncio.gather(passing, return_exceptions=True)

@@ -1,10 +1,12 @@
-"""Around every request: its id, its log line, its metrics, and a last answer if we break.
+"""Around every request: its id, its log line, its metrics, and a last answer if we break or stop.
 
 Pure ASGI: the framework's decorator-style middleware hides a client's leaving from the endpoint.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -12,7 +14,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import InternalError, answer_to
+from service.errors import InternalError, NotReadyError, answer_to
 from service.logging import request_id
 from service.metrics import Metrics
 from service.tracing import Tracer, parse_traceparent, spanned
@@ -26,6 +28,8 @@ _SECURITY_HEADERS = {
     b"referrer-policy": b"no-referrer",
     b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
 }
+LAST_WORD_S = 1.0
+"""What a client may take to read why its request ends with the service."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -72,6 +76,11 @@ class RequestContext:
                     error = InternalError("Something broke on our side; the log has more.")
                     answer = answer_to(scope["path"], error)
                     await answer(scope, receive, send_with_id)
+            except asyncio.CancelledError:
+                if scope["app"].state.stopping and not status:
+                    self._metrics.rejected.labels(NotReadyError.code).inc()
+                    await answer_last(scope, receive, send_with_id)
+                raise
             finally:
                 self._metrics.requests_in_progress.dec()
                 # The template, not the path: what clients type must not become label values.
@@ -86,6 +95,14 @@ class RequestContext:
         if logger.isEnabledFor(level):
             facts = {"method": scope["method"], "path": scope["path"], "status": status}
             logger.log(level, "request", extra={**facts, "seconds": round(seconds, 4)})
+
+
+async def answer_last(scope: Scope, receive: Receive, send: Send) -> None:
+    """Tells a client whose request is ended with the service that another one may answer it."""
+    answer = answer_to(scope["path"], NotReadyError("The service stopped before it had an answer."))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORD_S):
+            await answer(scope, receive, send)
 
 
 def _header(scope: Scope, wanted: bytes) -> str:

@@ -105,22 +105,39 @@ def test_on_sigterm_it_is_not_ready_first_serves_on_for_the_delay_and_then_refus
             client.get("/health/live")
 
 
-def stall(service: Any, spool: Path) -> socket.socket:
+PATIENT = ("--upload-timeout-s", "600", "--min-upload-rate", "0")
+
+
+def stall(service: Any, spool: Path, path: str = "/v1/classify") -> socket.socket:
     """A client that begins an upload and goes no further; back once the service has begun too."""
+    known = set(spool.rglob("*"))
     sender = socket.create_connection((service.client.base_url.host, service.client.base_url.port))
-    sender.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nabc")
-    while not any(path.is_file() for path in spool.rglob("*")):
+    sender.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nabc".encode())
+    while not any(found.is_file() for found in {*spool.rglob("*")} - known):
         time.sleep(0.01)
     return sender
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What the other side sent until it hung up."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while block := connection.recv(65536):
+            received += block
+    return received
 
 
 def test_a_stalled_upload_does_not_hold_up_the_stop_beyond_the_grace(
     start_service: Any, tmp_path: Path
 ) -> None:
-    flags = ("--shutdown-grace-s", "1", "--upload-timeout-s", "600", "--spool-dir", str(tmp_path))
-    with start_service(*flags) as service, stall(service, tmp_path):
+    flags = ("--shutdown-grace-s", "1", *PATIENT, "--spool-dir", str(tmp_path))
+    with start_service(*flags) as service, stall(service, tmp_path) as sender:
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 0
+        head, _, body = read_all(sender).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: " in head
+        assert json.loads(body)["code"] == "not_ready"
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
@@ -128,7 +145,8 @@ def test_a_stalled_upload_does_not_hold_up_the_stop_beyond_the_grace(
 def test_a_second_signal_ends_it_at_once(
     start_service: Any, tmp_path: Path, second: signal.Signals
 ) -> None:
-    flags = ("--shutdown-delay-s", "600", "--shutdown-grace-s", "600", "--spool-dir", str(tmp_path))
+    delays = ("--shutdown-delay-s", "600", "--shutdown-grace-s", "600")
+    flags = (*delays, *PATIENT, "--spool-dir", str(tmp_path))
     with start_service(*flags) as service, stall(service, tmp_path):
         workers = children_of(service.process.pid)
         service.process.send_signal(signal.SIGTERM)

@@ -27,7 +27,7 @@ from model.demo import SAMPLE_CLIP
 from service.auth import ApiKey, new_key, write_keys
 from service.spool import Spool
 from tests.e2e.conftest import TIMESFORMER, run_service
-from tests.e2e.test_serving import children_of, left_after_a_moment, stall
+from tests.e2e.test_serving import PATIENT, children_of, left_after_a_moment, read_all, stall
 from tests.service.test_models import DEMO, publish
 
 pytestmark = pytest.mark.timeout(1200)  # a start is that of five processes
@@ -401,8 +401,25 @@ def test_on_sigterm_it_answers_what_runs_exits_with_0_and_leaves_nothing(short_p
             service.client.get("/health/live")
 
 
+def test_what_is_not_done_after_the_grace_is_told_so_whichever_process_does_it(
+    short_path: Path,
+) -> None:
+    flags = ("--workers", "2", "--decode-workers", "2", "--spool-dir", str(short_path), *PATIENT)
+    with (
+        run_service(*flags, "--shutdown-grace-s", "1") as service,
+        stall(service, short_path) as own,
+        stall(service, short_path, "/v1/timeline") as forwarded,
+    ):
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(120) == 0
+        for connection in (own, forwarded):
+            head, _, body = read_all(connection).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert json.loads(body)["code"] == "not_ready"
+
+
 def test_a_second_signal_ends_all_of_it_at_once(short_path: Path) -> None:
-    flags = ("--workers", "2", "--decode-workers", "2", "--spool-dir", str(short_path))
+    flags = ("--workers", "2", "--decode-workers", "2", "--spool-dir", str(short_path), *PATIENT)
     with run_service(*flags, "--shutdown-grace-s", "600") as service, stall(service, short_path):
         family = family_of(service.process.pid)
         service.process.send_signal(signal.SIGTERM)
