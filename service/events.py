@@ -24,12 +24,13 @@ from service.errors import (
     ServiceError,
 )
 from service.logging import request_id
+from service.middleware import LAST_WORD_S
 from service.schemas_timeline import TimelineError, TimelineEvent
+from service.urgency import within
 
 logger = logging.getLogger(__name__)
 Format = Literal["ndjson", "sse"]
 MEDIA_TYPES: dict[Format, str] = {"ndjson": "application/x-ndjson", "sse": "text/event-stream"}
-_LAST_WORD_S = 1.0
 
 
 def choose_format(request: Request, asked: Format | None) -> Format:
@@ -52,7 +53,8 @@ class EventStream(Response):
 
     Args:
         stack: closed before the end is sent, or as soon as the client has gone.
-        deadline: by the event loop's clock.
+        deadline: of the service, by the event loop's clock.
+        own_deadline: the one that the request gave itself.
         stall_s: longest time that the client may take to read an event.
         on_error: told the code of what ended the stream.
     """
@@ -64,6 +66,7 @@ class EventStream(Response):
         form: Format,
         *,
         deadline: float,
+        own_deadline: float | None,
         stall_s: float,
         on_error: Callable[[str], object],
     ) -> None:
@@ -76,6 +79,7 @@ class EventStream(Response):
         self._stack = stack
         self._form = form
         self._deadline = deadline
+        self._own_deadline = own_deadline
         self._stall_s = stall_s
         self._on_error = on_error
 
@@ -102,7 +106,10 @@ class EventStream(Response):
         await send(start)
         try:
             try:
-                async with asyncio.timeout_at(self._deadline) as limit:
+                async with (
+                    within(self._own_deadline),
+                    asyncio.timeout_at(self._deadline) as limit,
+                ):
                     async for event in self._events:
                         await self._send(send, event)
             except TimeoutError:
@@ -116,7 +123,7 @@ class EventStream(Response):
             return
         except asyncio.CancelledError:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_WORD_S):
+                async with asyncio.timeout(LAST_WORD_S):
                     await self._send_error(send, NotReadyError("The service is stopping."))
                     await send({"type": "http.response.body", "body": b""})
             raise

@@ -104,9 +104,11 @@ async def within(deadline: float | None) -> AsyncIterator[None]:
         yield
         return
     try:
-        async with asyncio.timeout_at(deadline):
+        async with asyncio.timeout_at(deadline) as limit:
             yield
     except TimeoutError:
+        if not limit.expired():
+            raise
         raise DeadlineExceededError("There was no answer in the time that was given.") from None
 
 

@@ -13,6 +13,7 @@ from model.video import Limits
 from service.errors import QueueFullError
 from service.events import MEDIA_TYPES, EventStream, choose_format
 from service.logging import request_id
+from service.pace import Pace
 from service.requests import PROBLEM_RESPONSES, answer_in_time, merge_fields, video_body
 from service.schemas import inlined_schema
 from service.schemas_timeline import (
@@ -31,7 +32,7 @@ from service.streaming import StreamJob
 from service.timeline import Timeline, checked_cut, events_of
 from service.turns import Priority
 from service.uploads import Upload, receive
-from service.urgency import HEADERS, urgency_of
+from service.urgency import HEADERS, urgency_of, within
 
 router = APIRouter(prefix="/v1", tags=["timeline"])
 _RETRY_AFTER_S = 30
@@ -80,27 +81,26 @@ async def timeline(
     try:
         metrics.timelines_running.inc()
         stack.callback(metrics.timelines_running.dec)
-        upload = await stack.enter_async_context(
-            receive(
-                request,
-                state.spool,
-                settings.max_long_upload_bytes,
-                settings.long_upload_timeout_s,
-                state.sources,
+        async with within(urgency.deadline):
+            upload = await stack.enter_async_context(
+                receive(
+                    request,
+                    state.spool,
+                    settings.max_long_upload_bytes,
+                    Pace.of_long(settings),
+                    state.sources,
+                )
             )
-        )
         parameters = merge_fields(query, upload.fields)
         form = choose_format(request, parameters.format)
         _refuse_if_full(state)
         deadline = asyncio.get_running_loop().time() + settings.timeline_timeout_s
-        if urgency.deadline is not None:
-            deadline = min(deadline, urgency.deadline)
         model = stack.enter_context(state.models.find(parameters.model).current.in_use())
         beginning = asyncio.create_task(
             _begin(stack, state, model, upload, parameters, urgency.priority)
         )
-        left = max(deadline - asyncio.get_running_loop().time(), 0.0)
-        events = await answer_in_time(request, left, beginning)
+        async with within(urgency.deadline):
+            events = await answer_in_time(request, settings.timeline_timeout_s, beginning)
     except BaseException:
         if beginning is not None:  # it adds to the stack
             await asyncio.gather(beginning, return_exceptions=True)
@@ -111,6 +111,7 @@ async def timeline(
         stack,
         form,
         deadline=deadline,
+        own_deadline=urgency.deadline,
         stall_s=settings.request_timeout_s,
         on_error=lambda code: metrics.rejected.labels(code).inc(),
     )

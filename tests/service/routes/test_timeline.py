@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,39 @@ def test_a_timeline_may_take_no_longer_than_its_limit(serve: Any, hour: Path) ->
     events = events_in(answer.text)
     assert events[-1]["event"] == "error"
     assert events[-1]["code"] == "request_timeout"
+
+
+def test_a_time_that_the_request_gives_itself_holds_for_its_upload_too(
+    client: httpx.Client,
+) -> None:
+    def trickle() -> Iterator[bytes]:
+        for _ in range(50):
+            yield b"x"
+            time.sleep(0.1)
+
+    answer = client.post(URL, content=trickle(), headers={"X-Request-Timeout": "0.5"})
+    assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+
+
+def test_a_timeline_that_does_not_begin_in_the_requests_own_time_is_refused(
+    serve: Any, hour: Path
+) -> None:
+    with serve() as client:  # whose decoder has yet to be started
+        answer = client.post(URL, content=hour.read_bytes(), headers={"X-Request-Timeout": "0.2"})
+        assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+        wait_for(client, "timesformer_timelines_running", 0)
+
+
+def test_a_timeline_ends_when_the_requests_own_time_is_over(serve: Any, hour: Path) -> None:
+    for limit in ("8", "60"):  # a machine that is busy may not begin within the first
+        with serve() as client:
+            answer = client.post(
+                URL, content=hour.read_bytes(), headers={"X-Request-Timeout": limit}
+            )
+        if answer.status_code == 200:
+            break
+    last = events_in(answer.text)[-1]
+    assert (last["event"], last["code"]) == ("error", "deadline_exceeded")
 
 
 def test_while_too_many_wait_more_are_refused(serve: Any, hour: Path, video: Path) -> None:
