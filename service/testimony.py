@@ -43,8 +43,9 @@ def facts(value: dict[str, Any]) -> VideoFacts:
     found = VideoFacts(**value)
     for number in (found.width, found.height, found.rotation, found.frames):
         whole(number)
-    for number in (found.duration_s, 0 if found.frame_rate is None else found.frame_rate):
-        real(number)
+    real(found.duration_s)
+    if found.frame_rate is not None:
+        real(found.frame_rate)
     for name in (found.codec, found.container):
         text(name, _MAX_NAME)
     return found

@@ -274,6 +274,7 @@ async def _run(
 
 
 async def _in_turn(read: Callable[[], Inference]) -> Inference:
+    """Reads a body once those before it have been read."""
     # The executor keeps what was given up until its turn comes: let that not be the body.
     waiting = [read]
     try:
