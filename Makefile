@@ -7,7 +7,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 # A lock is whole. Resolved again, pip takes an extra (`coverage[toml]`) of a newer release for missing.
 LOCKED = --no-deps --require-hashes --requirement
 
-.PHONY: serve setup test lint format types unit docs lock bench bench-peers test-faults test-images test-ray test-slow demo schemes deploy-tools kserve-client clean test-load
+.PHONY: serve setup test lint format types unit docs lock bench bench-peers test-faults test-images test-gpu test-ray test-slow demo schemes deploy-tools kserve-client clean test-load
 
 serve: .venv/.serve ## install what serving needs (no torch) and serve the bundled demo model
 	.venv/bin/timesformer serve --port $(PORT) --log-format text
@@ -75,6 +75,20 @@ test-compose: .venv/.dev deploy-tools ## bring docker-compose.yml up, refresh, b
 
 test-slow: .venv/.dev ## TimeSformer-B to every precision on the CPU, and to TensorRT-RTX plans; minutes
 	.venv/bin/python -m tests.slow.check
+
+GPU = build/test-gpu
+test-gpu: $(GPU)/.done ## what only a GPU can show: plans, refits, memory, the service on it; minutes
+	$(GPU)/bin/python -m pytest -rs tests/export/runtime/test_on_gpu.py tests/service/test_on_gpu.py \
+		tests/benchmarks/test_gpu.py
+# As .venv, with TensorRT, and with ONNX Runtime for GPUs in the place of the one for CPUs.
+$(GPU)/.done: tests/requirements.lock requirements-gpu.lock pyproject.toml
+	$(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) tests/requirements.lock
+	$(GPU)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes onnxruntime
+	$(GPU)/bin/python -m pip --disable-pip-version-check install --quiet $(LOCKED) requirements-gpu.lock
+	$(GPU)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
+	$(GPU)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	touch $@
 
 RAY = build/ray
 test-ray: $(RAY)/.done ## label an archive on a local Ray cluster, kill a node of it; minutes

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.benchmarks.gpu import Step, steps
+from tests.benchmarks.gpu_networks import COMPILED_ORIGINALS, GRAPHS
 from tests.benchmarks.gpu_report import Report, ReportError, judge, tables
 
 REPOSITORY = Path(__file__).parents[2]
@@ -112,6 +114,19 @@ def test_in_no_time_it_begins_nothing_and_says_what_is_left(tmp_path: Path) -> N
         *("parity, batch 4", "eager, batch 1", "compile, batch 1", "engines, batch 1"),
         *("training, batch 1", "training-compile, batch 1"),
     ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
+@pytest.mark.timeout(900)
+def test_on_a_gpu_the_answers_of_all_that_runs_are_right(tmp_path: Path) -> None:
+    places = ("--work", tmp_path / "work", "--json", tmp_path / "gpu.json")
+    sizes = ("--variant", "demo", "--batches", 2, "--training-batch", 2, "--rounds", 2)
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", *map(str, (*places, *sizes))]
+    subprocess.run(command, timeout=800, check=True, cwd=REPOSITORY)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {row["entrant"] for row in report["inference"]} >= {*GRAPHS, *COMPILED_ORIGINALS}
+    assert [row["entrant"] for row in report["inference"] if not row["passed"]] == []
+    assert len(report["training"]) == 4
 
 
 MACHINE = {

@@ -1,5 +1,4 @@
-"""The TensorRT runtime's order of copies, launches and frees, on a device that forgives nothing;
-and on a real GPU, where there is one."""
+"""The TensorRT runtime's order of copies, launches and frees, on a device that forgives nothing."""
 
 from __future__ import annotations
 
@@ -13,14 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.bundle import BundleStore
 from export.manifest import FileEntry
 from export.runtime.cuda import Cuda
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.plans import Plan, PlanFacts, PlanKey
 from export.runtime.tensorrt import TensorRt, TensorRtRuntime
-from export.tensorrt import BuildJob, build_plan
-from tests.export.conftest import publish_colours
 from tests.export.runtime.fake_cuda import FakeCuda, MisuseError, fake_tensorrt
 
 BATCHES = (1, 4, 6)
@@ -240,17 +236,3 @@ def test_a_machine_without_a_gpu_is_an_error_that_says_what_is_missing() -> None
             TensorRt()
     else:
         pytest.skip("a GPU is here")
-
-
-def test_on_a_gpu_a_plan_gives_the_graphs_answers(tmp_path: Path) -> None:
-    """Needs an NVIDIA GPU, TensorRT and cuda-bindings."""
-    try:
-        here = TensorRt(engines=tmp_path / "engines")
-    except RuntimeUnavailableError as error:
-        pytest.skip(f"no GPU: {error}")
-    bundle = publish_colours(BundleStore(tmp_path / "store"))
-    built = build_plan(BuildJob.of(here.wanted(bundle, batches=(1, 4))))
-    runtime = here.load(built, 4)
-    for batch in (1, 2, 4, 7):
-        check(runtime, clips(batch))
-    runtime.close()
