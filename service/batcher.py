@@ -430,13 +430,9 @@ class Batcher:
         if worker.healthy or worker.removed or worker.jobs:  # then it is requests that show it
             self._try_later(worker)
             return
-
-        def work() -> None:
-            self._tell(self._tried, worker, worker.works_on(trial))
-
         worker.jobs += 1
         self._note_idle()
-        worker.threads.submit(work)
+        worker.threads.submit(lambda: self._tell(self._tried, worker, worker.works_on(trial)))
 
     def _tried(self, worker: EngineWorker, works: bool) -> None:
         worker.jobs -= 1

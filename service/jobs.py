@@ -381,12 +381,11 @@ class Jobs:
         """Forgets jobs whose time is over."""
         keep = self._settings.job_retention_s
         while True:
-            before = time.time() - keep
-            gone = await self._patiently(
-                functools.partial(JobStore.remove_ended_before, moment=before)
+            ended = await self._patiently(
+                lambda store: store.remove_ended_before(time.time() - keep)
             )
-            if gone:
-                await self._results.remove(gone)
+            if ended:
+                await self._results.remove(ended)
                 await self._count()
             await asyncio.sleep(min(_TIDY_EVERY_S, keep))
 
