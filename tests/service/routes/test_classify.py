@@ -269,8 +269,11 @@ def test_a_body_has_to_come_at_a_least_rate(
 def test_what_is_announced_and_does_not_come_takes_no_room_from_others(
     serve: Any, video: Path, tmp_path: Path
 ) -> None:
-    limits = {"max_upload_bytes": 1_000_000, "max_spool_bytes": 1_200_000}
-    with serve(**limits, spool_dir=tmp_path) as client, contextlib.ExitStack() as stack:
+    limits = dict.fromkeys(("max_upload_bytes", "max_long_upload_bytes"), 1_000_000)
+    with (
+        serve(**limits, max_spool_bytes=1_200_000, spool_dir=tmp_path) as client,
+        contextlib.ExitStack() as stack,
+    ):
 
         def begin(content: bytes) -> socket.socket:
             address = (client.base_url.host, client.base_url.port)
