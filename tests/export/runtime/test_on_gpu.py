@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from export.bundle import Bundle, BundleStore
 from export.clips import verification_clips
-from export.manifest import GRAPHS, ONNX_FLOAT32, Parity
+from export.fastest import measure_fastest
+from export.gate import check_bundle
+from export.manifest import GRAPHS, ONNX_FLOAT32, ONNX_FP16, Parity
 from export.pipeline import export_bundle
 from export.proof import Proof, shortfall
 from export.runtime.interface import Outputs, Runtime, RuntimeUnavailableError
@@ -192,6 +194,26 @@ class TestPlans:
             assert_proven(runtime, bundle)
             assert parity(answers(bundle, clips), runtime, clips).passed
             runtime.close()
+
+    def test_the_fastest_precision_is_measured_and_then_taken(
+        self, here: TensorRt, bundle: Bundle
+    ) -> None:
+        def build(precision: str) -> Plan:
+            return build_plan(BuildJob.of(here.wanted(bundle, precision, BATCHES)))
+
+        found = measure_fastest(bundle, here, BATCHES, build, rounds=2)
+        assert found.milliseconds.keys() | found.refused.keys() == set(PRECISIONS)
+        assert found.milliseconds.keys() >= {"float32", "fp16"}
+        assert here.wanted(bundle, "auto", BATCHES).key.precision == found.order[0]
+
+    def test_the_gate_runs_all_of_a_bundle_that_can_run_there(
+        self, here: TensorRt, bundle: Bundle, clips: Frames, plan: Plans
+    ) -> None:
+        built = {plan(precision).path.name for precision in ("float32", "fp16")}
+        verdict = check_bundle(bundle, clips, device="cuda", engines=here.engines)
+        assert [each for each in verdict.checked if not each.passed] == []
+        on_gpu = {Path(each.artefact).name for each in verdict.checked if each.device == "cuda"}
+        assert on_gpu >= {*built, ONNX_FLOAT32, ONNX_FP16}
 
 
 class TestMemory:
