@@ -93,7 +93,8 @@ class FakeGpu:
         return SimpleNamespace(**facts, **shape, precision="float32", run=run, close=close)
 
 
-def write_plan(job: BuildJob) -> Plan:
+def write_plan(job: BuildJob, **told: Any) -> Plan:
+    """A plan of that job; `told` are facts of it."""
     job.folder.mkdir(exist_ok=True)
     job.plan.write_bytes(b"a plan")
     facts = PlanFacts(
@@ -107,6 +108,7 @@ def write_plan(job: BuildJob) -> Plan:
         structure="",
         network={},
     )
+    facts = facts.model_copy(update=told)
     job.plan.with_suffix(".json").write_text(facts.model_dump_json())
     found = find_plan(job.folder, job.key, job.graph_sha256)
     assert found is not None
@@ -350,12 +352,10 @@ def test_a_build_takes_what_those_of_earlier_versions_left(
 
     def build(job: BuildJob) -> Plan:
         jobs.append(job)
-        plan = write_plan(job)
-        facts = plan.facts.model_copy(update={"refittable": job.refittable})
-        plan.path.with_suffix(".json").write_text(facts.model_dump_json())
+        plan = write_plan(job, refittable=job.refittable)
         assert job.timings is not None
         job.timings.write_bytes(b"measured")
-        return plan._replace(facts=facts)
+        return plan
 
     builder(build)
     options = {"watch_interval_s": 0.05, "refittable_plans": refittable}
@@ -384,11 +384,7 @@ def test_a_refitted_plan_with_other_answers_is_built_instead(
     def build(job: BuildJob) -> Plan:
         refits.append(bool(job.refit_from))
         gpu.factor = 1.01 if job.refit_from else 1
-        plan = write_plan(job)
-        how = {"refittable": True, "refitted": bool(job.refit_from)}
-        facts = plan.facts.model_copy(update=how)
-        plan.path.with_suffix(".json").write_text(facts.model_dump_json())
-        return plan._replace(facts=facts)
+        return write_plan(job, refittable=True, refitted=bool(job.refit_from))
 
     builder(build)
     options = {"watch_interval_s": 0.05, "refittable_plans": True}
@@ -411,9 +407,7 @@ def test_what_the_builder_warns_of_is_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def build(job: BuildJob) -> Plan:
-        plan = write_plan(job)
-        warned = plan.facts.model_copy(update={"warnings": ("no matrix product computes in FP8",)})
-        return plan._replace(facts=warned)
+        return write_plan(job, warnings=("no matrix product computes in FP8",))
 
     builder(build)
     with serve(store=store.root, spool_dir=tmp_path) as client:

@@ -207,6 +207,21 @@ def test_a_precision_that_is_named_has_no_next_one(
     assert built == ["fp8"]
 
 
+def test_a_tensorrt_that_cannot_start_is_told_and_onnx_runtime_serves(
+    serve: Any, store: BundleStore, gpu: PickyGpu, built: list[str], video: Path, tmp_path: Path
+) -> None:
+    """The binding's own error, from the start, with the plan there."""
+    write_plan(BuildJob.of(gpu.wanted(store.open("demo"), "fp16", (1, 8, 32))))
+    gpu.refuses["fp16"] = NULLPTR
+    with serve(**options(store, tmp_path, precision="fp16")) as client:
+        engine, told = state(client)
+        assert engine == "onnxruntime"
+        assert told.startswith("failed: ")
+        assert "factory function returned nullptr" in told
+        label(client, video)
+    assert built == []
+
+
 def test_a_candidate_gets_the_next_one_too(
     serve: Any,
     store: BundleStore,
