@@ -23,7 +23,7 @@ from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import Plan
 from export.verify import LIMITS
 from model.config import ATTENTION_TYPES
-from tests.benchmarks import gpu_bench, gpu_engines, gpu_networks
+from tests.benchmarks import gpu_bench, gpu_engines, gpu_networks, gpu_products
 from tests.benchmarks.gpu import Script
 from tests.benchmarks.gpu_bench import Agreement, Bench, Entrant, agreement
 from tests.benchmarks.gpu_products import Factor, Product, own, products_of
@@ -230,6 +230,53 @@ class TestGraphs:
         assert made.tolist() == [0, 0]
         replay(), replay()
         assert made.tolist() == [2, 2], "what it made is written anew by each launch"
+
+    @pytest.fixture
+    def replays(self, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+        """A CPU that passes for a GPU, whose graphs do their work again as long as this says so."""
+        working = [True]
+
+        def captured(work: Any) -> Any:
+            made = work()
+
+            def replay() -> None:
+                for old, new in zip(made or (), work() or (), strict=True):
+                    if working[0]:
+                        old.copy_(new)
+
+            return replay, made
+
+        monkeypatch.setattr(Bench, "cuda", True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(gpu_networks, "captured", captured)
+        monkeypatch.setattr(gpu_products, "captured", captured)
+        monkeypatch.setattr(gpu_products, "large_side", lambda bench: 64)
+        return working
+
+    @pytest.mark.parametrize(
+        ("section", "graphs"),
+        [
+            ("eager", {gpu_networks.REWRITTEN_GRAPH}),
+            (
+                "compile",
+                {gpu_networks.FUSED_COMPILED_GRAPH, gpu_networks.REWRITTEN_COMPILED_GRAPH},
+            ),
+        ],
+    )
+    def test_they_are_entrants_and_their_answers_are_checked(
+        self, bench: Bench, replays: list[bool], section: str, graphs: set[str]
+    ) -> None:
+        bench.left_out = {}
+        rows = Script(bench).inference(section, 2)
+        assert {row["entrant"] for row in rows} > graphs
+        assert all(row["passed"] and row["share_of_own_products"] for row in rows)
+        assert bench.left_out == {}
+
+    def test_one_that_writes_nothing_is_wrong(self, bench: Bench, replays: list[bool]) -> None:
+        replays[0] = False
+        rows = Script(bench).inference("eager", 2)
+        wrong = [row["entrant"] for row in rows if not row["passed"]]
+        assert wrong == [gpu_networks.REWRITTEN_GRAPH]
 
 
 class TestEngines:
