@@ -192,12 +192,34 @@ class Engines:
             closing.pop_all()
         return tuple(runtimes)
 
+    def stand_in(self, bundle: Bundle, refused: Sequence[Refused]) -> tuple[Runtime, ...] | None:
+        """With precision `auto`, plans of a later graph that are there already, loaded and proven,
+        to serve while those of the first are built."""
+        while self._precision == "auto":
+            try:
+                refused = (*refused, Refused(self.precision(bundle, refused), "is to be built"))
+                if plans := self.find(bundle, refused):
+                    return self.load(plans, bundle)
+            except (PlanError, RuntimeUnavailableError) as error:
+                if not self._is_left(bundle, refused):
+                    break
+                logger.warning("a plan cannot stand in", extra={"reason": str(error)})
+        return None
+
+    def precision(self, bundle: Bundle, refused: Sequence[Refused]) -> str:
+        """Which one is to be served.
+
+        Raises:
+            PlanError: none is left.
+        """
+        return self._wanted(bundle, refused)[0].key.precision
+
     def after(self, state: TensorRtState, bundle: Bundle, error: Exception) -> TensorRtState:
         """What TensorRT is at next, since the plan that it was at came to nothing: with precision
         `auto` the next graph that the bundle has, and `failed` after the last one. A refitted plan
         with wrong answers is removed, and built instead."""
         try:
-            precision = self._wanted(bundle, state.refused)[0].key.precision
+            precision = self.precision(bundle, state.refused)
             if isinstance(error, PlanError) and self._remove_refitted(bundle, state.refused):
                 logger.warning("refitted plan refused, it is built", extra={"reason": str(error)})
                 return state
@@ -207,11 +229,8 @@ class Engines:
         if self._precision != "auto":
             return TensorRtState("failed", str(error), refused)
         reason = "; ".join(f"not in {each.precision}: {each.reason}" for each in refused)
-        try:
-            self._wanted(bundle, refused)
-        except RuntimeError:
-            return TensorRtState("failed", reason, refused)
-        return TensorRtState("building", reason, refused)
+        goes_on = "building" if self._is_left(bundle, refused) else "failed"
+        return TensorRtState(goes_on, reason, refused)
 
     def stop(self) -> None:
         """Ends the build that runs, and any that begins later."""
@@ -232,6 +251,14 @@ class Engines:
                 "set TIMESFORMER_PRECISION to one that all of them have"
             )
         return wanted
+
+    def _is_left(self, bundle: Bundle, refused: Sequence[Refused]) -> bool:
+        """Whether there is a graph to be tried."""
+        try:
+            self._wanted(bundle, refused)
+        except RuntimeError:
+            return False
+        return True
 
     def _built(self, wanted: Wanted, gpu: int, progress: Progress) -> Plan:
         """The plan that is there, however it was built, or a new one."""

@@ -5,8 +5,9 @@ A newly activated version is checked, loaded and warmed up beside the one that s
 from one request to the next, and the old one is closed when its last request has been answered.
 One that cannot be used is refused, and the old one stays.
 
-On a GPU with TensorRT a version without a plan is served by ONNX Runtime while its plan is built in
-the background; then the plan takes over in the same way. So it is with a version that is tried.
+On a GPU with TensorRT a version without a plan is served by ONNX Runtime, or by its plan of another
+precision, while its plan is built in the background; then the plan takes over in the same way. So
+it is with a version that is tried.
 """
 
 from __future__ import annotations
@@ -357,6 +358,9 @@ class ModelHost:
         while (engines := self._engines) and (waiting := self._without_plan()):
             bundle, state = waiting.bundle, waiting.tensorrt
             try:
+                if waiting.runs_in(engines.precision(bundle, state.refused)):
+                    self._note(waiting, state.serving())  # it stood in for what came to nothing
+                    continue
                 async with engines.building:  # not in the thread: all models share a few of them
                     plans = await asyncio.to_thread(engines.build, bundle, state.refused)
                 async with self._swapping:
@@ -367,17 +371,19 @@ class ModelHost:
             except Exception as error:  # whatever it is, the service goes on without
                 if engines.stopped:
                     break
-                waiting.tensorrt = engines.after(state, bundle, error)
-                if waiting is self._current:
-                    self._tell(waiting.tensorrt)
-                elif self._is_used(waiting):
-                    version, reason = bundle.version, waiting.tensorrt.reason
-                    facts = {"model": self.name, "version": version, "reason": reason}
-                    if waiting.tensorrt.is_building:
-                        logger.warning("another plan for the candidate", extra=facts)
-                    else:
-                        logger.error("no plan for the candidate", extra=facts)
+                self._note(waiting, engines.after(state, bundle, error))
         self._building = None
+
+    def _note(self, model: ServedModel, tensorrt: TensorRtState) -> None:
+        """What TensorRT is at for a version that is loaded."""
+        model.tensorrt = tensorrt
+        if model is self._current:
+            self._tell(tensorrt)
+        elif self._is_used(model):
+            facts = {"model": self.name, "version": model.bundle.version}
+            level = logging.ERROR if tensorrt.state == "failed" else logging.WARNING
+            told = {"state": tensorrt.state, "reason": tensorrt.reason}
+            logger.log(level, "TensorRT for the candidate", extra={**facts, **told})
 
     def _is_used(self, model: ServedModel) -> bool:
         trial = self.candidates.trial

@@ -151,7 +151,7 @@ def _load_plans(
         try:
             plans = engines.find(bundle, state.refused)
             if plans is None:
-                return None, state
+                return engines.stand_in(bundle, state.refused), state
             return engines.load(plans, bundle), state.serving()
         except (PlanError, RuntimeUnavailableError) as error:
             state = engines.after(state, bundle, error)

@@ -529,7 +529,9 @@ def test_float32_stands_in_for_a_plan_that_is_yet_to_be_built(
     precision: str, store: BundleStore, gpu: FakeGpu
 ) -> None:
     settings = load_settings(store=store.root, precision=precision, device="auto")
-    engines: Any = SimpleNamespace(find=lambda bundle, refused: None)
+    engines: Any = SimpleNamespace(
+        find=lambda bundle, refused: None, stand_in=lambda bundle, refused: None
+    )
     model = load_model(store.open("demo"), settings, engines)
     assert (model.runtime.precision, model.tensorrt) == ("float32", BUILDING)
     model.runtime.close()

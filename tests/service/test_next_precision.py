@@ -6,6 +6,7 @@ The GPU is made up, as in `test_engines`; the bundle has the same graph in three
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from export.manifest import ONNX_FLOAT32, ONNX_FP8, ONNX_FP16
 from export.runtime.interface import Outputs, RuntimeUnavailableError
 from export.runtime.plans import Plan, PlanError
 from export.tensorrt import BuildJob
-from service.engines import BUILDING
+from service.engines import BUILDING, Engines
 from service.labelling.here import load
 from service.settings import load_settings
 from tests.service.test_engines import FakeGpu, label, state, write_plan
@@ -220,6 +221,73 @@ def test_a_tensorrt_that_cannot_start_is_told_and_onnx_runtime_serves(
         assert "factory function returned nullptr" in told
         label(client, video)
     assert built == []
+
+
+class TestStandIn:
+    """The FP16 plan is there from the start, the one in FP8 is yet to be built."""
+
+    @pytest.fixture(autouse=True)
+    def fp16_is_there(self, store: BundleStore, gpu: PickyGpu) -> None:
+        write_plan(BuildJob.of(gpu.wanted(store.open("demo"), "fp16", (1, 8, 32))))
+
+    def test_a_later_precision_serves_while_the_first_is_built(
+        self,
+        serve: Any,
+        store: BundleStore,
+        gpu: PickyGpu,
+        monkeypatch: pytest.MonkeyPatch,
+        video: Path,
+        tmp_path: Path,
+    ) -> None:
+        go_on = threading.Event()
+
+        def build(job: BuildJob) -> Plan:
+            assert go_on.wait(60)
+            return write_plan(job)
+
+        built = install_builder(monkeypatch, build)
+        with serve(**options(store, tmp_path)) as client:
+            assert state(client) == ("tensorrt", "building")
+            assert client.get("/health/ready").json()["precision"] == "fp16"
+            label(client, video)
+            go_on.set()
+            wait_until(lambda: state(client) == ("tensorrt", "serving"))
+            assert client.get("/health/ready").json()["precision"] == "fp8"
+        assert built == ["fp8"]
+        assert gpu.closed == len(gpu.loaded) == 2
+
+    def test_it_goes_on_where_the_first_comes_to_nothing(
+        self,
+        serve: Any,
+        store: BundleStore,
+        gpu: PickyGpu,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        built = install_builder(monkeypatch, fail_to_build("fp8"))
+        with serve(**options(store, tmp_path)) as client:
+            told = ("tensorrt", "serving: not in fp8: no fp8 kernel")
+            wait_until(lambda: state(client) == told)
+        assert built == ["fp8"]
+        assert gpu.closed == len(gpu.loaded) == 1, "it was not loaded again"
+
+    def test_one_that_is_wrong_does_not(
+        self, serve: Any, store: BundleStore, gpu: PickyGpu, built: list[str], tmp_path: Path
+    ) -> None:
+        gpu.wrong.add("fp16")
+        bundle = store.open("demo")
+        engines = Engines((gpu,), 16, "auto")  # type: ignore[arg-type]
+        assert engines.stand_in(bundle, ()) is None
+        assert gpu.closed == len(gpu.loaded) == 1
+        write_plan(BuildJob.of(gpu.wanted(bundle, "float32", (1, 8, 32))))
+        (runtime,) = engines.stand_in(bundle, ()) or ()
+        assert runtime.precision == "float32"
+        runtime.close()
+
+    def test_a_precision_that_is_named_has_none(self, store: BundleStore, gpu: PickyGpu) -> None:
+        engines = Engines((gpu,), 16, "fp8")  # type: ignore[arg-type]
+        assert engines.stand_in(store.open("demo"), ()) is None
+        assert gpu.loaded == []
 
 
 def test_a_candidate_gets_the_next_one_too(
