@@ -24,6 +24,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import ForbiddenError, TooManyRequestsError, UnauthorizedError
+from service.lingering import outlasting
 from service.turns import Priority
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ async def admitted(request: Request, scope: Scope, presented: str | None) -> Asy
     if scope not in key.scopes and "admin" not in key.scopes:
         raise ForbiddenError(f"This key lacks the scope `{scope}`.")
     request.state.priority, request.state.api_key = key.priority, key
-    async with keyring.counting(key):
+    async with outlasting(keyring.counting(key)):
         yield
 
 

@@ -22,6 +22,7 @@ from model.video import Clips, Ended
 from service import sandbox
 from service.decoder import Job, Worker, WorkerLimits, WorkerLostError
 from service.errors import QueueFullError, VideoRejectedError
+from service.lingering import leave_running
 from service.streaming import Piece, StreamJob
 
 if TYPE_CHECKING:
@@ -124,9 +125,8 @@ class DecoderPool:
     async def turn(self) -> AsyncIterator[Callable[[Job], Awaitable[Clips]]]:
         """Waits for a worker, and gives the function with which it decodes one video.
 
-        Being cancelled costs nothing while it waits. The function, when it is cancelled, ends only
-        once the worker can take another video: what a caller counts as its own, such as its place
-        among a key's requests, is not free before.
+        Being cancelled costs nothing while it waits. A video whose function is cancelled may decode
+        for a moment more; then its worker is killed and replaced, see also `service/lingering.py`.
 
         Raises:
             QueueFullError: too many videos wait already.
@@ -151,6 +151,11 @@ class DecoderPool:
         loop = asyncio.get_running_loop()
         given_up, back = threading.Event(), asyncio.Event()
 
+        def give_up() -> None:
+            if not exchange.done():
+                given_up.set()
+                worker.kill()
+
         def put_back() -> None:
             self._idle.put_nowait(worker)
             back.set()
@@ -170,15 +175,8 @@ class DecoderPool:
         except asyncio.CancelledError:
             decoding.add_done_callback(_failed)
             exchange.cancel()
-            try:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_PATIENCE_S):
-                        await back.wait()
-            finally:
-                if not exchange.done():
-                    given_up.set()
-                    worker.kill()
-            await back.wait()
+            loop.call_later(_PATIENCE_S, give_up)
+            leave_running(back)
             raise
 
     @contextlib.asynccontextmanager

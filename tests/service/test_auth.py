@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import socket
 import stat
 import threading
@@ -19,7 +22,7 @@ from service.auth import ApiKey, KeyFileError, Keyring, new_key, read_keys, writ
 from service.cli import cli
 from service.errors import TooManyRequestsError
 from service.settings import SettingsError, load_settings
-from tests.service.test_models import publish, store  # noqa: F401 - a fixture
+from tests.service.test_models import publish, store, wait_until  # noqa: F401 - a fixture
 
 
 def write(path: Path, **limits: Any) -> dict[str, str]:
@@ -113,6 +116,40 @@ def test_what_a_key_runs_at_once_is_limited(serve: Any, video: Path, tmp_path: P
             thread.join()
         assert set(statuses) == {200, 429}
         assert client.post("/v1/classify", headers=bearer(key), content=content).status_code == 200
+
+
+@pytest.mark.parametrize("way", ["its time is over", "it leaves"])
+def test_leaving_makes_no_room_for_more_than_a_key_may_run_at_once(
+    serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr("service.decoding._PATIENCE_S", 10.0)
+    keys = write(tmp_path / "keys.json", max_concurrent=1)
+    others = multiprocessing.active_children()
+    settings = {"api_keys_file": tmp_path / "keys.json", "decode_workers": 1, "spool_dir": tmp_path}
+    with serve(**settings) as client:
+
+        def post(**options: Any) -> httpx.Response:
+            headers = {**bearer(keys["infer"]), **options.pop("headers", {})}
+            return client.post(
+                "/v1/classify", content=video.read_bytes(), headers=headers, **options
+            )
+
+        def busy() -> bool:
+            return "timesformer_decoders_busy 1.0" in client.get("/metrics").text
+
+        (decoder,) = [child for child in multiprocessing.active_children() if child not in others]
+        assert decoder.pid is not None
+        os.kill(decoder.pid, signal.SIGSTOP)
+        if way == "it leaves":
+            with pytest.raises(httpx.ReadTimeout):
+                post(timeout=2.0)
+        else:
+            assert post(headers={"X-Request-Timeout": "2"}).status_code == 504
+        assert busy()
+        assert post().status_code == 429
+        wait_until(lambda: not busy(), 120)
+        wait_until(lambda: post().status_code == 200, 120)
+        assert post().status_code == 200
 
 
 @pytest.mark.parametrize(

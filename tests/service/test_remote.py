@@ -23,6 +23,7 @@ from service.errors import (
     TooManyRequestsError,
     VideoRejectedError,
 )
+from service.lingering import leave_running, outlasting
 from service.logging import request_id
 from service.network import Answered, GaveWayError, Wanted
 from service.remote import Link, RemoteNetwork, SharedKeyring
@@ -300,6 +301,34 @@ def test_so_does_what_it_may_run_at_once(tmp_path: Path) -> None:
         await until(lambda: keyring._usage["ann"].running == 0)
         async with other.counting(limited):
             pass
+
+    run(tmp_path, case, keyring)
+
+
+def test_what_a_request_leaves_running_counts_until_it_is_over(tmp_path: Path) -> None:
+    limited = key(max_concurrent=1)
+    keyring = keyrings(tmp_path / "keys", limited)
+
+    async def case(engines: Engines, link: Link, network: RemoteNetwork) -> None:
+        one, other = (SharedKeyring(tmp_path / "keys", link) for _ in range(2))
+        over = asyncio.Event()
+
+        async def ask() -> None:
+            async with outlasting(one.counting(limited)):
+                leave_running(over)
+                raise VideoRejectedError("decoding_timeout", "It was given up.")
+
+        with pytest.raises(VideoRejectedError):
+            await asyncio.create_task(ask())
+        with pytest.raises(ServiceError) as refused:
+            async with other.counting(limited):
+                pass
+        assert refused.value.status == 429
+        over.set()
+        await until(lambda: keyring._usage["ann"].running == 0)
+        async with outlasting(other.counting(limited)):
+            pass
+        await until(lambda: keyring._usage["ann"].running == 0)
 
     run(tmp_path, case, keyring)
 
