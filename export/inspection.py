@@ -106,8 +106,8 @@ def missing_bits(precision: str, products: Mapping[str, int]) -> str | None:
         return None
     found = in_words(products) or "no matrix product is named"
     return (
-        f"no matrix product computes in {wanted} ({found}): TensorRT had no kernel for what the "
-        "graph says, and the plan is hardly faster than one in FP16"
+        f"no matrix product computes in {wanted} ({found}), though the graph says so: measure "
+        "whether the plan is any faster than one in FP16"
     )
 
 
