@@ -76,7 +76,10 @@ def use_timings(config: Any, files: Sequence[Path], log: Any) -> None:
     """Starts from what earlier builds measured, in the first of the files that is there; a cache
     that does not fit is begun anew."""
     found = next((file for file in files if file.is_file()), None)
-    cache = config.create_timing_cache(found.read_bytes() if found else b"")
+    try:
+        cache = config.create_timing_cache(found.read_bytes() if found else b"")
+    except OSError:
+        cache = None
     if cache is not None and config.set_timing_cache(cache, False):
         return
     if found is not None:

@@ -71,6 +71,20 @@ class TestTimings:
         assert config.cache.content == used
         assert bool(log.warnings) == (before in (b"damaged", b"other gpu"))
 
+    def test_a_file_that_cannot_be_read_is_as_none(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(path: Path) -> bytes:
+            raise PermissionError(path)
+
+        path = tmp_path / "timings"
+        path.touch()
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+        config, log = FakeConfig(), SimpleNamespace(warnings=[])
+        reuse.use_timings(config, (path,), log)
+        assert config.cache is not None
+        assert log.warnings
+
     @pytest.mark.parametrize(
         ("others", "kept"),
         [
