@@ -106,9 +106,9 @@ class DeadlineProtocol(HttpToolsProtocol):
     @property
     def _is_idle(self) -> bool:
         """Whether there is neither a request nor anything that waits for one."""
-        waits = self._timer is not None or self.timeout_keep_alive_task is not None
-        open_ = self._in_body or self.cycle is None or not self.cycle.response_complete
-        return not waits and not open_
+        cycle = self.cycle
+        answered = cycle is not None and cycle.response_complete and not self._in_body
+        return answered and self._timer is self.timeout_keep_alive_task is None
 
     def _await_head(self) -> None:
         self._in_head, self._head_bytes = True, 0

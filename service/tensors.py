@@ -65,12 +65,25 @@ class Inference(NamedTuple):
     """(clips, time, height, width, 3)"""
 
 
-def body_limit(header_length: str | None, clip_shape: tuple[int, ...], max_clips: int) -> Limit:
-    """What no body with this Inference-Header-Content-Length needs to be longer than."""
-    if header_length is None:
-        return Limit(MAX_JSON_BYTES, "the most that is taken as JSON; send the tensor as bytes")
-    largest = MAX_HEADER_BYTES + max_clips * math.prod(clip_shape)
-    return Limit(largest, f"enough for {max_clips} clips, the most that one request may bring")
+@functools.lru_cache(maxsize=64)  # of a few models
+def body_limit(
+    in_json: bool, clip_shape: tuple[int, ...], max_clips: int, max_bytes: int, max_held: int
+) -> Limit:
+    """What no body may be longer than.
+
+    Args:
+        in_json: whether all of it is JSON.
+        max_clips: most clips that it may bring.
+        max_bytes: of any body.
+        max_held: most bytes in memory.
+    """
+    if in_json:
+        own = Limit(MAX_JSON_BYTES, "the most that is taken as JSON; send the tensor as bytes")
+    else:
+        largest = MAX_HEADER_BYTES + max_clips * math.prod(clip_shape)
+        own = Limit(largest, f"enough for {max_clips} clips, the most that one request may bring")
+    held = Limit(max_held, "the most that this service holds in memory")
+    return min(own, held, Limit(max_bytes))
 
 
 def decode(body: Body, clip_shape: tuple[int, ...], *, max_clips: int, limit: Limit) -> Inference:

@@ -205,10 +205,12 @@ async def infer(request: Request, state: Taking) -> Response:
     # Found before the body is read, and again afterwards: it may have been swapped meanwhile, and
     # a slow sender must not keep an old version open. The body may ask for the highest priority.
     bundle = await state.network.find(_wanted(request), urgency.highest)
-    limit = min(
-        Limit(settings.max_upload_bytes),
-        Limit(settings.max_tensor_bytes, "the most that this service holds in memory"),
-        body_limit(header_length, _clip_shape(bundle), settings.max_clips_per_request),
+    limit = body_limit(
+        header_length is None,
+        _clip_shape(bundle),
+        settings.max_clips_per_request,
+        settings.max_upload_bytes,
+        settings.max_tensor_bytes,
     )
     with state.memory.share() as share:
         async with within(urgency.deadline):
