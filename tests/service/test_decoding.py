@@ -349,7 +349,8 @@ def test_a_worker_that_was_taken_over_does_not_fill_the_memory(video: Path) -> N
 
     def swell() -> None:
         with contextlib.suppress(OSError):
-            theirs.send_bytes(b" " * 100_000_000)
+            theirs.send_bytes(orjson.dumps(SAID) + b" " * 9_000_000)
+            theirs.send_bytes(PIXELS)
 
     sending = threading.Thread(target=swell)
     sending.start()
