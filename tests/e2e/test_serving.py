@@ -295,10 +295,11 @@ def test_requests_survive_the_death_of_a_decoder(service: Any) -> None:
     ("flags", "status", "message"),
     [
         (["--port", "http"], 2, "TIMESFORMER_PORT"),
-        (["--max-queue-clips", "1"], 2, "max_queue_clips"),
+        (["--max-queue-clips", "1"], 2, "TIMESFORMER_MAX_QUEUE_CLIPS"),
+        (["--api-keys-file", "/nowhere"], 2, "TIMESFORMER_API_KEYS_FILE"),
         (["--store", "/nowhere"], 1, "is empty"),
         (["--model", "nobody"], 1, "nobody"),
-        (["--port", "8000", "--admin-port", "8000"], 2, "admin_port"),
+        (["--port", "8000", "--admin-port", "8000"], 2, "TIMESFORMER_ADMIN_PORT"),
         (["--device", "cuda"], 1, "CUDAExecutionProvider"),
     ],
 )
