@@ -154,7 +154,7 @@ def test_one_that_hangs_is_replaced_and_what_it_last_told_stays(
     short_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("service.workers._ASK_EVERY_S", 0.1)
-    monkeypatch.setattr("service.workers._SILENCE_S", 10.0)
+    monkeypatch.setattr("service.workers._SILENCE_S", 20.0)
     answered = 'timesformer_requests_total{method="POST",route="/v1/classify",status="200"} '
 
     async def case() -> None:
