@@ -17,13 +17,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from multiprocessing import BufferTooShort
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
 import orjson
 
 from model.config import Preprocessing
@@ -147,7 +145,7 @@ class Worker:
                         "decoding_timeout",
                         f"No decoder took the video within {self._limits.timeout_s:g} s.",
                     )
-                if self._connection.recv_bytes() == _BEGUN:
+                if self._connection.recv_bytes(len(_BEGUN)) == _BEGUN:
                     return
             if self._killed:
                 raise WorkerLostError("decoder_crashed", "The video was given up.")
@@ -216,14 +214,11 @@ class Worker:
             answer = testimony.receive(self._connection)
             seen = job.preprocessing
             size = (seen.image_size, seen.image_size)
-            frames = np.empty((job.views * job.crops, seen.num_frames, *size, 3), np.uint8)
-            # Flat, as a 4-D buffer desynchronises the pipe; the bytes land where they are used.
             if not self._connection.poll(self._limits.timeout_s):
                 raise ValueError("the worker sent no pixels")
-            if self._connection.recv_bytes_into(frames.reshape(-1)) != frames.nbytes:
-                raise ValueError("the worker sent fewer pixels than it should")
+            shape = (job.views * job.crops, seen.num_frames, *size, 3)
             return Clips(
-                frames=frames,
+                frames=testimony.pixels(self._connection, shape),
                 times=testimony.times(answer["times"], (job.views, seen.num_frames)),
                 facts=testimony.facts(answer["facts"]),
                 truncated=bool(answer["truncated"]),
@@ -236,7 +231,7 @@ def _loss() -> Iterator[None]:
     """Whatever goes wrong in talking to a worker means that it is lost."""
     try:
         yield
-    except (EOFError, OSError, ValueError, KeyError, TypeError, BufferTooShort) as error:
+    except (EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise WorkerLostError(
             "decoder_crashed", "The video broke its decoder; it is damaged or hostile."
         ) from error

@@ -35,6 +35,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._in_head = True
         self._in_body = False
         self._in_trailer = False
+        self._had_body = False
         self._head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # the base names a wider type
@@ -46,11 +47,12 @@ class DeadlineProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        was_in_trailer = self._in_trailer
+        was_in_trailer, self._had_body = self._in_trailer, False
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if self._in_head or (was_in_trailer and self._in_trailer):
+        # What began and ended behind the header of a chunk may have been all of that chunk.
+        if self._in_head or (was_in_trailer and self._in_trailer and not self._had_body):
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(*_HEAD_TOO_LARGE)
@@ -76,7 +78,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._in_trailer = True  # unless bytes of the chunk come: the last one has none
 
     def on_body(self, body: bytes) -> None:
-        self._in_trailer = False
+        self._in_trailer, self._had_body = False, True
         cycle = self.cycle
         if self.parser.should_upgrade() or cycle.response_complete or cycle.body:
             super().on_body(body)

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from model.config import Preprocessing
 from model.video import (
@@ -87,8 +88,8 @@ def receive_piece(connection: Connection, job: StreamJob, stall_s: float) -> Pie
     Raises:
         VideoRejectedError: the worker refuses the video.
         StalledError: there was no progress for `stall_s`.
-        EOFError, OSError, ValueError, KeyError, TypeError, BufferTooShort: the worker is gone, or
-            was taken over by the file.
+        EOFError, OSError, ValueError, KeyError, TypeError: the worker is gone, or was taken over by
+            the file.
     """
     while True:
         if not connection.poll(stall_s):
@@ -112,18 +113,12 @@ def receive_piece(connection: Connection, job: StreamJob, stall_s: float) -> Pie
             raise ValueError("the worker sent something else")
 
 
-def _receive_frames(
-    connection: Connection, job: StreamJob, stall_s: float
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _receive_frames(connection: Connection, job: StreamJob, stall_s: float) -> NDArray[np.uint8]:
     seen = job.preprocessing
     shape = (job.cut.crops, seen.num_frames, seen.image_size, seen.image_size, 3)
-    frames = np.empty(shape, np.uint8)
     if not connection.poll(stall_s):
         raise StalledError
-    # Flat, as a 4-D buffer desynchronises the pipe; the bytes land where they are used.
-    if connection.recv_bytes_into(frames.reshape(-1)) != frames.nbytes:
-        raise ValueError("the worker sent fewer pixels than it should")
-    return frames
+    return testimony.pixels(connection, shape)
 
 
 def _count(value: object, job: StreamJob) -> int:

@@ -38,6 +38,15 @@ def receive(connection: Connection) -> dict[str, Any]:
     return message
 
 
+def pixels(connection: Connection, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The next message, as frames of this shape. A longer one is not read."""
+    size = math.prod(shape)
+    content = connection.recv_bytes(size)
+    if len(content) != size:
+        raise ValueError("the decoder sent fewer pixels than it should")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
 def facts(value: dict[str, Any]) -> VideoFacts:
     """What it found the video to be."""
     found = VideoFacts(**value)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import orjson
 import pytest
 
 from model.config import Preprocessing
-from model.video import Limits, VideoFacts, load_clips
+from model.video import Cut, Limits, VideoFacts, load_clips
 from service.decoder import (
     _BEGUN,
     Job,
@@ -39,6 +40,7 @@ from service.decoding import DecoderPool
 from service.errors import DecoderUnavailableError, QueueFullError, VideoRejectedError
 from service.sandbox import LAYERS
 from service.settings import MIB
+from service.streaming import StreamJob
 
 SEEN = Preprocessing(num_frames=4, image_size=32, frame_stride=4)
 _of_others: set[int | None] = set()
@@ -358,6 +360,55 @@ def test_a_worker_that_was_taken_over_does_not_fill_the_memory(video: Path) -> N
         worker.clips(Job(video, SEEN, 1, 1))
     worker._connection.close()
     sending.join(60)
+
+
+class Swollen(Connection):
+    """The end of a pipe whose next message is said to be of a terabyte, and is not to be read."""
+
+    _theirs: Connection
+
+    @classmethod
+    def after(cls, *messages: bytes) -> Swollen:
+        ours, theirs = multiprocessing.Pipe()
+        for message in messages:
+            theirs.send_bytes(message)
+        theirs._send((-1).to_bytes(4, "big", signed=True) + (2**40).to_bytes(8, "big"))  # type: ignore[attr-defined]
+        connection = cls(os.dup(ours.fileno()))
+        connection._theirs = theirs
+        return connection
+
+    def _recv(self, size: int, *more: Any) -> Any:
+        assert size < MIB, "all of the message is read"
+        return super()._recv(size, *more)  # type: ignore[misc]
+
+
+def test_pixels_without_end_are_not_read(video: Path) -> None:
+    worker = Worker(LIMITS)
+    worker._connection = Swollen.after(orjson.dumps(SAID))
+    with pytest.raises(WorkerLostError):
+        worker.clips(Job(video, SEEN, 1, 1))
+
+
+def test_nor_are_those_of_a_long_video(video: Path) -> None:
+    window = {"kind": "window", "number": 0, "start_s": 0.0, "end_s": 1.0, "times": [0.0]}
+    worker = Worker(LIMITS)
+    worker._connection = Swollen.after(orjson.dumps(window))
+    with pytest.raises(WorkerLostError):
+        worker.next_piece(StreamJob(video, SEEN, Cut(1.0, 1.0, 1, 10), Limits()))
+
+
+def test_a_worker_that_begins_with_a_message_without_end_is_replaced(video: Path) -> None:
+    deaths: list[None] = []
+    worker = Worker(LIMITS)
+    worker.start()
+    worker._connection.close()
+    worker._connection = Swollen.after()
+    try:
+        worker.begin(Job(video, SEEN, 1, 1), lambda: deaths.append(None))
+        assert worker.clips(Job(video, SEEN, 1, 1)).facts.frames == 60
+    finally:
+        worker.stop()
+    assert len(deaths) == 1
 
 
 class _Harm:

@@ -119,7 +119,7 @@ def test_nor_does_the_end_of_a_body_that_nobody_wanted(impatient: httpx.Client) 
         connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 404 ")
         connection.sendall(b"abc")
-        assert read_until_closed(connection) == b""
+        assert b"HTTP/1.1" not in read_until_closed(connection)
 
 
 def test_a_large_head_below_the_limit_is_read(impatient: httpx.Client) -> None:
@@ -161,6 +161,10 @@ class Wire(asyncio.Transport):
 
     reading = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+
     def pause_reading(self) -> None:
         self.reading = False
 
@@ -168,7 +172,7 @@ class Wire(asyncio.Transport):
         self.reading = True
 
     def write(self, data: Any) -> None:
-        """Answers go nowhere."""
+        self.written += data
 
     def is_closing(self) -> bool:
         return False
@@ -189,6 +193,31 @@ def test_fields_after_a_body_are_not_kept() -> None:
         connection = connection_to(app)
         connection.data_received(CHUNKED + b"0\r\n" + b"a:b\r\n" * 9000 + b"\r\n")
         assert await seen == [(b"host", b"x"), (b"transfer-encoding", b"chunked")]
+
+    asyncio.run(run())
+
+
+def test_reads_that_end_behind_the_header_of_a_chunk_are_no_such_fields_either() -> None:
+    async def run() -> None:
+        seen = asyncio.get_running_loop().create_future()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            size, more = 0, True
+            while more:
+                message = await receive()
+                size, more = size + len(message["body"]), message["more_body"]
+            seen.set_result(size)
+
+        connection = connection_to(app)
+        connection.data_received(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        connection.data_received(b"fa0\r\n")
+        for _ in range(39):
+            connection.data_received(b"x" * 4000 + b"\r\nfa0\r\n")
+            await asyncio.sleep(0)
+        connection.data_received(b"x" * 4000 + b"\r\n0\r\n\r\n")
+        assert await seen == 160_000
+        assert isinstance(connection.transport, Wire)
+        assert b" 431 " not in connection.transport.written
 
     asyncio.run(run())
 
