@@ -22,7 +22,7 @@ from export.runtime.plans import (
     locked,
     write_whole,
 )
-from export.runtime.tensorrt import TensorRt
+from export.runtime.tensorrt import TensorRt, TensorRtRuntime
 
 _ROUNDS = 10
 
@@ -31,21 +31,24 @@ def measure_fastest(
     bundle: Bundle,
     gpu: TensorRt,
     batches: tuple[int, ...],
+    batch: int,
     build: Callable[[str], Plan],
     *,
     rounds: int = _ROUNDS,
     report: Callable[[str], None] = lambda step: None,
 ) -> Fastest:
-    """Loads a plan of each precision, compares its answers, and times those that hold, taking turns
-    with the largest batch. The result lies beside the plans, where `auto` finds it.
+    """Loads a plan of each precision, compares its answers, and times those that hold, in turns.
+
+    The result lies beside the plans, where `auto` finds it.
 
     Args:
+        batch: clips at a time: as many as the service will run.
         build: gives the plan of a precision; a `PlanError` leaves that precision out.
 
     Raises:
         PlanError: no precision is left, or the result cannot be written.
     """
-    graphs, batch = graphs_of(bundle), batches[-1]
+    graphs = graphs_of(bundle)
     refused: dict[str, str] = {}
     report("computing the float32 answers")
     proof = Proof.of(bundle)
@@ -54,16 +57,12 @@ def measure_fastest(
         for precision in graphs:
             report(f"proving {precision}")
             try:
-                runtime = gpu.load(build(precision), batch)
-                held.callback(runtime.close)
-                parity = proof.judge(runtime)
+                runtime = _proven(gpu, build(precision), batches[-1], proof)
             except (PlanError, RuntimeUnavailableError) as error:
                 refused[precision] = str(error)
                 continue
-            if parity.passed:
-                entrants.append(Entrant(precision, runtime.run, None))
-            else:
-                refused[precision] = f"its answers are not the network's: {shortfall(parity)}"
+            held.callback(runtime.close)
+            entrants.append(Entrant(precision, runtime.run, None))
         if not entrants:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise PlanError(f"bundle {bundle.name} has no plan that can serve here: {reasons}")
@@ -86,3 +85,18 @@ def measure_fastest(
     with locked(path):
         write_whole(path, (found.model_dump_json(indent=2) + "\n").encode())
     return found
+
+
+def _proven(gpu: TensorRt, plan: Plan, largest: int, proof: Proof) -> TensorRtRuntime:
+    """The plan, loaded; what cannot serve is off the device again."""
+    runtime = gpu.load(plan, largest)
+    with contextlib.ExitStack() as closing:
+        closing.callback(runtime.close)
+        try:
+            parity = proof.judge(runtime)
+        except Exception as error:  # engines' exceptions share no base but Exception
+            raise PlanError(f"it fails on clips: {error}") from error
+        if not parity.passed:
+            raise PlanError(f"its answers are not the network's: {shortfall(parity)}")
+        closing.pop_all()
+    return runtime

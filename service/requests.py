@@ -115,7 +115,8 @@ async def answer_video(request: Request, state: Intake, query: P) -> VideoAnswer
     started = time.perf_counter()
     settings = state.settings
     urgency = urgency_of(request)
-    # Now, so that a name that is wrong, or a video that there is no room for, costs no upload.
+    # Now, so that what is wrong, or a video that there is no room for, costs no upload.
+    check_clips(query, settings.max_clips_per_request)
     await state.network.check_room(query.model, query.views * query.crops, urgency.priority)
     state.decoders.check_room()
     async with (
@@ -195,12 +196,20 @@ def merge_parameters(query: P, fields: dict[str, str], max_clips: int) -> P:
         RequestValidationError: a form field is unknown or wrong, or too many clips are asked for.
     """
     parameters = merge_fields(query, fields)
+    check_clips(parameters, max_clips)
+    return parameters
+
+
+def check_clips(parameters: ViewParameters, max_clips: int) -> None:
+    """
+    Raises:
+        RequestValidationError: too many clips are asked for.
+    """
     if parameters.views * parameters.crops > max_clips:
         message = f"views x crops may be {max_clips} at most"
         raise RequestValidationError(
             [{"loc": ("query", "views"), "msg": message, "type": "too_many_clips"}]
         )
-    return parameters
 
 
 async def _process(

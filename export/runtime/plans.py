@@ -279,8 +279,14 @@ def locked(path: Path) -> Iterator[None]:
     """One process at a time for the file `path`; the kernel frees the lock if it dies.
 
     The lock is a file beside it, which is never removed: whoever waits holds the same one.
+
+    Raises:
+        PlanError: the folder cannot be written to.
     """
-    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise PlanError(f"cannot write into {path.parent}: {error.strerror}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -143,7 +143,16 @@ def build(
     type=Sizes(),
     default="1,8,32",
     show_default=True,
-    help="As of `build`; the last one is measured.",
+    help="As of `build`.",
+)
+@click.option(
+    "--batch",
+    type=_COUNT,
+    default=16,
+    envvar="TIMESFORMER_MAX_BATCH_CLIPS",
+    show_default=True,
+    show_envvar=True,
+    help="Clips at a time when it is measured: as many as the service will run.",
 )
 @click.option("--level", type=click.IntRange(0, 5), default=3, show_default=True, help="As there.")
 @click.option("--gpu", default=0, show_default=True, help="Which GPU.")
@@ -153,6 +162,7 @@ def choose(
     store: Path | None,
     engines: Path | None,
     batches: tuple[int, ...],
+    batch: int,
     level: int,
     gpu: int,
     as_json: bool,
@@ -182,7 +192,7 @@ def choose(
             if not as_json:
                 click.echo(f"{title}: {step}", err=True)
 
-        fastest = measure_fastest(each, here, batches, build, report=report)
+        fastest = measure_fastest(each, here, batches, batch, build, report=report)
         if as_json:
             click.echo(fastest.model_dump_json())
             continue

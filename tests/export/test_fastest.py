@@ -14,9 +14,10 @@ import pytest
 from export.bundle import Bundle, BundleStore
 from export.fastest import measure_fastest
 from export.manifest import LABELS, ONNX_FLOAT32, ONNX_FP8, ONNX_FP16, WEIGHTS
+from export.runtime.cuda import CudaError
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
-from export.runtime.plans import Gpu, PlanError, engines_folder
+from export.runtime.plans import Gpu, PlanError, engines_folder, locked
 from export.runtime.tensorrt import TensorRt
 
 from .conftest import COLOURS, PASSED, colour_manifest, write_colour_graph
@@ -56,6 +57,8 @@ class Device(TensorRt):
 
         def odd_run(frames: Any) -> Any:
             time.sleep(0.05 if odd == "slow" else 0)
+            if odd == "failing":
+                raise CudaError("an illegal memory access was encountered")
             answers = run(frames)
             return answers._replace(logits=answers.logits * 2) if odd == "wrong" else answers
 
@@ -75,7 +78,7 @@ def measure(bundle: Bundle, device: Device) -> Any:
         return precision, bundle.file(GRAPHS[precision])
 
     (bundle.path / "engines").mkdir(exist_ok=True)
-    return measure_fastest(bundle, device, BATCHES, build, rounds=1)
+    return measure_fastest(bundle, device, BATCHES, 3, build, rounds=1)
 
 
 def precision_of_auto(bundle: Bundle, device: Device) -> str:
@@ -88,7 +91,7 @@ def test_auto_takes_what_was_fastest_and_no_longer_what_makers_say(store: Bundle
     found = measure(bundle, device)
     assert found.order[0] == "fp16"
     assert set(found.milliseconds) == {"fp8", "fp16", "float32"}
-    assert found.batch == 4
+    assert found.batch == 3
     assert precision_of_auto(bundle, device) == "fp16"
     assert device.wanted(bundle, "auto", BATCHES, ["fp16"]).key.precision == found.order[1]
     assert device.wanted(bundle, "fp8", BATCHES).key.precision == "fp8", "one that is named stays"
@@ -97,6 +100,7 @@ def test_auto_takes_what_was_fastest_and_no_longer_what_makers_say(store: Bundle
 
 def test_what_is_wrong_lost_or_cannot_be_built_is_left_out_and_says_why(store: BundleStore) -> None:
     bundle, device = publish(store), Device({"fp8": "wrong", "fp16": "unbuilt"})
+    assert "illegal memory access" in measure(bundle, Device({"fp8": "failing"})).refused["fp8"]
     found = measure(bundle, device)
     assert found.order == ("float32",)
     assert "its answers are not the network's: logits differ by" in found.refused["fp8"]
@@ -114,6 +118,21 @@ def test_with_nothing_left_it_is_an_error_and_what_was_known_stays(store: Bundle
     ):
         measure(bundle, bad)
     assert precision_of_auto(bundle, bad) == "fp16"
+
+
+def test_where_plans_cannot_be_written_to_it_says_so(
+    store: BundleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    bundle = publish(store)
+    monkeypatch.setattr("export.runtime.plans.os.open", refuse)
+    with (
+        pytest.raises(PlanError, match=r"cannot write into .*engines: Permission denied"),
+        locked(bundle.path / "engines" / "a.fastest"),
+    ):
+        pass
 
 
 def test_it_holds_for_this_gpu_this_tensorrt_and_these_graphs_alone(

@@ -204,7 +204,7 @@ class TestBuild:
             return OnnxRuntime(plan.path.parents[1] / ONNX_FLOAT32, cuda=False)
 
         monkeypatch.setattr(TensorRt, "load", load)
-        command = ("engines", "choose", "--store", store.root, "--batches", "1,2", "--level", 1)
+        command = ("engines", "choose", "--store", store.root, "--batches", "1,2", "--batch", 2)
         answer = timesformer(*command)
         assert "colours version 1 on NVIDIA H200" in answer.stdout
         assert "ms a clip, 2 at a time" in answer.stdout

@@ -430,6 +430,17 @@ def test_a_video_that_there_is_no_room_for_is_refused_before_it_is_read(
             assert b"retry-after: 7" in answer.lower()
 
 
+@pytest.mark.parametrize("views", [31, 400])
+def test_more_views_than_are_allowed_are_wrong_and_no_matter_of_room(
+    serve: Any, tmp_path: Path, views: int
+) -> None:
+    """More than the queue holds would never fit, however often it is tried."""
+    with serve(max_queue_clips=100, spool_dir=tmp_path) as client:
+        answer = client.post(URL, params={"views": views}, content=b"never read")
+        assert answer.status_code == 422
+        assert answer.json()["errors"][0]["message"] == "views x crops may be 30 at most"
+
+
 def test_videos_that_wait_for_a_decoder_lock_nobody_out_of_an_idle_engine(
     serve: Any, video: Path, tmp_path: Path
 ) -> None:
