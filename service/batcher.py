@@ -182,6 +182,16 @@ class Batcher:
             if not self._turns.would_fit(clips, priority, self._max_queue):
                 raise self._full()
 
+    def check_queue(self, clips: int, priority: Priority = "normal") -> None:
+        """Asks whether clips that need no decoding would be taken now, whatever is being decoded.
+
+        Raises:
+            QueueFullError: too many wait.
+        """
+        with self._lock:
+            if self._turns.room_for(clips, priority, self._max_queue) is None:
+                raise self._full()
+
     @contextlib.contextmanager
     def reserved(self, clips: int, priority: Priority = "normal") -> Iterator[Callable[[], None]]:
         """Counts clips as being decoded, until the block ends or the function that it gives is

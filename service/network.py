@@ -105,7 +105,7 @@ class LocalNetwork:
 
     async def find(self, wanted: Wanted, priority: Priority) -> Bundle:
         model = self.model(wanted)
-        model.batcher.check_room(1, priority)
+        model.batcher.check_queue(1, priority)  # as for clips that are there
         return model.bundle
 
     def model(self, wanted: Wanted) -> ServedModel:

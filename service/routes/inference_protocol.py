@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request, Response
 
 from export.bundle import Bundle
 from service.auth import admitted, presented_key
+from service.memory import Share
 from service.network import Wanted
 from service.pace import Pace
 from service.requests import CANARY_KEY, answer_in_time, observe
@@ -217,7 +218,7 @@ async def infer(request: Request, state: Taking) -> Response:
             content = await receive_tensors(request, limit, Pace.of(settings), share)
         encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
         uploaded = time.perf_counter()
-        work = _run(request, state, Body(content, encoding, header_length), limit, urgency)
+        work = _run(request, state, Body(content, encoding, header_length), limit, urgency, share)
         model, inference, answer = await answer_in_time(request, settings.request_timeout_s, work)
     names = {"model_name": model.name, "model_version": model.version}
     tensors = {"logits": answer.logits, "embedding": answer.embedding}
@@ -253,12 +254,12 @@ def _clip_shape(bundle: Bundle) -> tuple[int, ...]:
 
 
 async def _run(
-    request: Request, state: Intake, body: Body, limit: Limit, urgency: Urgency
+    request: Request, state: Intake, body: Body, limit: Limit, urgency: Urgency, share: Share
 ) -> tuple[ModelName, Inference, Answer]:
     """Decodes the body and infers, within the time that it gives itself.
 
     Raises:
-        ServiceError: as `decode` and `Held.answer`.
+        ServiceError: as `decode`, `Share.take` and `Held.answer`.
     """
     async with state.network.for_clips(_wanted(request)) as held:
         read = partial(
@@ -269,6 +270,8 @@ async def _run(
             limit=limit,
         )
         inference = read() if body.is_quick else await _in_turn(read)
+        if body.encoding != "identity":  # what came is counted, and it is more now
+            share.take(max(0, inference.frames.nbytes - len(body.content)))
         asked = inference.request.parameters
         urgency = urgency.asking(_PRIORITIES[asked.priority], asked.timeout / 1e6)
         version, answer = await held.answer(inference.frames, urgency.priority, urgency.deadline)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from service.errors import (
     InternalError,
     QueueFullError,
 )
+from service.network import LocalNetwork, Wanted
 from service.turns import PRIORITIES, Answer, Priority, Request, Turns
 from tests.service.stepped import Stepped, SteppedEngine, VirtualLoop, clips, run
 
@@ -509,6 +511,28 @@ def test_a_class_below_its_share_may_decode_though_others_fill_the_queue() -> No
         assert stepped.batcher.waiting == 13
         await stepped.finish()
         assert logits(high) == list(range(60, 66))
+
+    run(body)
+
+
+def test_what_is_being_decoded_does_not_turn_away_clips_that_are_there() -> None:
+    async def body(loop: VirtualLoop) -> None:
+        stepped = Stepped(loop, SteppedEngine(), max_batch=1, max_queue=4)
+        await occupy(stepped)
+        waits = [submit(stepped, 1)]
+        await stepped.turn()
+        serving = SimpleNamespace(batcher=stepped.batcher, bundle="its bundle")
+        host = SimpleNamespace(candidates=SimpleNamespace(serving=serving))
+        network = LocalNetwork(SimpleNamespace(find=lambda name: host))  # type: ignore[arg-type]
+        with stepped.batcher.reserved(3):
+            for clip in (2, 3, 4):
+                assert await network.find(Wanted("demo"), "normal") == "its bundle"
+                waits.append(submit(stepped, clip))
+                await stepped.turn()
+            with pytest.raises(QueueFullError):
+                await network.find(Wanted("demo"), "normal")
+        await stepped.finish()
+        assert [logits(each) for each in waits] == [[1], [2], [3], [4]]
 
     run(body)
 

@@ -456,6 +456,30 @@ def test_what_all_requests_hold_in_memory_is_bounded(serve: Any, tmp_path: Path)
         error(client.post(URL, content=b" " * (MIB + 1)), 413, "holds in memory")
 
 
+def test_what_a_compressed_body_becomes_in_memory_counts(serve: Any, tmp_path: Path) -> None:
+    sound = binary(header(), bytes(CLIPS.nbytes))
+    packed = {
+        "content": gzip.compress(sound["content"]),
+        "headers": {**sound["headers"], "Content-Encoding": "gzip"},
+    }
+    assert len(packed["content"]) < 10_000
+    with serve(max_tensor_bytes=MIB, spool_dir=tmp_path) as client:
+
+        def held() -> str:
+            rows = client.get("/metrics").text.splitlines()
+            return next(row for row in rows if row.startswith("timesformer_tensor_bytes "))
+
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as sender:
+            length = b"Content-Length: 950000\r\n\r\n"
+            sender.sendall(f"POST {URL} HTTP/1.1\r\nHost: x\r\n".encode() + length + b" " * 900_000)
+            wait_until(lambda: held().endswith(" 900000.0"))
+            error(client.post(URL, **packed), 503, "Too many clips")
+            assert held().endswith(" 900000.0")
+        wait_until(lambda: held().endswith(" 0.0"))
+        assert client.post(URL, **packed).status_code == 200
+        assert held().endswith(" 0.0")
+
+
 def test_a_body_that_nobody_waits_for_any_more_is_let_go() -> None:
     class Content:
         """Something that is seen to go."""
