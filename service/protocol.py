@@ -51,9 +51,9 @@ class DeadlineProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self.transport.is_closing():
             return
-        # What began and ended behind the header of a chunk may have been all of that chunk.
-        if self._in_head or (was_in_trailer and self._in_trailer and not self._had_body):
-            self._head_bytes += len(data)
+        if self._in_head or (was_in_trailer and self._in_trailer):
+            if not self._had_body:  # else it may nearly all have been of a body or of a chunk
+                self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(*_HEAD_TOO_LARGE)
         elif self._is_idle:

@@ -222,6 +222,27 @@ def test_reads_that_end_behind_the_header_of_a_chunk_are_no_such_fields_either()
     asyncio.run(run())
 
 
+def test_a_body_is_not_counted_with_the_head_that_follows_it() -> None:
+    async def run() -> None:
+        answered = asyncio.Semaphore(0)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            while (await receive())["more_body"]:
+                pass
+            answered.release()
+
+        connection = connection_to(app)
+        whole = HEAD + b"Content-Length: 100000\r\n\r\n" + b"x" * 100_000
+        connection.data_received(whole + whole[:20])
+        connection.data_received(whole[20:])
+        for _ in range(2):
+            await answered.acquire()
+        assert isinstance(connection.transport, Wire)
+        assert b" 431 " not in connection.transport.written
+
+    asyncio.run(run())
+
+
 def connection_to(app: Any) -> protocol.DeadlineProtocol:
     kind = protocol.with_head_timeout(10)
     config = Config(app, http=kind, lifespan="off", log_config=None)
