@@ -69,10 +69,12 @@ class Answers:
 
 
 class Scenario(NamedTuple):
-    """What is done to the service, and what clients may see of it beside 200."""
+    """What is done to the service, and what clients see of it beside 200."""
 
     run: Callable[[Service, Path, argparse.Namespace], str]
     may_see: frozenset[str] = frozenset()
+    must_see: frozenset[str] = frozenset()
+    """Else what was to be done was not."""
 
 
 def main() -> None:
@@ -86,14 +88,18 @@ def main() -> None:
         except PermissionError as error:
             print(f"{name:16} left out: {error}")
             continue
-        unseen = set(answers.outcomes) - scenario.may_see - {"200"}
+        unseen = set(answers.outcomes) - scenario.may_see - scenario.must_see - {"200"}
+        unhurt = scenario.must_see - set(answers.outcomes)
         wrong = {version for version, scores in answers.scores.items() if len(scores) > 1}
         same = len(set.union(*answers.scores.values())) != len(answers.scores)
         outcomes = ", ".join(f"{count} x {what}" for what, count in answers.outcomes.items())
         print(f"{name:16} {outcomes}; slowest {answers.slowest_s:.2f} s; {note}")
-        if unseen or wrong or same or not answers.outcomes["200"]:
+        if unseen or unhurt or wrong or same or not answers.outcomes["200"]:
             failed.append(name)
-            print(f"{'':16} FAILED: not to be seen {unseen}, mixed answers of versions {wrong}")
+            print(
+                f"{'':16} FAILED: not to be seen {unseen or 'none'}, missing {unhurt or 'none'}, "
+                f"mixed answers of versions {wrong or 'none'}"
+            )
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -227,10 +233,13 @@ def wait_for_jobs(service: Service) -> dict[str, str]:
 def disk_full(service: Service, folder: Path, options: argparse.Namespace) -> str:
     time.sleep(options.seconds / 3)
     filler = folder / "spool" / "filler"
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(65536))
-    time.sleep(options.seconds / 3)
+    ends = time.monotonic() + options.seconds / 3
+    with filler.open("wb", buffering=0) as file:
+        while time.monotonic() < ends:
+            try:
+                file.write(bytes(4096))
+            except OSError:  # full, until an upload that was there already goes
+                time.sleep(0.001)
     filler.unlink()
     time.sleep(options.seconds / 3)
     return "filled for a third of the time"
@@ -296,8 +305,8 @@ SCENARIOS = {
     "decoder_killed": Scenario(
         decoder_killed, frozenset({"422 decoder_crashed", "503 decoder_unavailable"})
     ),
-    "server_killed": Scenario(server_killed, frozenset({LOST})),
-    "disk_full": Scenario(disk_full, frozenset({"503 spool_full"})),
+    "server_killed": Scenario(server_killed, must_see=frozenset({LOST})),
+    "disk_full": Scenario(disk_full, must_see=frozenset({"503 spool_full"})),
     "pointer_corrupt": Scenario(pointer_corrupt),
     "bundle_broken": Scenario(bundle_broken),
     "swaps": Scenario(swaps),
