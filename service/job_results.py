@@ -118,10 +118,14 @@ class Results:
             SpoolFullError: the disk is full.
         """
         await draft.end()
+        place = self._folder / job
+        moving = asyncio.ensure_future(asyncio.to_thread(move_durably, draft.file.path, place))
         try:
-            await asyncio.to_thread(move_durably, draft.file.path, self._folder / job)
+            await asyncio.shield(moving)
         except OSError as error:
             raise _no_room(error) from error
+        finally:  # a thread cannot be cancelled, and whoever removes the result is to find it
+            await asyncio.wait({moving})
         self._count(job, draft.file.size)
 
     async def open(self, job: str) -> Stored | None:

@@ -254,6 +254,8 @@ class Jobs:
         if await self._asked(lambda store: store.cancel(job.id, time.time())):
             if task := self._running.get(job.id):
                 task.cancel()
+                await asyncio.wait({task})
+                await self._results.remove([job.id])  # it may have been kept and not yet told
             self._metrics.jobs_ended.labels(job.kind, "cancelled").inc()
             await self._ended(job)
             return await self.find(job.id, None)
@@ -285,6 +287,8 @@ class Jobs:
     async def _do(self, job: StoredJob) -> None:
         started = time.monotonic()
         error = await self._try(job)
+        if error is not None:
+            await self._results.remove([job.id])  # the time may be over when it is kept already
         if error is not None and error.status == 503 and job.delays < _MOST_DELAYS:
             await self._put_off(job, error)
             return

@@ -5,6 +5,8 @@ so that a few idle connections do not hold for long what others are to have.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,8 +15,9 @@ from service.errors import UploadTimeoutError
 if TYPE_CHECKING:
     from service.settings import Settings
 
-WINDOW_S = 15.0
-"""What the least rate is a mean over."""
+_WINDOW_S = 15.0
+_LONG_WINDOW_S = 60.0
+"""Whoever sends for minutes may lose the network for some seconds."""
 
 
 class Pace(NamedTuple):
@@ -23,16 +26,18 @@ class Pace(NamedTuple):
     timeout_s: float
     least_rate: float
     """Bytes a second; 0 for any."""
+    window_s: float
+    """What the least rate is a mean over."""
 
     @classmethod
     def of(cls, settings: Settings) -> Pace:
         """As the settings have it."""
-        return cls(settings.upload_timeout_s, settings.min_upload_rate)
+        return cls(settings.upload_timeout_s, settings.min_upload_rate, _WINDOW_S)
 
     @classmethod
     def of_long(cls, settings: Settings) -> Pace:
         """The same for a long video."""
-        return cls(settings.long_upload_timeout_s, settings.min_upload_rate)
+        return cls(settings.long_upload_timeout_s, settings.min_upload_rate, _LONG_WINDOW_S)
 
 
 class Watch:
@@ -44,12 +49,13 @@ class Watch:
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
-        self._share = pace.least_rate * WINDOW_S
+        self._share = pace.least_rate * pace.window_s
         self._missing = self._share
 
     async def __aenter__(self) -> Watch:
         self._time = asyncio.get_running_loop().time
         self._end = self._time() + self._pace.timeout_s
+        self._window_end = self._time() + self._pace.window_s
         self._limit = asyncio.timeout_at(self._next_end())
         await self._limit.__aenter__()
         return self
@@ -70,7 +76,17 @@ class Watch:
         self._missing -= count
         if self._missing <= 0:
             self._missing = self._share
+            self._window_end = self._time() + self._pace.window_s
             self._limit.reschedule(self._next_end())
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Its block is for what takes time on our side, which the rate leaves out."""
+        began = self._time()
+        self._limit.reschedule(self._end)
+        yield
+        self._window_end += self._time() - began
+        self._limit.reschedule(self._next_end())
 
     def complete(self) -> None:
         """All of it has come; what is left of the time is for what has to be done with it."""
@@ -78,7 +94,7 @@ class Watch:
         self._limit.reschedule(self._end)
 
     def _next_end(self) -> float:
-        return min(self._end, self._time() + WINDOW_S) if self._share else self._end
+        return min(self._end, self._window_end) if self._share else self._end
 
     def _error(self) -> UploadTimeoutError:
         if self._time() >= self._end:
@@ -86,6 +102,6 @@ class Watch:
                 f"The upload was not complete after {self._pace.timeout_s:g} s."
             )
         return UploadTimeoutError(
-            f"For {WINDOW_S:g} s the upload came at less than {self._pace.least_rate:,.0f} bytes a "
-            "second, the least that this service waits for."
+            f"For {self._pace.window_s:g} s the upload came at less than "
+            f"{self._pace.least_rate:,.0f} bytes a second, the least that this service waits for."
         )

@@ -171,8 +171,8 @@ class Settings(BaseSettings):
     min_upload_rate: float = Field(
         10_000.0,
         ge=0,
-        description="Bytes a second that a body has to come at, long videos' too, as a mean over "
-        "15 s; then 408. 0: any.",
+        description="Bytes a second that a body has to come at, as a mean over 15 s, and over a "
+        "minute for a long video's; then 408. 0: any.",
     )
     max_tensor_bytes: int = Field(
         512 * MIB,

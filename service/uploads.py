@@ -135,8 +135,10 @@ async def _receive(
     async for chunk in _chunks(request, Limit(max_bytes), watch):
         write(chunk)
         if file.pending > _BLOCK:
-            await asyncio.to_thread(file.write)
-    await asyncio.to_thread(file.write)
+            with watch.paused():
+                await asyncio.to_thread(file.write)
+    with watch.paused():
+        await asyncio.to_thread(file.write)
     if form is not None:
         form.finish()
     return fields

@@ -27,7 +27,7 @@ from service.spool import Spool
 
 _CLIP = (1, 2, 2, 3)
 _MAX_BYTES = 4096
-_ANY_PACE = Pace(timeout_s=60, least_rate=0)
+_ANY_PACE = Pace(timeout_s=60, least_rate=0, window_s=60)
 
 
 def main() -> None:

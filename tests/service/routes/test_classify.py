@@ -23,6 +23,7 @@ from model.demo import STORE
 from model.video import load_clips
 from service.classification import softmax
 from service.errors import QueueFullError, SpoolFullError
+from service.spool import SpoolFile
 from tests.export.conftest import colour_config, publish_colours, write_video
 from tests.service.conftest import Serve
 from tests.service.test_models import wait_until
@@ -254,7 +255,8 @@ def test_a_body_has_to_come_at_a_least_rate(
             yield b"x" * size
             time.sleep(0.1)
 
-    monkeypatch.setattr("service.pace.WINDOW_S", 1.0)
+    monkeypatch.setattr("service.pace._WINDOW_S", 1.0)
+    monkeypatch.setattr("service.pace._LONG_WINDOW_S", 1.0)
     with serve(min_upload_rate=100, spool_dir=tmp_path) as client:
         slow = client.post(path, content=pieces(1))
         assert slow.status_code == 408
@@ -264,6 +266,22 @@ def test_a_body_has_to_come_at_a_least_rate(
             silent.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n".encode())
             assert b" 408 " in silent.recv(1000)
         assert spool_files(tmp_path) == []
+
+
+def test_a_disk_that_is_slow_is_not_laid_at_the_senders_door(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = SpoolFile.write
+
+    def slowly(file: SpoolFile) -> None:
+        time.sleep(4)
+        honest(file)
+
+    monkeypatch.setattr("service.pace._WINDOW_S", 2.0)
+    with serve(min_upload_rate=100, spool_dir=tmp_path) as client:
+        monkeypatch.setattr(SpoolFile, "write", slowly)
+        answer = client.post(URL, content=(b"x" * 700_000 for _ in range(2)))
+        assert answer.status_code in {415, 422}
 
 
 def test_what_is_announced_and_does_not_come_takes_no_room_from_others(

@@ -17,10 +17,11 @@ from typing import Any
 import httpx
 import pytest
 
-from service import job_work
+from service import job_results, job_work
 from service.app import create_app, running
 from service.auth import ApiKey, new_key, write_keys
 from service.errors import DecoderUnavailableError, ModelUnavailableError, SpoolFullError
+from service.job_results import Draft, Results
 from service.job_store import JobStore
 from service.settings import SettingsError, load_settings
 from service.webhooks import Webhooks, sign, wait_after
@@ -387,6 +388,48 @@ def test_a_job_that_is_cancelled_while_it_is_claimed_does_not_go_on(
                     await asyncio.sleep(0.01)
 
     asyncio.run(case())
+
+
+def test_a_job_that_is_cancelled_while_its_result_is_kept_leaves_none(
+    serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, go_on = threading.Event(), threading.Event()
+    honest = job_results.move_durably
+
+    def move(file: Path, place: Path) -> None:
+        honest(file, place)
+        moved.set()
+        go_on.wait(60)
+
+    monkeypatch.setattr(job_results, "move_durably", move)
+    with serve(jobs_dir=tmp_path) as client:
+        job = client.post(URL, params={"kind": "embed"}, content=video.read_bytes()).json()
+        where = f"{URL}/{job['id']}"
+        assert moved.wait(60)
+        cancelling = threading.Thread(target=client.delete, args=(where,))
+        cancelling.start()
+        eventually(lambda: client.get(where).json(), lambda job: job["state"] == "cancelled")
+        go_on.set()
+        cancelling.join(60)
+        assert "timesformer_jobs_bytes 0.0" in client.get("/metrics").text
+        assert files_in(tmp_path) == []
+
+
+def test_nor_does_one_whose_time_is_over_then(
+    serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Results.keep
+
+    async def keep(results: Results, draft: Draft, job: str) -> None:
+        await honest(results, draft, job)
+        raise TimeoutError
+
+    monkeypatch.setattr(Results, "keep", keep)
+    with serve(jobs_dir=tmp_path) as client:
+        job = client.post(URL, params={"kind": "embed"}, content=video.read_bytes()).json()
+        assert ended(client, job["id"])["error"]["code"] == "request_timeout"
+        eventually(lambda: files_in(tmp_path), lambda found: not found)
+        assert "timesformer_jobs_bytes 0.0" in client.get("/metrics").text
 
 
 @pytest.mark.parametrize("ended_before", [False, True])
