@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 
 from export.bundle import Bundle, BundleError, Candidate
@@ -261,6 +262,7 @@ class ModelHost:
 
     async def _load(self, bundle: Bundle) -> ServedModel:
         loaded = await asyncio.to_thread(load_model, bundle, self._settings, self._engines)
+        _warn_of_share(bundle, self._settings)
         return ServedModel(loaded, self._settings, self._metrics)
 
     def _take_over(self, model: ServedModel) -> None:
@@ -334,11 +336,8 @@ class ModelHost:
             self._metrics.tensorrt.remove(self.name, self._told)
         self._tensorrt, self._told = tensorrt, tensorrt.state
         self._metrics.tensorrt.labels(self.name, tensorrt.state).set(1)
-        level = logging.WARNING if tensorrt.refused else logging.INFO
-        if tensorrt.state == "failed":
-            level = logging.ERROR
         facts = {"model": self.name, "state": tensorrt.state, "reason": tensorrt.reason}
-        logger.log(level, "TensorRT", extra=facts)
+        logger.log(_level(tensorrt), "TensorRT", extra=facts)
 
     def _build_missing(self) -> None:
         """Begins to build, unless that goes on already."""
@@ -358,7 +357,8 @@ class ModelHost:
         while (engines := self._engines) and (waiting := self._without_plan()):
             bundle, state = waiting.bundle, waiting.tensorrt
             try:
-                if waiting.runs_in(engines.precision(bundle, state.refused)):
+                precision = await asyncio.to_thread(engines.precision, bundle, state.refused)
+                if waiting.runs_in(precision):
                     self._note(waiting, state.serving())  # it stood in for what came to nothing
                     continue
                 async with engines.building:  # not in the thread: all models share a few of them
@@ -371,7 +371,7 @@ class ModelHost:
             except Exception as error:  # whatever it is, the service goes on without
                 if engines.stopped:
                     break
-                self._note(waiting, engines.after(state, bundle, error))
+                self._note(waiting, await asyncio.to_thread(engines.after, state, bundle, error))
         self._building = None
 
     def _note(self, model: ServedModel, tensorrt: TensorRtState) -> None:
@@ -381,9 +381,8 @@ class ModelHost:
             self._tell(tensorrt)
         elif self._is_used(model):
             facts = {"model": self.name, "version": model.bundle.version}
-            level = logging.ERROR if tensorrt.state == "failed" else logging.WARNING
             told = {"state": tensorrt.state, "reason": tensorrt.reason}
-            logger.log(level, "TensorRT for the candidate", extra={**facts, **told})
+            logger.log(_level(tensorrt), "TensorRT for the candidate", extra={**facts, **told})
 
     def _is_used(self, model: ServedModel) -> bool:
         trial = self.candidates.trial
@@ -404,3 +403,24 @@ class ModelHost:
 
     def _queue_age_s(self) -> float:
         return self._current.batcher.queue_age_s() if self._current else 0.0
+
+
+def _warn_of_share(bundle: Bundle, settings: Settings) -> None:
+    """Tells of requests with as many clips as one may bring, if they are more than a share."""
+    config, most = bundle.config, settings.max_clips_per_request
+    largest = most * math.prod((config.num_frames, config.image_size, config.image_size, 3))
+    if largest > settings.tensor_share:
+        share = settings.tensor_share
+        facts = {"model": bundle.name, "clips": most, "bytes": largest, "share": share}
+        logger.warning(
+            "requests with TIMESFORMER_MAX_CLIPS_PER_REQUEST clips get 413: they are larger than "
+            "a process's share of TIMESFORMER_MAX_TENSOR_BYTES",
+            extra=facts,
+        )
+
+
+def _level(tensorrt: TensorRtState) -> int:
+    """How loudly it is told what TensorRT is at."""
+    if tensorrt.state == "failed":
+        return logging.ERROR
+    return logging.WARNING if tensorrt.refused else logging.INFO

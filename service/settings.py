@@ -23,6 +23,8 @@ from service.outgoing import parse_hosts
 
 ENV_PREFIX = "TIMESFORMER_"
 MIB = 1024 * 1024
+# As JSON a clip is four to six times its bytes; this is six of the base model's.
+MAX_JSON_BYTES = 32 * MIB
 ALL_MODELS = "*"
 ALL_GPUS = "all"
 # What Kubernetes sets in every pod for every Service, here for those named `timesformer...`.
@@ -178,7 +180,8 @@ class Settings(BaseSettings):
         512 * MIB,
         ge=MIB,
         description="Most bytes of requests with clips that were sent ready (`/v2`) in memory at "
-        "once, each from its arrival to its answer; past that the answer is 503 with Retry-After.",
+        "once, each from its arrival to its answer, decompressed; past that the answer is 503 with "
+        "Retry-After, and 413 for one that is larger than all of it, or than a worker's share.",
     )
     max_clips_per_request: int = Field(
         30,
@@ -435,6 +438,12 @@ class Settings(BaseSettings):
                     f"{ENV_PREFIX}{limit.upper()} ({getattr(self, limit)}): the largest upload "
                     "would never fit"
                 )
+        if self.workers > 1 and self.tensor_share < MAX_JSON_BYTES:
+            raise ValueError(
+                f"TIMESFORMER_MAX_TENSOR_BYTES: {self.max_tensor_bytes}, shared out among "
+                f"TIMESFORMER_WORKERS ({self.workers}), is below {MAX_JSON_BYTES} for each, the "
+                "largest request in JSON"
+            )
         for limit in ("max_long_upload_bytes", "max_job_result_bytes"):
             if self.jobs_dir is not None and jobs < getattr(self, limit):
                 raise ValueError(
@@ -450,13 +459,18 @@ class Settings(BaseSettings):
             "decode_workers": max(1, decoders + (number < more)),
             "max_decode_queue": max(1, self.max_decode_queue // self.workers),
             "max_spool_bytes": self._spool_share,
-            "max_tensor_bytes": self.max_tensor_bytes // self.workers,
+            "max_tensor_bytes": self.tensor_share,
         }
         return self.model_copy(update=share)
 
     def of_engines(self) -> Settings:
         """Those of the process with the engines beside them, which spools long videos."""
         return self.model_copy(update={"max_spool_bytes": self._spool_share})
+
+    @property
+    def tensor_share(self) -> int:
+        """What the process that receives clips may hold of them, and so the most of one request."""
+        return self.max_tensor_bytes // self.workers
 
     @property
     def _spool_share(self) -> int | None:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from service.errors import InvalidTensorError, UnsupportedEncodingError, UploadTooLargeError
 from service.schemas_infer import InferOutput, InferRequest
-from service.settings import MIB
+from service.settings import MAX_JSON_BYTES
 from service.uploads import Limit
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -29,8 +29,6 @@ OUTPUTS = ("logits", "embedding")
 # Without the numbers of a tensor. It is parsed in one go, and hostile JSON of this size takes
 # some milliseconds and MB; of 8 MiB it took a second and a quarter, with the interpreter locked.
 MAX_HEADER_BYTES = 64 * 1024
-# As JSON a clip is four to six times its bytes; this is six of the base model's.
-MAX_JSON_BYTES = 32 * MIB
 # Numbers are parsed in pieces, so that other threads get their turn: a millisecond each.
 _PIECE = 64 * 1024
 _WINDOW = {"gzip": 31, "deflate": 15}  # deflate is the zlib format, RFC 9110 section 8.4.1.2

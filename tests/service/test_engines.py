@@ -6,6 +6,7 @@ The GPU is made up: its engine is ONNX Runtime under another name. All around it
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -37,7 +38,8 @@ from export.runtime.plans import (
 )
 from export.runtime.tensorrt import Wanted
 from export.tensorrt import BuildJob, build_plan
-from service.engines import BUILDING, Engines, find_tensorrt
+from service.engines import BUILDING, Engines, Refused, TensorRtState, find_tensorrt
+from service.hosting import _level
 from service.loading import load_model
 from service.settings import load_settings
 from tests.service.test_models import DEMO, metric, publish, serving, wait_until
@@ -396,6 +398,45 @@ def test_a_refitted_plan_with_other_answers_is_built_instead(
         assert serving(client) == "2"
     assert refits == [False, True, False]
     assert "refitted plan refused, it is built" in caplog.text
+
+
+def test_that_of_a_candidate_is_told_no_louder(
+    serve: Any,
+    store: BundleStore,
+    gpu: FakeGpu,
+    builder: Builder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refits: list[bool] = []
+
+    def build(job: BuildJob) -> Plan:
+        refits.append(bool(job.refit_from))
+        gpu.factor = 1.01 if job.refit_from else 1
+        return write_plan(job, refittable=True, refitted=bool(job.refit_from))
+
+    builder(build)
+    options = {"watch_interval_s": 0.05, "refittable_plans": True}
+    with serve(store=store.root, spool_dir=tmp_path, **options) as client:
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
+        store.try_candidate("demo", Candidate(version="2", mode="canary", share=1.0))
+        wait_until(lambda: len(refits) == 3)
+    assert refits == [False, True, False]
+    told = [each for each in caplog.records if each.message == "TensorRT for the candidate"]
+    assert not [each for each in told if each.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("tensorrt", "level"),
+    [
+        (BUILDING, logging.INFO),
+        (BUILDING.serving(), logging.INFO),
+        (TensorRtState("serving", "", (Refused("fp8", "no kernel"),)), logging.WARNING),
+        (TensorRtState("failed", "no kernel"), logging.ERROR),
+    ],
+)
+def test_how_loudly_it_is_told(tensorrt: TensorRtState, level: int) -> None:
+    assert _level(tensorrt) == level
 
 
 def test_what_the_builder_warns_of_is_in_the_log(

@@ -21,7 +21,7 @@ from export.manifest import ONNX_FLOAT32
 from model.demo import STORE
 from service.loading import max_batch
 from service.metrics import Metrics
-from service.settings import load_settings
+from service.settings import MIB, load_settings
 from tests.export.conftest import publish_colours
 
 DEMO = BundleStore(STORE).open("demo")
@@ -266,6 +266,16 @@ def test_a_version_that_the_disk_does_not_give_is_refused_once_and_the_old_one_s
         assert len(asked) == read, "it is not hashed again and again"
         assert serving(client) == "1"
         assert metric(client, 'timesformer_active_bundle_refused{model="demo"}') == 1
+
+
+@pytest.mark.parametrize(("clips", "warned"), [(10, False), (11, True)])
+def test_more_clips_than_a_process_holds_are_warned_of(
+    serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, clips: int, warned: bool
+) -> None:
+    """A clip of the demo model takes 98,304 bytes."""
+    with serve(max_clips_per_request=clips, max_tensor_bytes=MIB, spool_dir=tmp_path):
+        pass
+    assert ("TIMESFORMER_MAX_TENSOR_BYTES" in caplog.text) == warned
 
 
 def test_with_the_watch_off_nothing_changes(serve: Any, store: BundleStore, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The GPU is made up, as in `test_engines`; the bundle has the same graph in three
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 from collections.abc import Callable
@@ -132,6 +133,33 @@ def test_a_plan_that_cannot_be_built_makes_room_for_the_next_one(
         ("serving", "WARNING"),
     ]
     assert logged[-1]["reason"] == "not in fp8: no fp8 kernel"
+
+
+def test_what_is_next_is_looked_up_beside_the_event_loop(
+    serve: Any,
+    store: BundleStore,
+    gpu: PickyGpu,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """It reads files."""
+    asked: list[tuple[str, bool]] = []
+
+    def watch(name: str) -> None:
+        honest = getattr(Engines, name)
+
+        def called(*given: Any) -> Any:
+            asked.append((name, asyncio._get_running_loop() is not None))
+            return honest(*given)
+
+        monkeypatch.setattr(Engines, name, called)
+
+    watch("precision")
+    watch("after")
+    install_builder(monkeypatch, fail_to_build("fp8"))
+    with serve(**options(store, tmp_path)) as client:
+        wait_until(lambda: state(client)[1].startswith("serving"))
+    assert set(asked) == {("precision", False), ("after", False)}
 
 
 @pytest.mark.parametrize(
