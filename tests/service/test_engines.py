@@ -373,14 +373,9 @@ def test_a_build_takes_what_those_of_earlier_versions_left(
     assert (first.refittable, second.refittable) == (refittable, refittable)
 
 
-def test_a_refitted_plan_with_other_answers_is_built_instead(
-    serve: Any,
-    store: BundleStore,
-    gpu: FakeGpu,
-    builder: Builder,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.fixture
+def refits(gpu: FakeGpu, builder: Builder) -> list[bool]:
+    """Of each plan that is built, whether it is refitted, and so has other answers."""
     refits: list[bool] = []
 
     def build(job: BuildJob) -> Plan:
@@ -389,6 +384,16 @@ def test_a_refitted_plan_with_other_answers_is_built_instead(
         return write_plan(job, refittable=True, refitted=bool(job.refit_from))
 
     builder(build)
+    return refits
+
+
+def test_a_refitted_plan_with_other_answers_is_built_instead(
+    serve: Any,
+    store: BundleStore,
+    refits: list[bool],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     options = {"watch_interval_s": 0.05, "refittable_plans": True}
     with serve(store=store.root, spool_dir=tmp_path, **options) as client:
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
@@ -403,19 +408,10 @@ def test_a_refitted_plan_with_other_answers_is_built_instead(
 def test_that_of_a_candidate_is_told_no_louder(
     serve: Any,
     store: BundleStore,
-    gpu: FakeGpu,
-    builder: Builder,
+    refits: list[bool],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    refits: list[bool] = []
-
-    def build(job: BuildJob) -> Plan:
-        refits.append(bool(job.refit_from))
-        gpu.factor = 1.01 if job.refit_from else 1
-        return write_plan(job, refittable=True, refitted=bool(job.refit_from))
-
-    builder(build)
     options = {"watch_interval_s": 0.05, "refittable_plans": True}
     with serve(store=store.root, spool_dir=tmp_path, **options) as client:
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
