@@ -80,9 +80,10 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
-        # Its threads spin while they wait for one another, which within a batch is worth 5 %. They
-        # would go on for 50 ms after it: a lone request took 60 ms of CPU time so, and takes 25.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Its threads sleep while they wait for one another. To spin is worth 5 % of a batch where
+        # cores have nothing else to do; where a decoder or a neighbour takes one of them, others
+        # would burn theirs meanwhile, and 50 ms after each batch: see docs/measurements.md.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         wanted = _CUDA if cuda else _CPU
         if wanted not in onnxruntime.get_available_providers():

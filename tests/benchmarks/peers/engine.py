@@ -23,7 +23,7 @@ class Engine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(os.environ["ENGINE_THREADS"])
         options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(
             os.environ["ENGINE_MODEL"], options, providers=["CPUExecutionProvider"]
         )
