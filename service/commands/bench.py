@@ -68,8 +68,8 @@ _MIB = 1024 * 1024
     "--threads",
     type=click.IntRange(min=0),
     default=0,
-    help="On the CPU; 0: one a usable core. With 1, where no thread waits spinning, processor time "
-    "is comparable, which hardly sees who else is busy.",
+    help="On the CPU; 0: one a usable core. With 1, where no thread waits for another, processor "
+    "time is comparable, which hardly sees who else is busy.",
 )
 @json_option
 def bench(

@@ -36,11 +36,26 @@ engines_option = click.option(
     envvar="TIMESFORMER_ENGINES",
     help="Folder of plans; by default each bundle's own `engines`.",
 )
+_batches_option = click.option(
+    "--batches",
+    type=Sizes(),
+    default="1,8,32",
+    show_default=True,
+    help="Batch sizes to be fastest at. The plan takes every batch up to the last of them.",
+)
+_level_option = click.option(
+    "--level",
+    type=click.IntRange(0, 5),
+    default=3,
+    show_default=True,
+    help="How hard the builder tries; 5 may take an hour.",
+)
+_gpu_option = click.option("--gpu", default=0, show_default=True, help="Which GPU.")
 
 
 @click.group()
 def engines() -> None:
-    """Build and list TensorRT plans."""
+    """Build, measure and list TensorRT plans."""
 
 
 @engines.command()
@@ -57,20 +72,8 @@ def engines() -> None:
     "TIMESFORMER_PRECISION has it; `auto` takes the first of these that the bundle has, the GPU "
     "can compute in and TensorRT can build.",
 )
-@click.option(
-    "--batches",
-    type=Sizes(),
-    default="1,8,32",
-    show_default=True,
-    help="Batch sizes to be fastest at. The plan takes every batch up to the last of them.",
-)
-@click.option(
-    "--level",
-    type=click.IntRange(0, 5),
-    default=3,
-    show_default=True,
-    help="How hard the builder tries; 5 may take an hour.",
-)
+@_batches_option
+@_level_option
 @click.option("--workspace", type=_COUNT, help="Most scratch memory of a layer, in MiB.")
 @click.option(
     "--timing-cache",
@@ -90,7 +93,7 @@ def engines() -> None:
     help="Build, and measure anew, whether or not the plan is there. Without it a plan that is "
     "there is kept if its level is no lower and, with --refittable, it is so.",
 )
-@click.option("--gpu", default=0, show_default=True, help="Which GPU.")
+@_gpu_option
 @json_option
 def build(
     bundle: str | None,
@@ -138,13 +141,7 @@ def build(
 @click.argument("bundle", required=False)
 @store_option
 @engines_option
-@click.option(
-    "--batches",
-    type=Sizes(),
-    default="1,8,32",
-    show_default=True,
-    help="As of `build`.",
-)
+@_batches_option
 @click.option(
     "--batch",
     type=_COUNT,
@@ -154,8 +151,8 @@ def build(
     show_envvar=True,
     help="Clips at a time when it is measured: as many as the service will run.",
 )
-@click.option("--level", type=click.IntRange(0, 5), default=3, show_default=True, help="As there.")
-@click.option("--gpu", default=0, show_default=True, help="Which GPU.")
+@_level_option
+@_gpu_option
 @json_option
 def choose(
     bundle: str | None,
@@ -173,6 +170,11 @@ def choose(
     and measures those that hold, taking turns. The precision `auto` takes the fastest from then on,
     wherever these plans are; else it goes by the rates that GPUs' makers state.
     """
+    if batch > batches[-1]:
+        raise click.UsageError(
+            f"--batch {batch} is more than plans for --batches up to {batches[-1]} take at once: "
+            "let the last of --batches be as large"
+        )
     from export.fastest import measure_fastest
     from export.runtime.tensorrt import TensorRt
     from export.tensorrt import BuildJob

@@ -275,7 +275,9 @@ def test_a_graph_is_run_at_two_batch_sizes(tmp_path: Path) -> None:
 
 
 class Plan:
-    """An engine with profiles and slots, as a plan of TensorRT: all that it runs is noted."""
+    """An engine with profiles and slots, as a plan of TensorRT: all that it runs is noted. It has
+    no more of a `Runtime` than `hold` asks for.
+    """
 
     slots = 2
     batches = (1, 8, 16)
@@ -301,18 +303,18 @@ class TestEachWayOfBatching:
 
     def test_the_least_and_largest_batch_of_each_profile_runs_in_every_slot(self) -> None:
         plan = Plan()
-        assert hold(plan, self.clips, self.reference(), FLOAT32).passed  # type: ignore[arg-type]
+        assert hold(plan, self.clips, self.reference(), FLOAT32).passed  # type: ignore[arg-type] # see Plan
         assert {(size, slot) for size in (1, 2, 8, 9, 16) for slot in (0, 1)} <= set(plan.runs)
 
     @pytest.mark.parametrize("slot", [0, 1])
     @pytest.mark.parametrize("size", [1, 2, 8, 9, 16])
     def test_a_kernel_that_is_wrong_in_one_of_them_alone_fails(self, size: int, slot: int) -> None:
         wrong = Plan((size, slot))
-        assert not hold(wrong, self.clips, self.reference(), FLOAT32).passed  # type: ignore[arg-type]
+        assert not hold(wrong, self.clips, self.reference(), FLOAT32).passed  # type: ignore[arg-type] # see Plan
 
     def test_an_engine_without_sizes_of_its_own_sees_each_clip_once(self) -> None:
         engine = Plan()
         engine.batches = ()
-        parity = hold(engine, self.clips, self.reference(), FLOAT32)  # type: ignore[arg-type]
+        parity = hold(engine, self.clips, self.reference(), FLOAT32)  # type: ignore[arg-type] # see Plan
         assert parity.clips == 5
         assert [size for size, _ in engine.runs] == [1, 4]

@@ -212,6 +212,8 @@ class TestBuild:
         assert "proving float32" in answer.stderr
         facts = json.loads(timesformer(*command, "--json").stdout)
         assert list(facts["milliseconds"]) == ["float32"]
+        refused = timesformer(*command[:-1], 3, code=2)
+        assert "let the last of --batches be as large" in refused.stderr
         (note,) = (store.root / "colours/1/engines").glob("*.fastest")
         assert note.name == "nvidia-h200_sm90_trt1.7.fastest"
 
