@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 
-from service import errors
+from service.api import problems
 from service.auth import KeyFileError, Keyring, allow
 from service.decoder import WorkerLimits
 from service.decoding import LOSSES, DecoderPool
@@ -99,7 +99,7 @@ def _prepare(app: FastAPI, settings: Settings, keyring: Keyring | None) -> None:
     app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
     app.state.stopping = app.state.hangs = False
     app.state.keyring, app.state.workers = keyring, None
-    errors.install(app, app.state.metrics)
+    problems.install(app, app.state.metrics)
     app.state.tracer = open_tracer(settings.tracing)
     # Added last is outermost.
     hot_routes = [route for route in inference_protocol.hot.routes if isinstance(route, APIRoute)]
@@ -114,7 +114,7 @@ def create_admin_app(app: FastAPI) -> FastAPI:
     title = "TimeSformer administration"
     apart = FastAPI(title=title, version=app.version, openapi_url=None, telemetry=_NO_TELEMETRY)
     apart.state = app.state
-    errors.install(apart, app.state.metrics)
+    problems.install(apart, app.state.metrics)
     apart.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
     apart.include_router(health.router)
     _administrate(apart)

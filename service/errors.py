@@ -1,4 +1,7 @@
-"""Every way that a request can fail, and its one mapping to HTTP (RFC 9457 problem details).
+"""Every way that a request can fail: its class, its stable code and its status number.
+
+Imports nothing of this project and nothing of FastAPI, because decoder processes import it.
+`service/api/problems.py` turns these errors into responses.
 
 ServiceError
 |- BadRequestError           400  the request itself is malformed
@@ -35,22 +38,6 @@ ServiceError
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from http import HTTPStatus
-from typing import Any
-
-import orjson
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.routing import Match
-
-from model.video import VideoError
-from service.logging import request_id
-from service.metrics import Metrics
-
-PROBLEM_TYPE = "application/problem+json"
 
 # 415: not a kind of file we take. 413: over a limit. 422: the right kind, but not usable.
 VIDEO_STATUS: dict[str, int] = {
@@ -166,16 +153,12 @@ class SourceFailedError(ServiceError):
 
 
 class VideoRejectedError(ServiceError):
-    """The file cannot be classified; status and code are those of the `VideoError`."""
+    """The file cannot be classified; `code` is that of the `VideoError`, a key of VIDEO_STATUS."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
         self.code = code
         self.status = VIDEO_STATUS.get(code, 422)
-
-    @classmethod
-    def of(cls, error: VideoError) -> VideoRejectedError:
-        return cls(error.code, str(error))
 
 
 class ClientDisconnectedError(ServiceError):
@@ -255,89 +238,3 @@ def codes() -> dict[str, int]:
         if error is not VideoRejectedError
     }
     return {**VIDEO_STATUS, **errors, "invalid_parameters": 422}
-
-
-def problem(error: ServiceError, **extra: Any) -> Response:
-    """The RFC 9457 response of an error."""
-    body = {
-        "type": "about:blank",
-        "title": _title(error.status),
-        "status": error.status,
-        "code": error.code,
-        "detail": error.detail,
-        "request_id": request_id.get(),
-        **extra,
-    }
-    return Response(
-        orjson.dumps(body), error.status, headers=error.headers, media_type=PROBLEM_TYPE
-    )
-
-
-def answer_to(path: str, error: ServiceError, **extra: Any) -> Response:
-    """An error in the form that clients of `path` know: `{"error": ...}` under `/v2`, where the
-    Open Inference Protocol has it so, and else a problem document.
-    """
-    if path != "/v2" and not path.startswith("/v2/"):
-        return problem(error, **extra)
-    return Response(
-        orjson.dumps({"error": error.detail}),
-        error.status,
-        headers=error.headers,
-        media_type="application/json",
-    )
-
-
-def refuse(request: Request, error: ServiceError, **extra: Any) -> Response:
-    """The answer to a request that ends in an error, which is counted by its code."""
-    metrics: Metrics = request.app.state.metrics
-    metrics.rejected.labels(error.code).inc()
-    return answer_to(request.scope["path"], error, **extra)
-
-
-def install(app: FastAPI, metrics: Metrics) -> None:
-    """Answers every error of the app."""
-    for code in codes():
-        metrics.rejected.labels(code)  # at 0, so that the first one is seen as a rise
-
-    @app.exception_handler(ServiceError)
-    async def service_error(request: Request, error: ServiceError) -> Response:
-        return refuse(request, error)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid_request(request: Request, error: RequestValidationError) -> Response:
-        fields = [
-            {"field": ".".join(str(part) for part in item["loc"][1:]), "message": item["msg"]}
-            for item in error.errors()
-        ]
-        sentence = "; ".join(f"{item['field']}: {item['message']}" for item in fields)
-        return refuse(request, _invalid(sentence), errors=fields)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        headers = dict(error.headers or {})
-        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            headers["Allow"] = ", ".join(_allowed_methods(request))
-        known = ServiceError(str(error.detail), headers=headers)
-        known.status = error.status_code
-        known.code = _title(error.status_code).lower().replace(" ", "_")
-        return refuse(request, known)
-
-
-def _allowed_methods(request: Request) -> Iterator[str]:
-    """What the request's path may be asked with. The framework names the methods of one route,
-    where several may share a path.
-    """
-    for method in ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"):
-        scope = {**request.scope, "method": method}
-        if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
-            yield method
-
-
-def _invalid(detail: str) -> ServiceError:
-    error = BadRequestError(detail)
-    error.status, error.code = 422, "invalid_parameters"
-    return error
-
-
-def _title(status: int) -> str:
-    return HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Error"

@@ -14,7 +14,8 @@ from typing import Any
 import httptools
 from starlette.types import Message, Receive, Scope, Send
 
-from service.errors import NotReadyError, answer_to
+from service.api.problems import problem_for
+from service.errors import NotReadyError
 from service.middleware import answer_last
 
 # Of one connection, not of a request: RFC 9110 section 7.6.1; what is expected has been answered.
@@ -75,7 +76,7 @@ class Forwarder:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = NotReadyError("The process with the engines is gone.")
-        await answer_to(scope["path"], error)(scope, receive, send)
+        await problem_for(scope["path"], error)(scope, receive, send)
 
 
 async def _pass_on(scope: Scope, receive: Receive, answer: _Answer) -> None:

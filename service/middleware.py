@@ -14,7 +14,8 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import InternalError, NotReadyError, answer_to
+from service.api.problems import problem_for
+from service.errors import InternalError, NotReadyError
 from service.logging import request_id
 from service.metrics import Metrics
 from service.tracing import Tracer, parse_traceparent, spanned
@@ -74,7 +75,7 @@ class RequestContext:
                 logger.exception("unhandled error")
                 if not status:
                     error = InternalError("Something broke on our side; the log has more.")
-                    answer = answer_to(scope["path"], error)
+                    answer = problem_for(scope["path"], error)
                     await answer(scope, receive, send_with_id)
             except asyncio.CancelledError:
                 if scope["app"].state.stopping and not status:
@@ -99,7 +100,9 @@ class RequestContext:
 
 async def answer_last(scope: Scope, receive: Receive, send: Send) -> None:
     """Tells a client whose request is ended with the service that another one may answer it."""
-    answer = answer_to(scope["path"], NotReadyError("The service stopped before it had an answer."))
+    answer = problem_for(
+        scope["path"], NotReadyError("The service stopped before it had an answer.")
+    )
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LAST_WORD_S):
             await answer(scope, receive, send)

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from export.bundle import Bundle
 from model.video import Clips
 from model.video.opening import CODECS
+from service.api.problems import PROBLEM_TYPE
 from service.decoder import Job
-from service.errors import PROBLEM_TYPE, ClientDisconnectedError, RequestTimeoutError
+from service.errors import ClientDisconnectedError, RequestTimeoutError
 from service.forms import FILE_FIELD, SOURCE_FIELD
 from service.metrics import Metrics
 from service.network import GaveWayError, Wanted

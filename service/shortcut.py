@@ -12,7 +12,8 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import ServiceError, refuse
+from service.api.problems import send_problem
+from service.errors import ServiceError
 
 
 class Shortcut:
@@ -47,7 +48,7 @@ class Shortcut:
         try:
             return await self._answer(request)
         except ServiceError as error:
-            return refuse(request, error)
+            return send_problem(request, error)
 
 
 class _Request(Request):
