@@ -133,9 +133,17 @@ def main() -> None:
 
 
 def _settings_options(command: Command) -> Command:
-    """One flag for each field of `Settings`, in its order."""
-    from service.settings import ENV_PREFIX, Settings
+    """One flag for each field of `Settings`, in its order; a removed flag explains itself."""
+    from service.settings import ENV_PREFIX, REMOVED, Settings, removal
 
+    def refuse(_: click.Context, flag: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise click.UsageError(removal(flag.opts[0]))
+
+    for name in REMOVED:
+        command = click.option(
+            f"--{name.replace('_', '-')}", hidden=True, expose_value=False, callback=refuse
+        )(command)
     for name, field in reversed(Settings.model_fields.items()):
         choices = [value for value in get_args(field.annotation) if isinstance(value, str)]
         command = click.option(

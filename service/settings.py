@@ -33,6 +33,8 @@ _SERVICE_LINK = re.compile(
 )
 _ORIGIN = re.compile(r"\*|https?://[^/\s?#@]+")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
+REMOVED: dict[str, str] = {}
+"""Settings of earlier versions, and what an operator does instead."""
 
 
 class SettingsError(ValueError):
@@ -517,7 +519,15 @@ def _unknown_names(environment: Mapping[str, str]) -> list[str]:
     ]
 
 
+def removal(name: str) -> str:
+    """Says that the setting, a variable or a flag, was removed, and what to do instead."""
+    field = name.lower().removeprefix(ENV_PREFIX.lower()).removeprefix("--").replace("-", "_")
+    return f"{name}: this setting was removed; {REMOVED[field]}"
+
+
 def _unknown(name: str) -> str:
+    if name.lower().removeprefix(ENV_PREFIX.lower()) in REMOVED:
+        return removal(name)
     nearest = difflib.get_close_matches(name.upper(), _variables(), n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(_variables())}"
     return f"{name}: there is no such setting; {hint}"

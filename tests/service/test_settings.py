@@ -14,6 +14,7 @@ from service.settings import (
     ENV_PREFIX,
     MAX_JSON_BYTES,
     MIB,
+    REMOVED,
     Settings,
     SettingsError,
     load_settings,
@@ -235,6 +236,20 @@ def test_a_variable_that_sets_nothing_is_refused_with_the_nearest_name(
     monkeypatch.setenv(typo, "1")
     with pytest.raises(SettingsError, match=rf"{typo}: there is no such setting; .*{hint}"):
         load_settings()
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_removed_setting_is_refused_with_what_to_do_instead(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    refused = CliRunner().invoke(cli, ["serve", flag, "1"], terminal_width=1000)
+    assert refused.exit_code == 2
+    assert f"{flag}: this setting was removed; {REMOVED[name]}" in " ".join(refused.stderr.split())
+    monkeypatch.setenv(variable(name), "1")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert str(caught.value) == f"{variable(name)}: this setting was removed; {REMOVED[name]}"
 
 
 def test_what_kubernetes_sets_for_services_of_that_name_is_no_typo(
