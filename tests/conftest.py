@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).parents[2] / "shared"
+TESTS = Path(__file__).parent
+SHARED = TESTS.parents[1] / "shared"
+MARKED_FOLDERS = {"e2e": pytest.mark.e2e, "benchmarks": pytest.mark.benchmark}
+SMOKE_TEST = TESTS / "e2e" / "test_smoke.py"  # the one of its folder that `make test` runs
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every test of a folder in `MARKED_FOLDERS`."""
+    for item in items:
+        mark = MARKED_FOLDERS.get(item.path.relative_to(TESTS).parts[0])
+        if mark is not None and item.path != SMOKE_TEST:
+            item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")

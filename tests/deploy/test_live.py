@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import yaml
 
 from export.bundle import BundleStore
@@ -18,6 +19,8 @@ from tests.deploy.conftest import DEPLOY, find
 from tests.deploy.test_observability import DASHBOARDS, expressions
 from tests.e2e.conftest import run_service
 from tests.service.test_models import publish
+
+pytestmark = pytest.mark.slow
 
 
 def free_port() -> int:

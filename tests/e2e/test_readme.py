@@ -8,12 +8,11 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from model.demo import SAMPLE_CLIP, STORE
+from model.demo import SAMPLE_CLIP
 from service.commands.refresh import EXIT_NOT_ACTIVATED
 from tests.e2e.conftest import TIMESFORMER, StartService
 
@@ -30,19 +29,6 @@ def commands(text: str) -> list[list[str]]:
 
 
 COMMANDS = commands(re.sub(f"{WHOLE_WAY}.*?\n## ", "## ", README, flags=re.DOTALL))
-
-
-def test_every_make_target_that_is_named_exists() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    named = set(re.findall(r"`?make ([a-z-]+)", README))
-    assert {"serve", "test"} <= named
-    for target in named:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-def test_every_link_leads_to_a_file() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
 
 
 def test_the_curl_lines_get_the_answer_that_is_shown(start_service: StartService) -> None:
@@ -138,25 +124,6 @@ def test_the_whole_way_from_no_data_to_a_refreshed_service(
     assert (tmp_path / "store/motions/2/manifest.json").exists()
     assert (tmp_path / "run/report.html").exists()
     assert (tmp_path / "evaluation.html").exists()
-
-
-def test_the_reference_is_the_one_that_the_code_makes() -> None:
-    made = subprocess.run(
-        [sys.executable, "-m", "service.reference"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
-    assert made.stdout == (ROOT / "docs/reference.md").read_text(), "run `make docs`"
-
-
-def test_the_bundled_model_is_whole_small_and_says_how_good_it_is() -> None:
-    from export.bundle import BundleStore
-
-    bundle = BundleStore(STORE).open("demo")
-    bundle.verify()
-    size = sum(path.stat().st_size for path in STORE.rglob("*") if path.is_file())
-    assert size + SAMPLE_CLIP.stat().st_size < 10e6
-    assert bundle.manifest.training is not None
-    assert bundle.manifest.training["metrics"]["top1"] >= 0.95
 
 
 def _published_weights(folder: Path) -> None:

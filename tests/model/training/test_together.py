@@ -37,7 +37,7 @@ PROGRAM = "tests.model.training.together"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 PATIENCE_S = 400  # on a machine that has other work, torch alone takes seconds to start
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.slow
 
 # Pairs are mixed, batches add up to steps, paths are dropped, weights averaged, gradients clipped.
 SHARED = {"batch_size": 4, "epochs": 6.0}
