@@ -28,7 +28,7 @@ from service.metrics import Metrics
 from service.middleware import REQUEST_ID_HEADER, RequestContext
 from service.mirror import Mirror
 from service.models import Models
-from service.network import LocalNetwork, Network
+from service.network import Network
 from service.routes import admin, classify, embed, health, inference_protocol, jobs, page, timeline
 from service.routes import models as model_list
 from service.sandbox import LAYERS
@@ -36,7 +36,7 @@ from service.settings import Settings, SettingsError
 from service.shortcut import Shortcut
 from service.sources import Sources
 from service.spool import Spool
-from service.state import Intake, State, is_ready
+from service.state import State, is_ready
 from service.tracing import open_tracer
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,17 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         telemetry=_NO_TELEMETRY,
     )
-    _prepare(app, settings, keyring)
+    app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
+    app.state.stopping = app.state.hangs = False
+    app.state.keyring = keyring
+    problems.install(app, app.state.metrics)
+    app.state.tracer = open_tracer(settings.tracing)
+    # Added last is outermost.
+    hot_routes = [route for route in inference_protocol.hot.routes if isinstance(route, APIRoute)]
+    app.add_middleware(Shortcut, routes=hot_routes, answer=inference_protocol.admit_and_infer)
+    if settings.cors_origins:
+        _allow_origins(app, settings.cors_origins)
+    app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
     protocol = inference_protocol.router, inference_protocol.hot
     groups = classify, embed, timeline, jobs, model_list
     for router in (*(group.router for group in groups), *protocol):
@@ -79,34 +89,6 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.admin_port is None:
         _administrate(app)
     return app
-
-
-def create_intake_app(settings: Settings, keyring: Keyring | None) -> FastAPI:
-    """What each of several workers does itself; it begins with `taking_in`.
-
-    Raises:
-        SettingsError: as `create_app`.
-    """
-    app = FastAPI(title="TimeSformer", openapi_url=None, telemetry=_NO_TELEMETRY)
-    _prepare(app, settings, keyring)
-    for router in (inference_protocol.hot, classify.router, embed.router):
-        app.include_router(router, dependencies=[Depends(allow("infer"))])
-    return app
-
-
-def _prepare(app: FastAPI, settings: Settings, keyring: Keyring | None) -> None:
-    """What is the same for every app that answers the public."""
-    app.state.settings, app.state.metrics, app.state.service = settings, Metrics(), None
-    app.state.stopping = app.state.hangs = False
-    app.state.keyring, app.state.workers = keyring, None
-    problems.install(app, app.state.metrics)
-    app.state.tracer = open_tracer(settings.tracing)
-    # Added last is outermost.
-    hot_routes = [route for route in inference_protocol.hot.routes if isinstance(route, APIRoute)]
-    app.add_middleware(Shortcut, routes=hot_routes, answer=inference_protocol.admit_and_infer)
-    if settings.cors_origins:
-        _allow_origins(app, settings.cors_origins)
-    app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
 
 
 def create_admin_app(app: FastAPI) -> FastAPI:
@@ -138,11 +120,8 @@ def _allow_origins(app: FastAPI, origins: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(app: FastAPI, *, behind_workers: bool = False) -> AsyncIterator[None]:
+async def running(app: FastAPI) -> AsyncIterator[None]:
     """Loads the model, starts decoders and batcher; stops them at the end of the block.
-
-    Args:
-        behind_workers: other processes decode what is to be classified.
 
     Raises:
         BundleError, RuntimeUnavailableError: the model cannot be served.
@@ -151,8 +130,9 @@ async def running(app: FastAPI, *, behind_workers: bool = False) -> AsyncIterato
     settings: Settings = app.state.settings
     metrics: Metrics = app.state.metrics
     spool = Spool(settings.spool_dir, settings.max_spool_bytes)
-    decoders = _decoders(settings, metrics, spool, settings.decode_workers, lazy=behind_workers)
+    decoders = _decoders(settings, metrics, spool, settings.decode_workers)
     streams = _decoders(settings, metrics, spool, settings.timeline_workers, lazy=True)
+    memory = Memory(settings.max_tensor_bytes)
     mirror = Mirror(settings, metrics)
     sources = Sources(settings, metrics)
     try:
@@ -164,23 +144,22 @@ async def running(app: FastAPI, *, behind_workers: bool = False) -> AsyncIterato
             _timed("decoders", decoders.start(), metrics),
             streams.start(),
         )
-        if not behind_workers:
-            metrics.workers.set(1)
-            _watch(metrics, settings, decoders)
+        _watch(metrics, settings, decoders)
         metrics.watch_disk("spool", settings.spool_dir)
         metrics.watch_disk("store", store_of(settings).root)
         metrics.timelines_waiting.set_function(lambda: streams.waiting)
         metrics.spool_bytes.set_function(lambda: spool.used_bytes)
+        metrics.tensor_bytes.set_function(lambda: memory.used_bytes)
         if kept_jobs is not None:
             await kept_jobs.start()
         app.state.service = State(
             settings=settings,
             metrics=metrics,
-            network=LocalNetwork(models),
+            network=Network(models),
             decoders=decoders,
             spool=spool,
             sources=sources,
-            memory=_memory(settings, metrics),
+            memory=memory,
             models=models,
             streams=streams,
             jobs=kept_jobs,
@@ -197,33 +176,6 @@ async def running(app: FastAPI, *, behind_workers: bool = False) -> AsyncIterato
         await mirror.close()
         decoders.close()
         streams.close()
-        sources.close()
-        spool.close()
-        await asyncio.to_thread(app.state.tracer.close)
-
-
-@contextlib.asynccontextmanager
-async def taking_in(app: FastAPI, network: Network) -> AsyncIterator[None]:
-    """Starts the decoders of one of several workers; stops them at the end of the block.
-
-    Raises:
-        SettingsError: the spool cannot be written, or the required sandbox not be had.
-    """
-    settings: Settings = app.state.settings
-    metrics: Metrics = app.state.metrics
-    spool = Spool(settings.spool_dir, settings.max_spool_bytes)
-    decoders = _decoders(settings, metrics, spool, settings.decode_workers)
-    sources = Sources(settings, metrics)
-    try:
-        await decoders.start()
-        _watch(metrics, settings, decoders)
-        metrics.spool_bytes.set_function(lambda: spool.used_bytes)
-        memory = _memory(settings, metrics)
-        app.state.service = Intake(settings, metrics, network, decoders, spool, sources, memory)
-        yield
-    finally:
-        app.state.service = None
-        decoders.close()
         sources.close()
         spool.close()
         await asyncio.to_thread(app.state.tracer.close)
@@ -275,12 +227,6 @@ def _jobs(settings: Settings, metrics: Metrics, models: Models, sources: Sources
     )
     means = Means(settings, models, decoders)
     return Jobs(settings.jobs_dir, means, metrics, sources, jobs.hook_body)
-
-
-def _memory(settings: Settings, metrics: Metrics) -> Memory:
-    memory = Memory(settings.max_tensor_bytes)
-    metrics.tensor_bytes.set_function(lambda: memory.used_bytes)
-    return memory
 
 
 def _decoders(

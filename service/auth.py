@@ -173,12 +173,6 @@ class Keyring:
         finally:
             usage.running -= 1
 
-    @contextlib.asynccontextmanager
-    async def counting(self, key: ApiKey) -> AsyncIterator[None]:
-        """`use`, for requests; where others count as well, they are asked."""
-        with self.use(key):
-            yield
-
     def _stat(self) -> tuple[int, int] | None:
         with contextlib.suppress(OSError):
             found = self._path.stat()
@@ -222,7 +216,7 @@ async def admitted(request: Request, scope: Scope, presented: str | None) -> Asy
     if scope not in key.scopes and "admin" not in key.scopes:
         raise ForbiddenError(f"This key lacks the scope `{scope}`.")
     request.state.priority, request.state.api_key = key.priority, key
-    async with outlasting(keyring.counting(key)):
+    async with outlasting(keyring.use(key)):
         yield
 
 

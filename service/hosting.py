@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable
 
 from export.bundle import Bundle, BundleError, Candidate
@@ -262,7 +261,6 @@ class ModelHost:
 
     async def _load(self, bundle: Bundle) -> ServedModel:
         loaded = await asyncio.to_thread(load_model, bundle, self._settings, self._engines)
-        _warn_of_share(bundle, self._settings)
         return ServedModel(loaded, self._settings, self._metrics)
 
     def _take_over(self, model: ServedModel) -> None:
@@ -403,20 +401,6 @@ class ModelHost:
 
     def _queue_age_s(self) -> float:
         return self._current.batcher.queue_age_s() if self._current else 0.0
-
-
-def _warn_of_share(bundle: Bundle, settings: Settings) -> None:
-    """Tells of requests with as many clips as one may bring, if they are more than a share."""
-    config, most = bundle.config, settings.max_clips_per_request
-    largest = most * math.prod((config.num_frames, config.image_size, config.image_size, 3))
-    if largest > settings.tensor_share:
-        share = settings.tensor_share
-        facts = {"model": bundle.name, "clips": most, "bytes": largest, "share": share}
-        logger.warning(
-            "requests with TIMESFORMER_MAX_CLIPS_PER_REQUEST clips get 413: they are larger than "
-            "a process's share of TIMESFORMER_MAX_TENSOR_BYTES",
-            extra=facts,
-        )
 
 
 def _level(tensorrt: TensorRtState) -> int:

@@ -22,11 +22,11 @@ def leave_running(over: asyncio.Event) -> None:
 
 @contextlib.asynccontextmanager
 async def outlasting(
-    counting: contextlib.AbstractAsyncContextManager[None],
+    counting: contextlib.AbstractContextManager[None],
 ) -> AsyncIterator[None]:
     """Runs the block within `counting`, which then waits, but not the caller, for what is left."""
     async with contextlib.AsyncExitStack() as counted:
-        await counted.enter_async_context(counting)
+        counted.enter_context(counting)
         left: list[asyncio.Event] = []
         _left.set(left)
         try:

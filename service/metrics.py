@@ -121,15 +121,6 @@ class Metrics:
             ["model"],
             registry=self.registry,
         )
-        self.workers = Gauge(
-            "timesformer_workers", "Processes that take requests in.", registry=self.registry
-        )
-        self.worker_restarts = Counter(
-            "timesformer_worker_restarts",
-            "Processes of `timesformer serve --workers` replaced after they ended by themselves, "
-            "were killed or hung, each with the requests that it was at.",
-            registry=self.registry,
-        )
         self.decoders = Gauge("timesformer_decoders", "Decoder workers.", registry=self.registry)
         self.decoders_busy = Gauge(
             "timesformer_decoders_busy", "Decoder workers at a video.", registry=self.registry
@@ -342,8 +333,7 @@ class Metrics:
         self.start_seconds = Gauge(
             "timesformer_start_seconds",
             "What the start took, by stage: imports, store (a copy of one at a URL), then models "
-            "and decoders side by side, or models and then several workers with their decoders; "
-            "total is from the start of the process until it listened.",
+            "and decoders side by side; total is from the start of the process until it listened.",
             ["stage"],
             registry=self.registry,
         )

@@ -1,16 +1,14 @@
-"""The network as endpoints use it: room for a video's clips, a version to look with, an answer.
+"""Inference for endpoints: capacity for a video's clips, the version that answers, and its answer.
 
-`LocalNetwork` has the engines in this process. With several workers one process has them, and the
-others ask it (`service/remote.py`).
+Knows nothing of HTTP and nothing of files.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,96 +22,48 @@ from service.turns import Answer, Priority
 
 
 class Wanted(NamedTuple):
-    """Which model a request wants."""
+    """The model that a request asks for."""
 
     model: str | None
-    """By name; None: the default."""
+    """Its name; None: the default model."""
     version: str | None = None
-    """This one and no other; None: whichever is to answer."""
+    """The only version that may answer; None: the active version or a candidate."""
     key: str | None = None
-    """Requests with the same are answered by the same version."""
+    """Requests with the same key are answered by the same version."""
     canary: bool = True
     """Whether a candidate may answer."""
 
 
-class Answered(NamedTuple):
-    version: str
-    answer: Answer
-
-
 class GaveWayError(Exception):
-    """A candidate could not answer; the request is to be asked again without canary."""
+    """A candidate could not answer; the caller repeats the request without canary."""
 
 
-class Held(Protocol):
-    """A version that stays open for a request."""
-
-    @property
-    def bundle(self) -> Bundle: ...
-
-    async def answer(
-        self, clips: NDArray[np.uint8], priority: Priority, deadline: float | None
-    ) -> Answered:
-        """Runs the clips through the network, once.
-
-        Raises:
-            ServiceError: as `Batcher.submit`.
-            GaveWayError: see there; for clips that were made for a candidate.
-        """
-
-
-class Network(Protocol):
+class Network:
     """All methods raise `ModelNotFoundError` and `ModelUnavailableError`."""
-
-    async def check_room(self, model: str | None, clips: int, priority: Priority) -> None:
-        """Asks, before a video is received for nothing, whether its clips may wait.
-
-        Raises:
-            QueueFullError: too many do.
-        """
-
-    async def find(self, wanted: Wanted, priority: Priority) -> Bundle:
-        """The version that is asked for, else the one that serves; before clips are received.
-
-        Raises:
-            QueueFullError: not even one more may wait.
-        """
-
-    def for_video(
-        self, wanted: Wanted, clips: int, priority: Priority
-    ) -> AbstractAsyncContextManager[Held]:
-        """The version that is to look at a video, with room for so many clips of it.
-
-        Raises:
-            QueueFullError: there is none.
-        """
-
-    def for_clips(self, wanted: Wanted) -> AbstractAsyncContextManager[Held]:
-        """The version that clips which are there already are read for. The answer may be that of
-        a candidate which takes clips of the same kind.
-        """
-
-
-class LocalNetwork:
-    """A `Network` with its engines in this process."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
 
-    async def check_room(self, model: str | None, clips: int, priority: Priority) -> None:
+    def check_room(self, model: str | None, clips: int, priority: Priority) -> None:
+        """Checks the queue before a video is received, so that no upload is received in vain.
+
+        Raises:
+            QueueFullError: the queue has no capacity for so many clips.
+        """
         self._models.find(model).current.batcher.check_room(clips, priority)
 
-    async def find(self, wanted: Wanted, priority: Priority) -> Bundle:
+    def find(self, wanted: Wanted, priority: Priority) -> Bundle:
+        """Returns the bundle of the requested version; before clips are received.
+
+        Raises:
+            QueueFullError: the queue has no capacity for even one clip.
+        """
         model = self.model(wanted)
         model.batcher.check_queue(1, priority)  # as for clips that are there
         return model.bundle
 
     def model(self, wanted: Wanted) -> ServedModel:
-        """The version that is asked for, else the one that serves, with its engines.
-
-        Raises:
-            ModelNotFoundError, ModelUnavailableError: there is none.
-        """
+        """Returns the requested version, by default the active version, with its engines."""
         candidates = self._models.find(wanted.model).candidates
         serving = candidates.serving
         if wanted.version is None:
@@ -127,22 +77,30 @@ class LocalNetwork:
             )
         return known[wanted.version]
 
-    @contextlib.asynccontextmanager
-    async def for_video(
-        self, wanted: Wanted, clips: int, priority: Priority
-    ) -> AsyncIterator[Held]:
+    @contextlib.contextmanager
+    def for_video(self, wanted: Wanted, clips: int, priority: Priority) -> Iterator[VideoLease]:
+        """Reserves capacity for so many clips of a video, and the version that answers.
+
+        Raises:
+            QueueFullError: the queue has no capacity for so many clips.
+        """
         candidates = self._models.find(wanted.model).candidates
         model = candidates.pick(wanted.key) if wanted.canary else candidates.serving
         room = candidates.serving.batcher.reserved(clips, priority)
-        # One version from sampling to labels, also when another takes over meanwhile.
+        # The same version from sampling to labels, also if another version is activated meanwhile.
         with room as release, model.in_use():
-            yield _HeldForVideo(candidates, model, release)
+            yield VideoLease(candidates, model, release)
 
-    def for_clips(self, wanted: Wanted) -> AbstractAsyncContextManager[Held]:
-        return _HeldForClips(self._models.find(wanted.model).candidates, self.model(wanted), wanted)
+    def for_clips(self, wanted: Wanted) -> ClipsLease:
+        """Keeps the version open whose clips the client sent. A candidate may answer instead if
+        its clips have the same shape and preprocessing.
+        """
+        return ClipsLease(self._models.find(wanted.model).candidates, self.model(wanted), wanted)
 
 
-class _HeldForVideo:
+class VideoLease:
+    """The version that a video is decoded for, with capacity for its clips."""
+
     def __init__(
         self, candidates: Candidates, model: ServedModel, release: Callable[[], None]
     ) -> None:
@@ -153,7 +111,13 @@ class _HeldForVideo:
 
     async def answer(
         self, clips: NDArray[np.uint8], priority: Priority, deadline: float | None
-    ) -> Answered:
+    ) -> Answer:
+        """Runs the clips through the network, once.
+
+        Raises:
+            ServiceError: as `Batcher.submit`.
+            GaveWayError: the version is a candidate, and could not answer.
+        """
         self._release()
         try:
             answer = await self._model.batcher.submit(clips, priority, deadline)
@@ -162,11 +126,13 @@ class _HeldForVideo:
                 raise GaveWayError from error
             raise
         self._candidates.answered(self._model, clips, answer)
-        return Answered(self.bundle.version, answer)
+        return answer
 
 
-class _HeldForClips(AbstractAsyncContextManager[Held]):
-    """On the way of the hottest requests, so it is its own context manager."""
+class ClipsLease:
+    """The version that clips of a client are checked against. A class and no generator, because
+    the hottest requests use it.
+    """
 
     def __init__(self, candidates: Candidates, model: ServedModel, wanted: Wanted) -> None:
         self.bundle = model.bundle
@@ -175,11 +141,11 @@ class _HeldForClips(AbstractAsyncContextManager[Held]):
         self._wanted = wanted
         self._use = model.in_use()
 
-    async def __aenter__(self) -> Held:
+    def __enter__(self) -> ClipsLease:
         self._use.__enter__()
         return self
 
-    async def __aexit__(
+    def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
@@ -189,12 +155,16 @@ class _HeldForClips(AbstractAsyncContextManager[Held]):
 
     async def answer(
         self, clips: NDArray[np.uint8], priority: Priority, deadline: float | None
-    ) -> Answered:
+    ) -> tuple[str, Answer]:
+        """Runs the clips through the network; returns the version that answered, and its answer.
+
+        Raises:
+            ServiceError: as `Batcher.submit`.
+        """
         candidates, model = self._candidates, self._model
         if self._wanted.version is not None:
-            answer = await model.batcher.submit(clips, priority, deadline)
-            return Answered(self.bundle.version, answer)
-        if model is candidates.serving:  # else another took over, and the clips are for this one
+            return self.bundle.version, await model.batcher.submit(clips, priority, deadline)
+        if model is candidates.serving:  # else another version is active, and these clips fit this
             model = candidates.pick(self._wanted.key, same_clips=True)
         try:
             with model.in_use():
@@ -206,4 +176,4 @@ class _HeldForClips(AbstractAsyncContextManager[Held]):
             with model.in_use():
                 answer = await model.batcher.submit(clips, priority, deadline)
         candidates.answered(model, clips, answer)
-        return Answered(model.bundle.version, answer)
+        return model.bundle.version, answer

@@ -23,7 +23,7 @@ from service.network import GaveWayError, Wanted
 from service.outgoing import MAX_URL
 from service.pace import Pace
 from service.schemas import Problem, Timings, ViewParameters, inlined_schema
-from service.state import Intake
+from service.state import State
 from service.tracing import record_stages
 from service.turns import Answer
 from service.uploads import Upload, receive
@@ -106,11 +106,11 @@ class VideoAnswer(NamedTuple, Generic[P]):
     timings: Timings
 
 
-async def answer_video(request: Request, state: Intake, query: P) -> VideoAnswer[P]:
+async def answer_video(request: Request, state: State, query: P) -> VideoAnswer[P]:
     """Receives the request's video, decodes it and runs its clips through the network.
 
     Raises:
-        ServiceError: as `receive`, `DecoderPool.decode`, `Held.answer` and `answer_in_time`.
+        ServiceError: as `receive`, `DecoderPool.decode`, `VideoLease.answer` and `answer_in_time`.
         RequestValidationError: a parameter is wrong.
     """
     started = time.perf_counter()
@@ -118,7 +118,7 @@ async def answer_video(request: Request, state: Intake, query: P) -> VideoAnswer
     urgency = urgency_of(request)
     # Now, so that what is wrong, or a video that there is no room for, costs no upload.
     check_clips(query, settings.max_clips_per_request)
-    await state.network.check_room(query.model, query.views * query.crops, urgency.priority)
+    state.network.check_room(query.model, query.views * query.crops, urgency.priority)
     state.decoders.check_room()
     async with (
         within(urgency.deadline),
@@ -214,7 +214,7 @@ def check_clips(parameters: ViewParameters, max_clips: int) -> None:
 
 
 async def _process(
-    state: Intake, upload: Upload, parameters: ViewParameters, urgency: Urgency, key: str | None
+    state: State, upload: Upload, parameters: ViewParameters, urgency: Urgency, key: str | None
 ) -> tuple[Bundle, Clips, float, Answer]:
     """Decodes, then infers, in the model that the request names.
 
@@ -228,20 +228,19 @@ async def _process(
 
 
 async def _look(
-    state: Intake, wanted: Wanted, upload: Upload, parameters: ViewParameters, urgency: Urgency
+    state: State, wanted: Wanted, upload: Upload, parameters: ViewParameters, urgency: Urgency
 ) -> tuple[Bundle, Clips, float, Answer]:
     started = time.perf_counter()
     asked = parameters.views * parameters.crops
     # In this order: a video that waits for a decoder keeps no room before the engine.
-    async with (
-        state.decoders.turn() as decode,
-        state.network.for_video(wanted, asked, urgency.priority) as held,
-    ):
-        preprocessing = held.bundle.config.preprocessing
-        clips = await decode(Job(upload.path, preprocessing, parameters.views, parameters.crops))
-        decode_s = time.perf_counter() - started
-        answered = await held.answer(clips.frames, urgency.priority, urgency.deadline)
-        return held.bundle, clips, decode_s, answered.answer
+    async with state.decoders.turn() as decode:
+        with state.network.for_video(wanted, asked, urgency.priority) as lease:
+            bundle = lease.bundle
+            work = Job(upload.path, bundle.config.preprocessing, parameters.views, parameters.crops)
+            clips = await decode(work)
+            decode_s = time.perf_counter() - started
+            answer = await lease.answer(clips.frames, urgency.priority, urgency.deadline)
+            return bundle, clips, decode_s, answer
 
 
 async def answer_in_time(request: Request, timeout_s: float, work: Awaitable[T]) -> T:

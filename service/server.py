@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvloop
@@ -21,8 +21,6 @@ from service.listening import Server, configuration
 from service.logging import configure
 from service.metrics import Metrics
 from service.settings import Settings
-from service.state import State
-from service.workers import Workers
 
 logger = logging.getLogger(__name__)
 _IMPORTED = time.monotonic()
@@ -41,7 +39,7 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings, imports_s: float) -> None:
-    app = create_app(settings.of_engines())
+    app = create_app(settings)
     app.state.metrics.start_seconds.labels("imports").set(imports_s)
     # Not in the app's lifespan, where an error of ours would end as a framework's traceback.
     # Signals are heard until all is closed: the second one also ends a stop that hangs.
@@ -54,47 +52,13 @@ async def _serve(settings: Settings, imports_s: float) -> None:
 
 
 async def _run(app: FastAPI, settings: Settings, signals: contextlib.ExitStack) -> None:
-    several = settings.workers > 1
-    async with running(app, behind_workers=several):
+    async with running(app):
         others = [_admin_server(app, settings)] if settings.admin_port is not None else []
-        if several:
-            await _run_workers(app, settings, signals, others)
-            return
         config = configuration(app, settings, lifespan="off")
         server = Server(config, lambda: _welcome(app.state.metrics, server.url))
         servers = [*others, server]
-        signals.enter_context(
-            _until_stopped(app, settings.shutdown_delay_s, lambda: _stop_listening(servers))
-        )
+        signals.enter_context(_until_stopped(app, settings, servers))
         await asyncio.gather(*(each.serve() for each in servers))
-
-
-async def _run_workers(
-    app: FastAPI, settings: Settings, signals: contextlib.ExitStack, others: list[Server]
-) -> None:
-    """The workers have the port; what they forward comes over a socket of this process's own."""
-    state: State = app.state.service
-    app.state.workers = workers = Workers(
-        settings, state.metrics, state.network, app.state.keyring, state.spool
-    )
-    stop = asyncio.Event()
-    config = configuration(
-        app, settings, lifespan="off", uds=str(workers.forwarding), date_header=False
-    )
-    servers = [*others, Server(config)]
-    serving = [asyncio.create_task(each.serve()) for each in servers]
-    try:
-        url = await workers.start()
-        signals.enter_context(
-            _until_stopped(app, settings.shutdown_delay_s, stop.set, workers.tell_stopping)
-        )
-        _welcome(state.metrics, url)
-        await stop.wait()
-        await workers.stop()
-    finally:
-        await workers.close()
-        _stop_listening(servers)
-        await asyncio.gather(*serving)
 
 
 def _admin_server(app: FastAPI, settings: Settings) -> Server:
@@ -113,12 +77,7 @@ def _stop_listening(servers: list[Server]) -> None:
 
 
 @contextlib.contextmanager
-def _until_stopped(
-    app: FastAPI,
-    delay_s: float,
-    stop_listening: Callable[[], object],
-    on_signal: Callable[[], object] = lambda: None,
-) -> Iterator[None]:
+def _until_stopped(app: FastAPI, settings: Settings, servers: list[Server]) -> Iterator[None]:
     """Stops the service on a signal.
 
     SIGTERM: first not ready, so that balancers send no more, and after the delay no new requests.
@@ -131,10 +90,9 @@ def _until_stopped(
             logger.warning("ended by a second signal; what ran is lost")
             os._exit(128 + number)
         app.state.stopping = True
-        on_signal()
-        wait_s = delay_s if number == signal.SIGTERM else 0.0
+        wait_s = settings.shutdown_delay_s if number == signal.SIGTERM else 0.0
         logger.info("stopping", extra={"signal": number.name, "no_new_requests_in_s": wait_s})
-        loop.call_later(wait_s, stop_listening)
+        loop.call_later(wait_s, _stop_listening, servers)
 
     stops = (signal.SIGTERM, signal.SIGINT)
     for number in stops:

@@ -33,7 +33,9 @@ _SERVICE_LINK = re.compile(
 )
 _ORIGIN = re.compile(r"\*|https?://[^/\s?#@]+")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
-REMOVED: dict[str, str] = {}
+REMOVED: dict[str, str] = {
+    "workers": "run one service per GPU, and replicas behind a load balancer: docs/capacity.md",
+}
 """Settings of earlier versions, and what an operator does instead."""
 
 
@@ -58,16 +60,6 @@ class Settings(BaseSettings):
         description="Address to listen on. Set 0.0.0.0 in a container or behind a proxy.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    workers: int = Field(
-        1,
-        ge=1,
-        le=64,
-        description="Processes that take requests in: HTTP, uploads, decoding and answers. More "
-        "than one where that keeps a core busy before the engines are. Whatever the number, each "
-        "device has one engine of a model, in a process that all of them ask. They share "
-        "`decode_workers`, `max_decode_queue`, `max_spool_bytes` and `max_tensor_bytes` out "
-        "among them.",
-    )
     admin_port: int | None = Field(
         None,
         ge=0,
@@ -183,7 +175,7 @@ class Settings(BaseSettings):
         ge=MIB,
         description="Most bytes of requests with clips that were sent ready (`/v2`) in memory at "
         "once, each from its arrival to its answer, decompressed; past that the answer is 503 with "
-        "Retry-After, and 413 for one that is larger than all of it, or than a worker's share.",
+        "Retry-After, and 413 for one that is larger than all of it.",
     )
     max_clips_per_request: int = Field(
         30,
@@ -431,21 +423,14 @@ class Settings(BaseSettings):
                 f"TIMESFORMER_MAX_QUEUE_CLIPS: {most} is below TIMESFORMER_MAX_CLIPS_PER_REQUEST "
                 f"({self.max_clips_per_request}): the largest request could never be queued"
             )
-        spool, jobs = self._spool_share, self.max_jobs_bytes
-        shared = f", shared out among {self.workers + 1} processes," if self.workers > 1 else ""
+        spool, jobs = self.max_spool_bytes, self.max_jobs_bytes
         for limit in ("max_upload_bytes", "max_long_upload_bytes"):
             if spool is not None and spool < getattr(self, limit):
                 raise ValueError(
-                    f"TIMESFORMER_MAX_SPOOL_BYTES: {self.max_spool_bytes}{shared} is below "
+                    f"TIMESFORMER_MAX_SPOOL_BYTES: {spool} is below "
                     f"{ENV_PREFIX}{limit.upper()} ({getattr(self, limit)}): the largest upload "
                     "would never fit"
                 )
-        if self.workers > 1 and self.tensor_share < MAX_JSON_BYTES:
-            raise ValueError(
-                f"TIMESFORMER_MAX_TENSOR_BYTES: {self.max_tensor_bytes}, shared out among "
-                f"TIMESFORMER_WORKERS ({self.workers}), is below {MAX_JSON_BYTES} for each, the "
-                "largest request in JSON"
-            )
         for limit in ("max_long_upload_bytes", "max_job_result_bytes"):
             if self.jobs_dir is not None and jobs < getattr(self, limit):
                 raise ValueError(
@@ -453,32 +438,6 @@ class Settings(BaseSettings):
                     f"({getattr(self, limit)}): the largest would never fit"
                 )
         return self
-
-    def of_worker(self, number: int) -> Settings:
-        """The settings of one of several workers, with its share of what they share."""
-        decoders, more = divmod(self.decode_workers, self.workers)
-        share = {
-            "decode_workers": max(1, decoders + (number < more)),
-            "max_decode_queue": max(1, self.max_decode_queue // self.workers),
-            "max_spool_bytes": self._spool_share,
-            "max_tensor_bytes": self.tensor_share,
-        }
-        return self.model_copy(update=share)
-
-    def of_engines(self) -> Settings:
-        """Those of the process with the engines beside them, which spools long videos."""
-        return self.model_copy(update={"max_spool_bytes": self._spool_share})
-
-    @property
-    def tensor_share(self) -> int:
-        """What the process that receives clips may hold of them, and so the most of one request."""
-        return self.max_tensor_bytes // self.workers
-
-    @property
-    def _spool_share(self) -> int | None:
-        if self.max_spool_bytes is None or self.workers == 1:
-            return self.max_spool_bytes
-        return self.max_spool_bytes // (self.workers + 1)
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Settings:

@@ -13,15 +13,15 @@ from service.jobs import Jobs
 from service.memory import Memory
 from service.metrics import Metrics
 from service.models import Models
-from service.network import LocalNetwork, Network
+from service.network import Network
 from service.settings import Settings
 from service.sources import Sources
 from service.spool import Spool
 
 
 @dataclass(frozen=True)
-class Intake:
-    """What takes videos and clips in, and where their answers come from."""
+class State:
+    """The running service."""
 
     settings: Settings
     metrics: Metrics
@@ -31,26 +31,10 @@ class Intake:
     sources: Sources
     memory: Memory
     """Of clips that are sent ready."""
-
-
-@dataclass(frozen=True)
-class State(Intake):
-    """The running service."""
-
-    network: LocalNetwork
     models: Models
     streams: DecoderPool
     """Of long videos."""
     jobs: Jobs | None
-
-
-async def taking_state(request: Request) -> Intake:
-    """The state, of which an `Intake` is enough.
-
-    Raises:
-        NotReadyError: the service is starting or stopping.
-    """
-    return await running_state(request)
 
 
 # Though it waits for nothing: a plain function would be run in a thread, for each request.
@@ -80,9 +64,6 @@ def is_ready(app_state: Any) -> bool:
 
 Running = Annotated[State, Depends(running_state)]
 """The state, for endpoints that need a service that is ready; else they answer 503."""
-
-Taking = Annotated[Intake, Depends(taking_state)]
-"""The same for endpoints that every worker has."""
 
 Accepting = Annotated[State, Depends(_accepting)]
 """The same for readiness: it is gone as soon as the service is to stop, while it serves on a little

@@ -10,7 +10,7 @@ from service.classification import classification
 from service.logging import request_id
 from service.requests import PROBLEM_RESPONSES, answer_video, video_body
 from service.schemas import ClassifyParameters, ClassifyResponse
-from service.state import Taking
+from service.state import Running
 from service.urgency import HEADERS
 
 router = APIRouter(prefix="/v1", tags=["classify"])
@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1", tags=["classify"])
     summary="Name the action in a video",
 )
 async def classify(
-    request: Request, state: Taking, query: Annotated[ClassifyParameters, Query()]
+    request: Request, state: Running, query: Annotated[ClassifyParameters, Query()]
 ) -> Response:
     """Decodes the video, runs its clips through the network and answers with the best labels."""
     bundle, parameters, clips, answer, timings = await answer_video(request, state, query)

@@ -10,7 +10,7 @@ from service.classification import embedding_of
 from service.logging import request_id
 from service.requests import PROBLEM_RESPONSES, answer_video, video_body
 from service.schemas import EmbedResponse, ViewParameters
-from service.state import Taking
+from service.state import Running
 from service.urgency import HEADERS
 
 router = APIRouter(prefix="/v1", tags=["embed"])
@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1", tags=["embed"])
     summary="Turn a video into a vector",
 )
 async def embed(
-    request: Request, state: Taking, query: Annotated[ViewParameters, Query()]
+    request: Request, state: Running, query: Annotated[ViewParameters, Query()]
 ) -> Response:
     """Decodes the video, runs its clips through the network and answers with the mean of what
     goes into its last layer. It is not normalised; vectors of different models do not compare.

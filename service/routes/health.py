@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -12,9 +12,6 @@ from service.metrics import CONTENT_TYPE, Metrics
 from service.requests import PROBLEM_RESPONSES
 from service.schemas import EngineState, LiveResponse, ModelName, ModelState, ReadyResponse
 from service.state import Accepting
-
-if TYPE_CHECKING:
-    from service.workers import Workers
 
 router = APIRouter(tags=["health"])
 metrics_router = APIRouter(tags=["health"])
@@ -80,6 +77,4 @@ async def ready(
 async def metrics(request: Request) -> Response:
     """The metrics of the service in the Prometheus text format, also while it is not ready."""
     metrics: Metrics = request.app.state.metrics
-    workers: Workers | None = request.app.state.workers
-    text = metrics.render() if workers is None else await workers.render()
-    return Response(text, headers={"Content-Type": CONTENT_TYPE})
+    return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -33,7 +33,7 @@ from service.schemas_infer import (
     ServerReady,
     TensorMetadata,
 )
-from service.state import Accepting, Intake, Running, Taking, taking_state
+from service.state import Accepting, Running, State, running_state
 from service.tensors import HEADER_LENGTH, Body, Inference, body_limit, decode, encode
 from service.turns import PRIORITIES, Answer, Priority
 from service.uploads import Limit, receive_tensors
@@ -197,7 +197,7 @@ hot = APIRouter(prefix="/v2", tags=["open inference protocol"])
     },
     openapi_extra=_infer_extra(_VERSIONED),
 )
-async def infer(request: Request, state: Taking) -> Response:
+async def infer(request: Request, state: Running) -> Response:
     """Joins the clips with those of other clients and answers with the network's outputs."""
     started = time.perf_counter()
     settings = state.settings
@@ -205,7 +205,7 @@ async def infer(request: Request, state: Taking) -> Response:
     header_length = request.headers.get(HEADER_LENGTH)
     # Found before the body is read, and again afterwards: it may have been swapped meanwhile, and
     # a slow sender must not keep an old version open. The body may ask for the highest priority.
-    bundle = await state.network.find(_wanted(request), urgency.highest)
+    bundle = state.network.find(_wanted(request), urgency.highest)
     limit = body_limit(
         header_length is None,
         _clip_shape(bundle),
@@ -239,7 +239,7 @@ async def infer(request: Request, state: Taking) -> Response:
 async def admit_and_infer(request: Request) -> Response:
     """`infer` with what it depends on, for the routes of `hot`: see `service/shortcut.py`."""
     async with admitted(request, "infer", presented_key(request)):
-        return await infer(request, await taking_state(request))
+        return await infer(request, await running_state(request))
 
 
 def _wanted(request: Request) -> Wanted:
@@ -254,14 +254,14 @@ def _clip_shape(bundle: Bundle) -> tuple[int, ...]:
 
 
 async def _run(
-    request: Request, state: Intake, body: Body, limit: Limit, urgency: Urgency, share: Share
+    request: Request, state: State, body: Body, limit: Limit, urgency: Urgency, share: Share
 ) -> tuple[ModelName, Inference, Answer]:
     """Decodes the body and infers, within the time that it gives itself.
 
     Raises:
-        ServiceError: as `decode`, `Share.take` and `Held.answer`.
+        ServiceError: as `decode`, `Share.take` and `ClipsLease.answer`.
     """
-    async with state.network.for_clips(_wanted(request)) as held:
+    with state.network.for_clips(_wanted(request)) as held:
         read = partial(
             decode,
             body,

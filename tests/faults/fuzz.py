@@ -1,12 +1,12 @@
 """Damaged videos by the thousand against a running service: no 5xx, no hang, no leak, no leftover.
 
     python -m tests.faults.fuzz VIDEO_FOLDER [--count 10000] [--seed 0] [--clients 4]
-        [--path /v1/timeline] [--workers 2]
+        [--path /v1/timeline]
 
 Each request is a real file with bytes flipped, cut out, overwritten or spliced from another file.
-Prints what came back by status and code, and the server's memory at a tenth, half and the end, its
-workers' included; exits with 1 if anything but an answer, a 4xx, 503 or 504 came back, the memory
-grew by more than a twentieth from the tenth to the end, or something stayed behind.
+Prints what came back by status and code, and the server's memory at a tenth, half and the end;
+exits with 1 if anything but an answer, a 4xx, 503 or 504 came back, the memory grew by more than a
+twentieth from the tenth to the end, or something stayed behind.
 """
 
 from __future__ import annotations
@@ -37,13 +37,10 @@ def main() -> None:
     files = [path.read_bytes() for path in sorted(options.folder.iterdir()) if path.is_file()]
     with (
         tempfile.TemporaryDirectory() as spool,
-        run_service(
-            *("--spool-dir", spool, "--log-level", "warning", "--workers", str(options.workers))
-        ) as service,
+        run_service("--spool-dir", spool, "--log-level", "warning") as service,
     ):
         outcomes, memory = load(service, files, options)
-        # Each process has a folder of its own in it; one of several workers listens there too.
-        left = [path for path in Path(spool).glob("*/*") if not path.is_socket()]
+        left = list(Path(spool).glob("*/*"))
         zombies = [pid for pid, state in children(service.process.pid) if state.startswith("Z")]
         restarts = [
             line
@@ -66,7 +63,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--path", choices=["/v1/classify", "/v1/timeline"], default="/v1/classify")
     return parser.parse_args()
 
@@ -93,7 +89,7 @@ def load(
         for number, outcome in enumerate(pool.map(post, range(options.count)), start=1):
             outcomes[outcome] += 1
             if number in milestones:
-                memory.append(resident_bytes(service.process.pid, options.workers))
+                memory.append(resident_bytes(service.process.pid))
     return outcomes, memory
 
 
@@ -137,14 +133,9 @@ def mutate(files: list[bytes], rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def resident_bytes(pid: int, workers: int) -> int:
-    """Of the server and, where there are several, its workers: children with decoders of their own.
-    Decoders come and go, and have limits.
-    """
-    pids = [pid]
-    if workers > 1:
-        pids += [child for child, _ in children(pid) if children(child)]
-    pages = sum(int(Path(f"/proc/{each}/statm").read_text().split()[1]) for each in pids)
+def resident_bytes(pid: int) -> int:
+    """Of the server. Decoders come and go, and have limits."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -1,7 +1,7 @@
 """Twice as many videos as the service can do, for two minutes: what becomes of those that it takes,
 and how fast it turns the others away.
 
-    python -m tests.load.overload [--seconds 120] [--variant tiny] [--workers 2]
+    python -m tests.load.overload [--seconds 120] [--variant tiny]
 
 The arrivals are an open model (k6): they do not wait for answers, as a crowd does not. Capacity is
 what a closed loop of clients gets, right before and right after, since a machine that is shared
@@ -53,10 +53,7 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder), options.variant)
-        flags = [
-            *("--store", str(store), "--log-level", "warning", "--max-clips-per-request", "4"),
-            *("--workers", str(options.workers)),
-        ]
+        flags = ["--store", str(store), "--log-level", "warning", "--max-clips-per-request", "4"]
         with run_service(*flags) as service:
             rough = measure_capacity(service, options.closed_seconds)
         # Two seconds' worth: what a client of an interactive service will wait.
@@ -83,7 +80,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--closed-seconds", type=int, default=20)
     parser.add_argument("--variant", default="tiny")
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--k6", type=Path, default=Path("build/faults/bin/k6"))
     return parser.parse_args()
 

@@ -20,7 +20,7 @@ from export.bundle import BundleStore
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import STORE
-from service.app import create_admin_app, create_app, create_intake_app
+from service.app import create_admin_app, create_app
 from service.settings import SettingsError, load_settings
 from tests.service.conftest import Serve
 
@@ -142,9 +142,8 @@ def test_the_description_of_the_api_is_whole(client: httpx.Client) -> None:
 
 def test_no_endpoint_has_the_framework_read_its_body() -> None:
     """It would do so before it asks for the key, and without any limit."""
-    settings = load_settings()
-    public = create_app(settings)
-    apps = (public, create_admin_app(public), create_intake_app(settings, None))
+    public = create_app(load_settings())
+    apps = (public, create_admin_app(public))
     routes = [route for app in apps for route in iter_route_contexts(app.routes)]
     assert len(routes) > 20
     assert [route.path for route in routes if getattr(route, "body_field", None)] == []

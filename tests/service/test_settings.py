@@ -12,8 +12,6 @@ from click.testing import CliRunner
 from service.cli import cli
 from service.settings import (
     ENV_PREFIX,
-    MAX_JSON_BYTES,
-    MIB,
     REMOVED,
     Settings,
     SettingsError,
@@ -186,15 +184,6 @@ def test_all_mistakes_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None
             "MAX_SPOOL_BYTES: 9 is below TIMESFORMER_MAX_LONG_UPLOAD_BYTES (2147483648)",
         ),
         (
-            {
-                "workers": 2,
-                "max_spool_bytes": 32,
-                "max_upload_bytes": 1,
-                "max_long_upload_bytes": 11,
-            },
-            "MAX_SPOOL_BYTES: 32, shared out among 3 processes, is below TIMESFORMER_MAX_LONG",
-        ),
-        (
             {"max_jobs_bytes": 1, "jobs_dir": "/somewhere"},
             "MAX_JOBS_BYTES: 1 is below TIMESFORMER_MAX_LONG_UPLOAD_BYTES (2147483648)",
         ),
@@ -278,35 +267,3 @@ def test_a_wrong_setting_ends_the_command_with_code_2(monkeypatch: pytest.Monkey
     result = CliRunner().invoke(cli, ["serve"])
     assert result.exit_code == 2
     assert "did you mean TIMESFORMER_PORT?" in result.stderr
-
-
-def test_several_workers_share_out_what_is_for_all_of_them() -> None:
-    settings = load_settings(
-        workers=3,
-        decode_workers=8,
-        max_decode_queue=64,
-        max_spool_bytes=4000,
-        max_upload_bytes=1000,
-        max_long_upload_bytes=1000,
-        max_tensor_bytes=96 * MIB,
-    )
-    shares = [settings.of_worker(number) for number in range(3)]
-    assert [share.decode_workers for share in shares] == [3, 3, 2]
-    assert [share.max_decode_queue for share in shares] == [21, 21, 21]
-    assert [share.max_spool_bytes for share in (*shares, settings.of_engines())] == [1000] * 4
-    assert [share.max_tensor_bytes for share in shares] == [32 * MIB] * 3
-    assert load_settings(workers=4, decode_workers=1).of_worker(3).decode_workers == 1
-
-
-def test_the_largest_upload_fits_into_a_workers_share_of_the_spool() -> None:
-    limits = {"max_upload_bytes": 1000, "max_long_upload_bytes": 1000}
-    with pytest.raises(SettingsError, match=r"shared out among 4 processes, is below"):
-        load_settings(workers=3, max_spool_bytes=3999, **limits)
-    assert load_settings(max_spool_bytes=1000, **limits).workers == 1
-
-
-def test_the_largest_request_in_json_fits_into_a_workers_share_of_the_memory() -> None:
-    with pytest.raises(SettingsError, match=r"MAX_TENSOR_BYTES: \d+, .* TIMESFORMER_WORKERS \(5\)"):
-        load_settings(workers=5, max_tensor_bytes=5 * MAX_JSON_BYTES - 1)
-    assert load_settings(workers=5, max_tensor_bytes=5 * MAX_JSON_BYTES).workers == 5
-    assert load_settings(max_tensor_bytes=MIB).workers == 1
