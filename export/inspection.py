@@ -34,25 +34,13 @@ _EIGHT_BITS = {"fp8": "FP8", "int8": "INT8"}
 UNKNOWN = "unknown"
 
 
-class Product(NamedTuple):
-    """A layer that multiplies matrices, others fused into it or not."""
-
-    name: str
-    type: str
-    """What it computes in: a key of `_TYPES` or `unknown`."""
-    kernel: str
-
-
 class Inspected(NamedTuple):
     """What an engine consists of."""
 
     layers: dict[str, dict[str, int]]
     """How many of each kind give each type, in the inspector's own words."""
-    products: tuple[Product, ...]
-
-    @property
-    def products_by_type(self) -> dict[str, int]:
-        return dict(Counter(product.type for product in self.products))
+    products: dict[str, int]
+    """How many matrix products compute in each type: keys of `_TYPES`, or `unknown`."""
 
 
 def read_layers(text: str) -> Inspected:
@@ -66,7 +54,7 @@ def read_layers(text: str) -> Inspected:
     if not isinstance(layers, list):
         raise ValueError("it has no list of layers")
     counted: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    products = []
+    products: Counter[str] = Counter()
     for layer in layers:
         # A plan that tells names alone has strings here.
         facts = layer if isinstance(layer, dict) else {}
@@ -74,13 +62,8 @@ def read_layers(text: str) -> Inspected:
         counted[kind][next(_types(facts, "Outputs"), UNKNOWN)] += 1
         kernel = str(facts.get("TacticName") or "")
         if _PRODUCT.search(f"{kind} {kernel}".lower()):
-            products.append(
-                Product(str(facts.get("Name", "")), _computes_in(facts, kernel), kernel)
-            )
-    return Inspected(
-        {kind: dict(counted[kind]) for kind in sorted(counted)},
-        tuple(products),
-    )
+            products[_computes_in(facts, kernel)] += 1
+    return Inspected({kind: dict(counted[kind]) for kind in sorted(counted)}, dict(products))
 
 
 def by_type(layers: Mapping[str, Mapping[str, int]]) -> dict[str, int]:

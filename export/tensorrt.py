@@ -30,7 +30,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from export.inspection import Inspected, missing_bits, read_layers
 from export.manifest import FileEntry
-from export.plan_report import plan_report, write_plan_report
 from export.reuse import (
     earlier_timings,
     fitting_source,
@@ -251,7 +250,7 @@ def _build(trt: ModuleType, job: BuildJob, progress: Progress) -> None:
             old = None
             content = compile_network(trt, builder, network, job, log, progress)
         text, inspected = _inspect(trt, job, content, log)
-        if inspected and (warning := missing_bits(job.key.precision, inspected.products_by_type)):
+        if inspected and (warning := missing_bits(job.key.precision, inspected.products)):
             log.warnings.append(warning)
         facts = PlanFacts(
             key=job.key,
@@ -263,17 +262,15 @@ def _build(trt: ModuleType, job: BuildJob, progress: Progress) -> None:
             refittable=job.refittable or old is not None,
             level=old.facts.level if old else job.level,
             engine=inspected.layers if inspected else None,
-            products=inspected.products_by_type if inspected else None,
+            products=inspected.products if inspected else None,
             structure=shape,
             network=layer_types(network),
             warnings=tuple(log.warnings),
         )
-        _write(job, content, facts, text, inspected)
+        _write(job, content, facts, text)
 
 
-def _write(
-    job: BuildJob, content: bytes, facts: PlanFacts, text: str, inspected: Inspected | None
-) -> None:
+def _write(job: BuildJob, content: bytes, facts: PlanFacts, text: str) -> None:
     """Puts a plan, with all that is told of it, in the place of the one that was there."""
     facts_file, layers = job.plan.with_suffix(".json"), layers_file(job.plan)
     for file in (facts_file, layers):
@@ -281,7 +278,6 @@ def _write(
     write_whole(job.plan, content)
     if text:
         write_whole(layers, text.encode(errors="backslashreplace"))
-    write_plan_report(plan_report(job.plan), facts, inspected)
     write_whole(facts_file, (facts.model_dump_json(indent=2) + "\n").encode())
 
 

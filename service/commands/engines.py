@@ -215,10 +215,9 @@ def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_
 
     What each computes in is told by its engine: layers by the type of what they give, and matrix
     products by what they compute in. With --json also both by kind, the same of the network as it
-    was read, the file with all that TensorRT's inspector says, and the page for people.
+    was read, and the file with all that TensorRT's inspector says.
     """
     from export.inspection import by_type
-    from export.plan_report import plan_report
     from export.runtime.plans import engines_folder, layers_file, plans_in
 
     rows = []
@@ -227,7 +226,7 @@ def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_
             current = plan.facts.graph_sha256 in {
                 entry.sha256 for entry in each.manifest.files.values()
             }
-            layers, report = layers_file(plan.path), plan_report(plan.path)
+            layers = layers_file(plan.path)
             rows.append(
                 {
                     "name": each.name,
@@ -243,7 +242,6 @@ def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_
                     "engine_by_type": by_type(plan.facts.engine) if plan.facts.engine else None,
                     "products": plan.facts.products,
                     "layers": str(layers) if layers.is_file() else None,
-                    "report": str(report) if report.is_file() else None,
                     "level": plan.facts.level,
                     "warnings": plan.facts.warnings,
                 }
