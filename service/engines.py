@@ -26,21 +26,12 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 
-class Refused(NamedTuple):
-    """A precision of a bundle that does not serve, though it is the faster one."""
-
-    precision: str
-    reason: str
-
-
 class TensorRtState(NamedTuple):
-    """What TensorRT is at, and why if it does not serve as it was to."""
+    """TensorRT's status, and the reason if TensorRT is not serving."""
 
     state: str
-    """`serving`, `building`, `failed`, `unavailable` or `off`."""
+    """`serving`, `building`, `missing`, `failed`, `unavailable` or `off`."""
     reason: str = ""
-    refused: tuple[Refused, ...] = ()
-    """What was tried before, with precision `auto`."""
 
     def __str__(self) -> str:
         return f"{self.state}: {self.reason}" if self.reason else self.state
@@ -49,13 +40,11 @@ class TensorRtState(NamedTuple):
     def is_building(self) -> bool:
         return self.state == "building"
 
-    def serving(self) -> TensorRtState:
-        """The same once the plan serves."""
-        return self._replace(state="serving")
-
 
 OFF = TensorRtState("off", "TIMESFORMER_TENSORRT")
+SERVING = TensorRtState("serving")
 BUILDING = TensorRtState("building")
+MISSING = TensorRtState("missing", "no plan fits: run `timesformer engines build` on this machine")
 
 
 def find_gpus(settings: Settings) -> tuple[int, ...]:
@@ -97,8 +86,8 @@ def find_tensorrt(settings: Settings) -> tuple[tuple[TensorRt, ...], TensorRtSta
     try:
         return tuple(TensorRt(gpu, settings.engines) for gpu in gpus), BUILDING
     except RuntimeUnavailableError as error:
-        if settings.precision in ("fp16", "fp8"):
-            logger.warning("precision %s needs TensorRT: %s", settings.precision, error)
+        if settings.precision == "fp8":
+            logger.warning("precision fp8 needs TensorRT: %s", error)
         return (), TensorRtState("unavailable", str(error))
 
 
@@ -110,6 +99,7 @@ class Engines:
         largest: most clips in a batch.
         precision: of the graph, as the settings have it.
         refittable: whether plans are built so that later versions' weights can be put into them.
+        builds: whether missing plans are to be built.
     """
 
     def __init__(
@@ -118,11 +108,14 @@ class Engines:
         largest: int,
         precision: str,
         refittable: bool = False,
+        builds: bool = True,
     ) -> None:
         self._gpus = tensorrt
         self._largest = largest
         self._precision = precision
         self._refittable = refittable
+        self.without_plan = BUILDING if builds else MISSING
+        """The status of a bundle that has no plan that fits."""
         self._not_refitted: set[Path] = set()
         """Graphs whose plans had wrong answers when they were refitted."""
         self._child: subprocess.Popen[str] | None = None
@@ -131,39 +124,31 @@ class Engines:
         self.building = asyncio.Lock()
         """To be held around `build`: each build wants the GPU and its memory."""
 
-    def find(self, bundle: Bundle, refused: Sequence[Refused] = ()) -> tuple[Plan, ...] | None:
-        """The bundle's plan for each GPU, if all have one that fits.
-
-        Args:
-            refused: precisions that are not to be taken.
+    def find(self, bundle: Bundle) -> tuple[Plan, ...] | None:
+        """Returns the bundle's plan for each GPU, or None if a plan is missing for one of them.
 
         Raises:
             PlanError: the bundle has no graph that TensorRT takes in this precision.
         """
         found = [
             find_plan(wanted.folder, wanted.key, wanted.graph_sha256)
-            for wanted in self._wanted(bundle, refused)
+            for wanted in self._wanted(bundle)
         ]
         plans = tuple(plan for plan in found if plan is not None)
         return plans if len(plans) == len(found) else None
 
     def build(
-        self,
-        bundle: Bundle,
-        refused: Sequence[Refused] = (),
-        progress: Progress = lambda share, step: None,
+        self, bundle: Bundle, progress: Progress = lambda share, step: None
     ) -> tuple[Plan, ...]:
-        """Builds what is missing of the bundle's plans, in minutes each, in child processes, one
-        plan at a time. One for each GPU comes back.
+        """Builds the bundle's missing plans and returns the plan for each GPU.
 
-        Args:
-            refused: precisions that are not to be taken.
+        A build takes minutes and runs in a child process, one plan at a time.
 
         Raises:
-            PlanError: one cannot be built, or `stop` was called.
+            PlanError: a plan cannot be built, or `stop` was called.
         """
         plans: dict[PlanKey, Plan] = {}
-        wanted = self._wanted(bundle, refused)
+        wanted = self._wanted(bundle)
         for gpu, each in zip(self._gpus, wanted, strict=True):
             if self.stopped:
                 raise PlanError("the service stops")
@@ -183,54 +168,26 @@ class Engines:
             for gpu, plan in zip(self._gpus, plans, strict=True):
                 runtimes.append(_load(gpu, plan, self._largest))
                 closing.callback(runtimes[-1].close)
-            try:
-                prove(runtimes, bundle)
-            except PlanError:
-                raise
-            except Exception as error:  # engines' exceptions share no base but Exception
-                raise PlanError(f"the plan fails on clips: {error}") from error
             closing.pop_all()
+        prove_or_close(runtimes, bundle)
         return tuple(runtimes)
 
-    def stand_in(self, bundle: Bundle, refused: Sequence[Refused]) -> tuple[Runtime, ...] | None:
-        """With precision `auto`, plans of a later graph that are there already, loaded and proven,
-        to serve while those of the first are built."""
-        while self._precision == "auto":
-            try:
-                refused = (*refused, Refused(self.precision(bundle, refused), "is to be built"))
-                if plans := self.find(bundle, refused):
-                    return self.load(plans, bundle)
-            except (PlanError, RuntimeUnavailableError) as error:
-                if not self._is_left(bundle, refused):
-                    break
-                logger.warning("a plan cannot stand in", extra={"reason": str(error)})
-        return None
+    def after(self, bundle: Bundle, error: Exception) -> TensorRtState:
+        """Returns TensorRT's status once the bundle's plan failed with this error.
 
-    def precision(self, bundle: Bundle, refused: Sequence[Refused]) -> str:
-        """Which one is to be served.
-
-        Raises:
-            PlanError: none is left.
+        A refitted plan with wrong answers is removed, so that the plan is built instead.
         """
-        return self._wanted(bundle, refused)[0].key.precision
-
-    def after(self, state: TensorRtState, bundle: Bundle, error: Exception) -> TensorRtState:
-        """What TensorRT is at next, since the plan that it was at came to nothing: with precision
-        `auto` the next graph that the bundle has, and `failed` after the last one. A refitted plan
-        with wrong answers is removed, and built instead."""
-        try:
-            precision = self.precision(bundle, state.refused)
-            if isinstance(error, PlanError) and self._remove_refitted(bundle, state.refused):
-                logger.warning("refitted plan refused, it is built", extra={"reason": str(error)})
-                return state
-        except RuntimeError:  # the bundle has none from the start, the GPUs differ or one is lost
-            return TensorRtState("failed", str(error))
-        refused = (*state.refused, Refused(precision, str(error)))
-        if self._precision != "auto":
-            return TensorRtState("failed", str(error), refused)
-        reason = "; ".join(f"not in {each.precision}: {each.reason}" for each in refused)
-        goes_on = "building" if self._is_left(bundle, refused) else "failed"
-        return TensorRtState(goes_on, reason, refused)
+        reason = str(error)
+        with contextlib.suppress(RuntimeError):  # no such graph, or the GPUs differ or are lost
+            if isinstance(error, PlanError) and self._remove_refitted(bundle):
+                logger.warning("refitted plan refused", extra={"reason": reason})
+                return self.without_plan
+            if self._precision == "auto":
+                reason = (
+                    f"{self._wanted(bundle)[0].key.precision}: {reason}; `timesformer engines "
+                    "choose` finds a precision that works here, TIMESFORMER_PRECISION names one"
+                )
+        return TensorRtState("failed", reason)
 
     def stop(self) -> None:
         """Ends the build that runs, and any that begins later."""
@@ -239,26 +196,17 @@ class Engines:
             if self._child is not None:
                 self._child.terminate()
 
-    def _wanted(self, bundle: Bundle, refused: Sequence[Refused]) -> list[Wanted]:
+    def _wanted(self, bundle: Bundle) -> list[Wanted]:
         """For each GPU."""
         batches = batches_up_to(self._largest)
-        without = frozenset(each.precision for each in refused)
-        wanted = [gpu.wanted(bundle, self._precision, batches, without) for gpu in self._gpus]
+        wanted = [gpu.wanted(bundle, self._precision, batches) for gpu in self._gpus]
         precisions = {each.key.precision for each in wanted}
-        if len(precisions) > 1:  # a video's answer would depend on who was idle
+        if len(precisions) > 1:  # a video's answer would depend on which GPU was idle
             raise PlanError(
                 f"the GPUs would compute in {' and '.join(sorted(precisions))}: "
                 "set TIMESFORMER_PRECISION to one that all of them have"
             )
         return wanted
-
-    def _is_left(self, bundle: Bundle, refused: Sequence[Refused]) -> bool:
-        """Whether there is a graph to be tried."""
-        try:
-            self._wanted(bundle, refused)
-        except RuntimeError:
-            return False
-        return True
 
     def _built(self, wanted: Wanted, gpu: int, progress: Progress) -> Plan:
         """The plan that is there, however it was built, or a new one."""
@@ -273,9 +221,9 @@ class Engines:
             logger.warning("plan built with a warning", extra=facts)
         return plan
 
-    def _remove_refitted(self, bundle: Bundle, refused: Sequence[Refused]) -> bool:
-        """Whether the bundle's plan was made of another version's; it is gone then, for good."""
-        plans = self.find(bundle, refused) or ()
+    def _remove_refitted(self, bundle: Bundle) -> bool:
+        """Removes the bundle's plans that were refitted and returns whether there were any."""
+        plans = self.find(bundle) or ()
         refitted = [plan for plan in plans if plan.facts.refitted]
         try:
             for plan in refitted:
@@ -283,7 +231,7 @@ class Engines:
         except OSError:  # it would come back
             return False
         if refitted:
-            self._not_refitted.update(each.graph for each in self._wanted(bundle, refused))
+            self._not_refitted.update(each.graph for each in self._wanted(bundle))
         return bool(refitted)
 
     def _started(self, child: subprocess.Popen[str]) -> None:
@@ -302,26 +250,36 @@ def _load(gpu: TensorRt, plan: Plan, largest: int) -> Runtime:
         raise RuntimeUnavailableError(f"{plan.path.name} cannot run: {error}") from error
 
 
-def prove(runtimes: Sequence[Runtime], bundle: Bundle) -> None:
-    """Compares engines with the bundle's float32 graph on the CPU.
+def prove_or_close(runtimes: Sequence[Runtime], bundle: Bundle) -> None:
+    """Compares engines with the bundle's float32 graph on the CPU; closes all if one differs.
 
     Raises:
-        PlanError: the answers differ by more than the gate of the export allows.
+        PlanError: an engine fails on clips, or its answers differ by more than the gate of the
+            export allows.
     """
     from export.proof import Proof, shortfall
 
-    proof = Proof.of(bundle)
-    for runtime in runtimes:
-        parity, where = proof.judge(runtime), device_name(runtime)
-        if not parity.passed:
-            raise PlanError(
-                f"the plan's answers are not the network's on {where}: {shortfall(parity)}"
-            )
-        facts = {
-            "engine_device": where,
-            "precision": runtime.precision,
-            "clips": parity.clips,
-            "max_difference": parity.max_difference,
-            "cosine": parity.centred_cosine,
-        }
-        logger.info("plan proven", extra=facts)
+    with contextlib.ExitStack() as closing:
+        for runtime in runtimes:
+            closing.callback(runtime.close)
+        try:
+            proof = Proof.of(bundle)
+            parities = [proof.judge(runtime) for runtime in runtimes]
+        except Exception as error:  # engines' exceptions share no base but Exception
+            raise PlanError(f"the engine fails on clips: {error}") from error
+        for runtime, parity in zip(runtimes, parities, strict=True):
+            where = device_name(runtime)
+            if not parity.passed:
+                raise PlanError(
+                    f"the engine's answers are not the network's on {where}: {shortfall(parity)}"
+                )
+            facts = {
+                "engine": runtime.engine,
+                "engine_device": where,
+                "precision": runtime.precision,
+                "clips": parity.clips,
+                "max_difference": parity.max_difference,
+                "cosine": parity.centred_cosine,
+            }
+            logger.info("engine proven", extra=facts)
+        closing.pop_all()

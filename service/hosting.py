@@ -5,9 +5,8 @@ A newly activated version is checked, loaded and warmed up beside the one that s
 from one request to the next, and the old one is closed when its last request has been answered.
 One that cannot be used is refused, and the old one stays.
 
-On a GPU with TensorRT a version without a plan is served by ONNX Runtime, or by its plan of another
-precision, while its plan is built in the background; then the plan takes over in the same way. So
-it is with a version that is tried.
+On a GPU with TensorRT a version without a plan is served by ONNX Runtime while its plan is built in
+the background; then the plan takes over in the same way. A candidate gets its plan likewise.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from export.bundle import Bundle, BundleError, Candidate
 from export.runtime import device_name
 from service.candidates import Candidates
-from service.engines import Engines, TensorRtState
+from service.engines import SERVING, Engines, TensorRtState
 from service.errors import BundleRefusedError, ModelUnavailableError
 from service.loading import LoadedModel, load_model, store_of
 from service.metrics import Metrics
@@ -353,23 +352,19 @@ class ModelHost:
     async def _build(self) -> None:
         """Builds plans until what serves and what is tried have theirs or cannot have any."""
         while (engines := self._engines) and (waiting := self._without_plan()):
-            bundle, state = waiting.bundle, waiting.tensorrt
+            bundle = waiting.bundle
             try:
-                precision = await asyncio.to_thread(engines.precision, bundle, state.refused)
-                if waiting.runs_in(precision):
-                    self._note(waiting, state.serving())  # it stood in for what came to nothing
-                    continue
                 async with engines.building:  # not in the thread: all models share a few of them
-                    plans = await asyncio.to_thread(engines.build, bundle, state.refused)
+                    plans = await asyncio.to_thread(engines.build, bundle)
                 async with self._swapping:
                     if self._is_used(waiting):
                         runtimes = await asyncio.to_thread(engines.load, plans, bundle)
-                        loaded = LoadedModel(bundle, runtimes, state.serving())
+                        loaded = LoadedModel(bundle, runtimes, SERVING)
                         self._go_on(waiting, ServedModel(loaded, self._settings, self._metrics))
             except Exception as error:  # whatever it is, the service goes on without
                 if engines.stopped:
                     break
-                self._note(waiting, await asyncio.to_thread(engines.after, state, bundle, error))
+                self._note(waiting, await asyncio.to_thread(engines.after, bundle, error))
         self._building = None
 
     def _note(self, model: ServedModel, tensorrt: TensorRtState) -> None:
@@ -407,4 +402,4 @@ def _level(tensorrt: TensorRtState) -> int:
     """How loudly it is told what TensorRT is at."""
     if tensorrt.state == "failed":
         return logging.ERROR
-    return logging.WARNING if tensorrt.refused else logging.INFO
+    return logging.WARNING if tensorrt.state == "missing" else logging.INFO

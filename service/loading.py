@@ -9,11 +9,18 @@ from typing import NamedTuple
 import numpy as np
 
 from export.bundle import Bundle, BundleError, BundleStore
+from export.manifest import ONNX_FP16
 from export.remote_store import RemoteStore
-from export.runtime import Runtime, RuntimeUnavailableError, device_name, load_runtimes
+from export.runtime import (
+    Runtime,
+    RuntimeUnavailableError,
+    device_name,
+    load_on_gpus,
+    load_runtimes,
+)
 from export.runtime.plans import PlanError
 from model.demo import STORE as DEMO_STORE
-from service.engines import BUILDING, OFF, Engines, TensorRtState, find_gpus
+from service.engines import OFF, SERVING, Engines, TensorRtState, find_gpus, prove_or_close
 from service.settings import ALL_MODELS, Settings
 
 logger = logging.getLogger(__name__)
@@ -29,7 +36,6 @@ class LoadedModel(NamedTuple):
     bundle: Bundle
     runtimes: tuple[Runtime, ...]
     tensorrt: TensorRtState = OFF
-    """`building`: a plan is to be built."""
 
     @property
     def runtime(self) -> Runtime:
@@ -112,11 +118,7 @@ def load_model(bundle: Bundle, settings: Settings, engines: Engines | None = Non
     bundle.verify()
     runtimes, tensorrt = _load_plans(bundle, engines) if engines else (None, OFF)
     if runtimes is None:
-        precision = settings.precision
-        if engines is not None and precision != "auto":
-            precision = "float32"  # stands in for a plan with answers as near as they come
-        gpus = () if settings.device == "cpu" else find_gpus(settings)
-        runtimes = load_runtimes(bundle, settings.device, settings.engine_threads, precision, gpus)
+        runtimes = _load_graph(bundle, settings, has_tensorrt=engines is not None)
     loaded = LoadedModel(bundle, runtimes, tensorrt)
     runtime = loaded.runtime
     try:
@@ -145,17 +147,39 @@ def load_model(bundle: Bundle, settings: Settings, engines: Engines | None = Non
 def _load_plans(
     bundle: Bundle, engines: Engines
 ) -> tuple[tuple[Runtime, ...] | None, TensorRtState]:
-    """The bundle's plans, loaded and proven; or None, and what to tell of them."""
-    state = BUILDING
-    while state.is_building:  # until one is good, is yet to be built, or none is left to be tried
+    """Returns the bundle's plans, loaded and proven, or None; and TensorRT's status."""
+    try:
+        plans = engines.find(bundle)
+        if plans is None:
+            return None, engines.without_plan
+        return engines.load(plans, bundle), SERVING
+    except (PlanError, RuntimeUnavailableError) as error:
+        return None, engines.after(bundle, error)
+
+
+def _load_graph(bundle: Bundle, settings: Settings, *, has_tensorrt: bool) -> tuple[Runtime, ...]:
+    """Loads a graph of the bundle in ONNX Runtime: on GPUs the FP16 graph, unless the settings ask
+    for float32 or the FP16 graph's answers are wrong there.
+
+    Args:
+        has_tensorrt: whether ONNX Runtime replaces a plan, of whatever precision.
+
+    Raises:
+        BundleError, RuntimeUnavailableError: as `load_model`.
+    """
+    device, threads, precision = settings.device, settings.engine_threads, settings.precision
+    gpus = () if device == "cpu" else find_gpus(settings)
+    is_half = precision in ("auto", "fp16") or (has_tensorrt and precision != "float32")
+    if gpus and is_half and ONNX_FP16 in bundle.manifest.files:
         try:
-            plans = engines.find(bundle, state.refused)
-            if plans is None:
-                return engines.stand_in(bundle, state.refused), state
-            return engines.load(plans, bundle), state.serving()
+            halves = load_on_gpus(bundle, threads, gpus, "fp16", must=True)
+            prove_or_close(halves, bundle)
+            return halves
         except (PlanError, RuntimeUnavailableError) as error:
-            state = engines.after(state, bundle, error)
-    return None, state
+            logger.warning("ONNX Runtime cannot serve FP16", extra={"reason": str(error)})
+    if has_tensorrt and precision != "auto":
+        precision = "float32"
+    return load_runtimes(bundle, device, threads, precision, gpus)
 
 
 def max_batch(settings: Settings, runtime: Runtime) -> int:

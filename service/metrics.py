@@ -150,7 +150,7 @@ class Metrics:
         )
         self.tensorrt = Gauge(
             "timesformer_tensorrt",
-            "1 for what TensorRT is at: serving, building, failed, unavailable or off.",
+            "1 for TensorRT's status: serving, building, missing, failed, unavailable or off.",
             ["model", "state"],
             registry=self.registry,
         )

@@ -63,7 +63,13 @@ class Models:
         if found:
             largest = largest_batch(self._settings, "cuda")
             settings = self._settings
-            self._engines = Engines(found, largest, settings.precision, settings.refittable_plans)
+            self._engines = Engines(
+                found,
+                largest,
+                settings.precision,
+                settings.refittable_plans,
+                builds=settings.tensorrt == "auto",
+            )
         for name in names:
             await self._add(name, alone=len(names) == 1)
         if not any(host.is_serving for host in self.hosts):

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 _TENSORRT = (
-    "`serving`, or `building` while another engine or precision serves, with the precisions that "
-    "came to nothing before, if any; `failed`, `unavailable` or `off`, with why."
+    "`serving`; `building` while ONNX Runtime serves; or `missing`, `failed`, `unavailable` or "
+    "`off`, with the reason."
 )
 
 

@@ -50,10 +50,6 @@ class ServedModel:
         self._unused = asyncio.Event()
         self._unused.set()
 
-    def runs_in(self, precision: str) -> bool:
-        """Whether it is a TensorRT plan of that precision."""
-        return (self.runtime.engine, self.runtime.precision) == ("tensorrt", precision)
-
     @contextlib.contextmanager
     def in_use(self) -> Iterator[ServedModel]:
         """Keeps the model open for as long as the block runs."""

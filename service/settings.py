@@ -100,16 +100,18 @@ class Settings(BaseSettings):
         "float32",
         description="In what the network computes. `float32` gives its answers to the last digit; "
         "the others are faster, near, and take a bundle that was exported to them. `int8` is for "
-        "CPUs and for TensorRT, `fp16` and `fp8` are for TensorRT alone (FP8 on Ada, Hopper and "
+        "CPUs and for TensorRT, `fp16` for GPUs, `fp8` for TensorRT alone (FP8 on Ada, Hopper and "
         "later). `auto` takes the fastest that the bundle has and the device can do: on a CPU by "
-        "the export's measurement, on a GPU FP8, INT8, FP16, float32 in this order, and the next "
-        "one where TensorRT cannot build one or its answers are wrong.",
+        "the export's measurement, on a GPU by that of `timesformer engines choose`, else FP8, "
+        "INT8, FP16, float32 in this order. ONNX Runtime on a GPU serves FP16 unless this is "
+        "`float32`.",
     )
-    tensorrt: Literal["auto", "off"] = Field(
+    tensorrt: Literal["auto", "prebuilt", "off"] = Field(
         "auto",
         description="`auto` serves with TensorRT where there is a GPU and TensorRT is installed; a "
         "plan that is missing or does not fit is built in the background, for minutes, while ONNX "
-        "Runtime serves. `timesformer engines build` builds it before. `off` never does.",
+        "Runtime serves. `timesformer engines build` builds plans before the start. With "
+        "`prebuilt` the service builds no plan. `off` never uses TensorRT.",
     )
     gpu: str = Field(
         "0",

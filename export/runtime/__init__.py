@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Literal
 
 from export.bundle import Bundle
-from export.manifest import ONNX_FLOAT32, ONNX_INT8
+from export.manifest import ONNX_FLOAT32, ONNX_FP16, ONNX_INT8
 from export.runtime.interface import (
     Device,
     Outputs,
@@ -27,6 +28,7 @@ __all__ = [
     "Runtime",
     "RuntimeUnavailableError",
     "device_name",
+    "load_on_gpus",
     "load_runtime",
     "load_runtimes",
 ]
@@ -73,30 +75,47 @@ def load_runtimes(
 
     if precision in ("fp16", "fp8") or (precision == "int8" and device == "cuda"):
         raise RuntimeUnavailableError(
-            f"{precision} on a GPU is TensorRT's, and on a CPU there is no more than float32 and "
-            "int8: set the precision to auto, or make TensorRT usable"
+            f"{precision} cannot be served: on a GPU int8 and fp8 need TensorRT, a CPU has float32 "
+            "and int8 only; set the precision to auto, or make the GPU and TensorRT usable"
         )
     if precision == "int8":
         return on_cpu(ONNX_INT8, "int8")
-    if device != "cpu" and (found := _on_gpus(bundle, threads, gpus, must=device == "cuda")):
+    if device != "cpu" and (
+        found := load_on_gpus(bundle, threads, gpus, "float32", must=device == "cuda")
+    ):
         return found
     if precision == "auto" and _int8_is_faster(bundle):
         return on_cpu(ONNX_INT8, "int8")
     return on_cpu(ONNX_FLOAT32, "float32")
 
 
-def _on_gpus(
-    bundle: Bundle, threads: int, gpus: Sequence[int], *, must: bool
+def load_on_gpus(
+    bundle: Bundle,
+    threads: int,
+    gpus: Sequence[int],
+    precision: Literal["fp16", "float32"],
+    *,
+    must: bool,
 ) -> tuple[Runtime, ...]:
-    """An engine for each GPU, or none if not one of them can be used and it need not be."""
+    """Loads a graph of the bundle in ONNX Runtime on each of the GPUs.
+
+    Args:
+        must: False returns no engine where none of the GPUs can be used, with a warning in the log.
+
+    Raises:
+        RuntimeUnavailableError: one of the GPUs cannot be used.
+        BundleError: the bundle lacks the file.
+    """
     from export.runtime.onnxruntime import OnnxRuntime
 
-    path = bundle.file(ONNX_FLOAT32)
+    path = bundle.file(ONNX_FP16 if precision == "fp16" else ONNX_FLOAT32)
     loaded: list[Runtime] = []
     failed: dict[int, RuntimeUnavailableError] = {}
     for gpu in gpus:
         try:
-            loaded.append(OnnxRuntime(path, cuda=True, gpu=gpu, threads=threads))
+            loaded.append(
+                OnnxRuntime(path, cuda=True, gpu=gpu, threads=threads, precision=precision)
+            )
         except RuntimeUnavailableError as error:
             failed[gpu] = error
     if not failed:

@@ -11,7 +11,7 @@ import fcntl
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -182,7 +182,6 @@ def graph_of(
     bundle: Bundle,
     precision: str,
     compute_capability: str,
-    refused: Collection[str] = (),
     measured: Sequence[str] = (),
 ) -> tuple[str, Path, str]:
     """Precision, path and hash of the graph that a plan is to be built from.
@@ -191,7 +190,6 @@ def graph_of(
         precision: one of `GPU_GRAPHS`; `auto` takes the fastest that the bundle has and the GPU can
             compute in, in the order that was measured, else in that which the export noted.
         compute_capability: of the GPU, such as `9.0`.
-        refused: precisions that are not to be taken, as their plans came to nothing.
         measured: by `measured_order`.
 
     Raises:
@@ -200,8 +198,6 @@ def graph_of(
     noted = bundle.manifest.fastest.get("gpu")
     order = measured or (noted.order if noted else tuple(GPU_GRAPHS))
     for name in order if precision == "auto" else (precision,):
-        if name in refused:
-            continue
         file = GPU_GRAPHS.get(name, "")
         can = _version(compute_capability) >= _NEEDS.get(name, (0,))
         if not can and precision != "auto":
@@ -211,11 +207,6 @@ def graph_of(
             )
         if can and file in bundle.manifest.files:
             return name, bundle.file(file), bundle.manifest.files[file].sha256
-    if refused:
-        raise PlanError(
-            f"bundle {bundle.name} version {bundle.version} has no graph that is left to be tried: "
-            f"those in {', '.join(refused)} came to nothing"
-        )
     raise PlanError(
         f"bundle {bundle.name} version {bundle.version} has no graph of precision {precision} "
         f"that TensorRT takes: export it with --precision {precision}"

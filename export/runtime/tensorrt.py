@@ -13,7 +13,6 @@ import importlib
 import logging
 import queue
 import threading
-from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -88,12 +87,8 @@ class TensorRt:
         bundle: Bundle,
         precision: str = "auto",
         batches: tuple[int, ...] = BATCHES,
-        refused: Collection[str] = (),
     ) -> Wanted:
         """Key and place of the plan of a bundle.
-
-        Args:
-            refused: precisions that are not to be taken.
 
         Raises:
             PlanError: the bundle has no graph of that precision, or the GPU lacks it.
@@ -108,9 +103,7 @@ class TensorRt:
             batches=batches,
         )
         measured = measured_order(folder, key, bundle) if precision == "auto" else ()
-        found, graph, sha256 = graph_of(
-            bundle, precision, gpu.compute_capability, refused, measured
-        )
+        found, graph, sha256 = graph_of(bundle, precision, gpu.compute_capability, measured)
         return Wanted(key.model_copy(update={"precision": found}), graph, sha256, folder)
 
     def load(self, plan: Plan, largest: int) -> TensorRtRuntime:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +68,8 @@ def engines() -> None:
     default=lambda: _served_precision(),
     show_default="what the service serves",
     help="Which graph of the bundle, by default that which the service serves, as "
-    "TIMESFORMER_PRECISION has it; `auto` takes the first of these that the bundle has, the GPU "
-    "can compute in and TensorRT can build.",
+    "TIMESFORMER_PRECISION has it; `auto` takes the fastest that `engines choose` measured, else "
+    "the first of these that the bundle has and the GPU can compute in.",
 )
 @_batches_option
 @_level_option
@@ -112,17 +111,16 @@ def build(
     """Build the plan of BUNDLE for this machine's GPU; it may be there already.
 
     BUNDLE is a bundle's folder, or a name in the store, of which the active version is taken;
-    without it, every name's. With the precision `auto` a graph that TensorRT cannot build is told,
-    and the next one taken.
+    without it, every name's.
     """
     from export.runtime.tensorrt import TensorRt
     from export.tensorrt import BuildJob
 
     here = TensorRt(gpu, engines)
 
-    def job(found: Bundle, refused: Collection[str]) -> BuildJob:
-        return BuildJob.of(
-            here.wanted(found, precision, batches, refused),
+    for each in find_bundles(bundle, store):
+        job = BuildJob.of(
+            here.wanted(each, precision, batches),
             timing_cache,
             gpu_index=gpu,
             level=level,
@@ -130,10 +128,8 @@ def build(
             refittable=refittable,
             rebuild=rebuild,
         )
-
-    for each in find_bundles(bundle, store):
         title = f"{each.name} version {each.version}"
-        plan, there = _built(functools.partial(job, each), title, precision == "auto", as_json)
+        plan, there = _built(job, title, as_json)
         _say(plan, title, there, as_json)
 
 
@@ -184,11 +180,8 @@ def choose(
         title = f"{each.name} version {each.version}"
 
         def build(precision: str, found: Bundle = each, title: str = title) -> Plan:
-            def job(refused: Collection[str]) -> BuildJob:
-                wanted = here.wanted(found, precision, batches, refused)
-                return BuildJob.of(wanted, gpu_index=gpu, level=level)
-
-            return _built(job, title, False, as_json)[0]
+            wanted = here.wanted(found, precision, batches)
+            return _built(BuildJob.of(wanted, gpu_index=gpu, level=level), title, as_json)[0]
 
         def report(step: str, title: str = title) -> None:
             if not as_json:
@@ -275,31 +268,14 @@ def _served_precision() -> str:
     return str(Settings.model_fields["precision"].default)
 
 
-def _built(
-    job_without: Callable[[Collection[str]], BuildJob], title: str, auto: bool, quiet: bool
-) -> tuple[Plan, bool]:
-    """The plan, and whether it was there already.
-
-    Args:
-        job_without: the job of the first graph whose precision is not among those given.
-        auto: whether others may be tried.
-    """
-    from export.runtime.plans import PlanError
+def _built(job: BuildJob, title: str, quiet: bool) -> tuple[Plan, bool]:
+    """Returns the plan, and whether the plan was there already."""
     from export.tensorrt import build_plan, find_built
 
-    refused: list[str] = []
-    while True:
-        job = job_without(refused)
-        if found := find_built(job):
-            return found, True
-        try:
-            with _progress(title, quiet) as progress:
-                return build_plan(job, progress), False
-        except PlanError as error:
-            if not auto:
-                raise
-            refused.append(job.key.precision)
-            click.secho(f"{title}: not in {job.key.precision}: {error}", err=True)
+    if found := find_built(job):
+        return found, True
+    with _progress(title, quiet) as progress:
+        return build_plan(job, progress), False
 
 
 @contextlib.contextmanager

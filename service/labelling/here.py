@@ -63,7 +63,7 @@ def load(bundle: Bundle, settings: Settings) -> LoadedModel:
     """The bundle on the best engine here; a TensorRT plan only if it is there already."""
     tensorrt, _ = find_tensorrt(settings)
     largest = largest_batch(settings, "cuda")
-    engines = Engines(tensorrt, largest, settings.precision) if tensorrt else None
+    engines = Engines(tensorrt, largest, settings.precision, builds=False) if tensorrt else None
     model = load_model(bundle, settings, engines)
     if model.tensorrt.reason and engines is not None:
         logger.warning("TensorRT is %s", model.tensorrt)

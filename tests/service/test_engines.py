@@ -1,174 +1,84 @@
-"""TensorRT at serving: ONNX Runtime answers while a plan is built, then the plan does.
-
-The GPU is made up: its engine is ONNX Runtime under another name. All around it is real.
-"""
+"""TensorRT at serving: ONNX Runtime answers while no plan serves, then the plan does."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
+import asyncio
 import os
 import re
 import shutil
 import threading
-import time
-from collections.abc import Callable, Collection
-from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
 from export.bundle import Bundle, BundleStore, Candidate
-from export.manifest import ONNX_FLOAT32, Choice, FileEntry
-from export.runtime.interface import Outputs, RuntimeUnavailableError
+from export.manifest import ONNX_FLOAT32, ONNX_FP8, ONNX_FP16, Choice
+from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
-from export.runtime.plans import (
-    GPU_GRAPHS,
-    Plan,
-    PlanError,
-    PlanFacts,
-    PlanKey,
-    engines_folder,
-    find_plan,
-    graph_of,
-)
-from export.runtime.tensorrt import Wanted
+from export.runtime.plans import GPU_GRAPHS, Plan, PlanError, graph_of
 from export.tensorrt import BuildJob, build_plan
-from service.engines import BUILDING, Engines, Refused, TensorRtState, find_tensorrt
-from service.hosting import _level
+from service.engines import BUILDING, Engines, find_tensorrt
+from service.labelling.here import load
 from service.loading import load_model
 from service.settings import load_settings
+from tests.service.fake_gpu import (
+    FakeBuilder,
+    FakeGpu,
+    build_ahead,
+    install_cuda,
+    install_gpus,
+    label,
+    state,
+)
 from tests.service.test_models import DEMO, metric, publish, serving, wait_until
 
-
-class FakeGpu:
-    """Stands for `TensorRt`; what it loads is the bundle's own graph, times `factor`."""
-
-    def __init__(
-        self, graph: Path, factor: float = 1.0, *, index: int = 0, name: str = "Fake"
-    ) -> None:
-        self.cuda = SimpleNamespace(index=index)
-        self.graph, self.factor, self.name = graph, factor, name
-        self.fails: str | None = None
-        self.ran = 0
-        self.loaded: list[Path] = []
-        self.closed = 0
-
-    def wanted(
-        self,
-        bundle: Bundle,
-        precision: str,
-        batches: tuple[int, ...],
-        refused: Collection[str] = (),
-    ) -> Wanted:
-        found, graph, sha256 = graph_of(bundle, precision, "9.0", refused)
-        key = PlanKey(
-            gpu=self.name,
-            compute_capability="9.0",
-            tensorrt="11",
-            precision=found,
-            batches=batches,
-        )
-        return Wanted(key, graph, sha256, engines_folder(bundle))
-
-    def load(self, plan: Plan, largest: int) -> Any:
-        if self.fails is not None:
-            raise RuntimeUnavailableError(self.fails)
-        self.loaded.append(plan.path)
-        session = OnnxRuntime(self.graph, cuda=False, threads=1)
-
-        def run(frames: np.ndarray) -> Outputs:
-            self.ran += 1
-            logits, embedding = session.run(frames)
-            return Outputs(logits * np.float32(self.factor), embedding)
-
-        def close() -> None:
-            self.closed += 1
-            session.close()
-
-        facts = {"engine": "tensorrt", "provider": "TensorRT 11", "device": "cuda"}
-        shape = {"gpu": self.cuda.index, "slots": 2, "batches": (1, 8, 16)}
-        return SimpleNamespace(**facts, **shape, precision="float32", run=run, close=close)
-
-
-def write_plan(job: BuildJob, **told: Any) -> Plan:
-    """A plan of that job; `told` are facts of it."""
-    job.folder.mkdir(exist_ok=True)
-    job.plan.write_bytes(b"a plan")
-    facts = PlanFacts(
-        key=job.key,
-        graph_sha256=job.graph_sha256,
-        plan=FileEntry(sha256=hashlib.sha256(b"a plan").hexdigest(), size=6),
-        created=datetime.now(UTC),
-        seconds=1,
-        refittable=False,
-        level=3,
-        structure="",
-        network={},
-    )
-    facts = facts.model_copy(update=told)
-    job.plan.with_suffix(".json").write_text(facts.model_dump_json())
-    found = find_plan(job.folder, job.key, job.graph_sha256)
-    assert found is not None
-    return found
+NULLPTR = TypeError("factory function returned nullptr")
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> BundleStore:
-    """Two good versions of the demo model, the first of them active."""
+    """Two versions of the demo model in FP8, FP16 and float32, the first of them active."""
     store = BundleStore(tmp_path / "store")
-    publish(store), publish(store)
+    parity = DEMO.manifest.verification[ONNX_FLOAT32]
+    verification = {**DEMO.manifest.verification, ONNX_FP8: parity, ONNX_FP16: parity}
+    for _ in range(2):
+        with store.staging("demo") as staging:
+            for file in DEMO.manifest.files:
+                shutil.copy(DEMO.path / file, staging / file)
+            for file in (ONNX_FP8, ONNX_FP16):
+                shutil.copy(DEMO.path / ONNX_FLOAT32, staging / file)
+            store.publish(staging, DEMO.manifest.model_copy(update={"verification": verification}))
     store.activate("demo", "1")
     return store
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, store: BundleStore) -> FakeGpu:
-    gpu = FakeGpu(store.open("demo").file(ONNX_FLOAT32))
-    monkeypatch.setattr("service.models.find_tensorrt", lambda settings: ((gpu,), BUILDING))
+    (gpu,) = install_gpus(monkeypatch, store, "Fake")
     return gpu
 
 
-Builder = Callable[[Callable[[BuildJob], Plan]], None]
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
+    return FakeBuilder(monkeypatch)
 
 
 @pytest.fixture
-def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
-    """Puts a function in the place of the builder's child process."""
-
-    def install(build: Callable[[BuildJob], Plan]) -> None:
-        monkeypatch.setattr(
-            "service.engines.build_plan", lambda job, progress, on_start: build(job)
-        )
-
-    return install
+def options(store: BundleStore, tmp_path: Path) -> dict[str, Any]:
+    return {"store": store.root, "spool_dir": tmp_path, "watch_interval_s": 0.05}
 
 
-def state(client: httpx.Client) -> tuple[str, str]:
-    ready = client.get("/health/ready").json()
-    return ready["engine"], ready["tensorrt"]
-
-
-def label(client: httpx.Client, video: Path) -> str:
-    answer = client.post("/v1/classify", content=video.read_bytes())
-    assert answer.status_code == 200
-    return str(answer.json()["predictions"][0]["label"])
-
-
-def test_onnx_runtime_serves_until_the_plan_is_built_and_then_the_plan_does(
-    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, video: Path, tmp_path: Path
+def test_without_a_plan_onnx_runtime_serves_until_the_plan_is_built(
+    serve: Any, options: dict[str, Any], gpu: FakeGpu, builder: FakeBuilder, video: Path
 ) -> None:
-    go_on = threading.Event()
-    builder(lambda job: go_on.wait(30) and write_plan(job))
-    with serve(store=store.root, spool_dir=tmp_path) as client:
+    builder.go_on.clear()
+    with serve(**options) as client:
         assert state(client) == ("onnxruntime", "building")
         assert metric(client, 'timesformer_tensorrt{model="demo",state="building"}') == 1
         before = label(client, video)
-        go_on.set()
+        builder.go_on.set()
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
         assert label(client, video) == before
         (model,) = client.get("/v1/models").json()["models"]
@@ -181,100 +91,117 @@ def test_onnx_runtime_serves_until_the_plan_is_built_and_then_the_plan_does(
     assert gpu.closed == len(gpu.loaded) == 1
 
 
-def test_a_plan_that_is_there_serves_from_the_start(
-    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, tmp_path: Path
-) -> None:
-    write_plan(BuildJob.of(gpu.wanted(store.open("demo"), "float32", (1, 8, 32))))
-    builder(lambda job: pytest.fail("it was built again"))
-    with serve(store=store.root, spool_dir=tmp_path) as client:
-        assert state(client) == ("tensorrt", "serving")
-
-
-def test_a_build_that_fails_is_told_and_onnx_runtime_goes_on(
+def test_prebuilt_plans_that_are_missing_are_reported_and_not_built(
     serve: Any,
+    options: dict[str, Any],
     store: BundleStore,
     gpu: FakeGpu,
-    builder: Builder,
+    builder: FakeBuilder,
     video: Path,
-    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail(job: BuildJob) -> Plan:
-        raise PlanError("out of workspace")
-
-    builder(fail)
-    with serve(store=store.root, spool_dir=tmp_path) as client:
-        wait_until(lambda: state(client) == ("onnxruntime", "failed: out of workspace"))
+    build_ahead(gpu, store.open("demo", "2"))
+    with serve(**options, tensorrt="prebuilt") as client:
+        engine, status = state(client)
+        assert engine == "onnxruntime"
+        assert status.startswith("missing: no plan fits: run `timesformer engines build`")
+        assert metric(client, 'timesformer_tensorrt{model="demo",state="missing"}') == 1
         label(client, video)
-        assert metric(client, 'timesformer_tensorrt{model="demo",state="failed"}') == 1
-    told = [record for record in caplog.records if record.message == "TensorRT"]
-    assert told[-1].levelname == "ERROR"
-    assert vars(told[-1])["reason"] == "out of workspace"
+        store.activate("demo", "2")
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
+    assert not builder.jobs
+    levels = [each.levelname for each in caplog.records if each.message == "TensorRT"]
+    assert levels == ["WARNING"]
 
 
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("unbuilt", "no fp8 kernel"),
+        (RuntimeUnavailableError("out of memory"), "out of memory"),
+        (NULLPTR, "factory function returned nullptr"),
+        ("wrong", "answers are not the network's"),
+    ],
+)
 @pytest.mark.parametrize("there", [True, False])
-def test_a_plan_with_other_answers_serves_nobody(
+def test_a_plan_that_fails_is_reported_and_onnx_runtime_serves(
     serve: Any,
+    options: dict[str, Any],
     store: BundleStore,
     gpu: FakeGpu,
-    builder: Builder,
+    builder: FakeBuilder,
     video: Path,
-    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    how: Exception | str,
+    why: str,
     there: bool,
 ) -> None:
-    gpu.factor = 1.01
-    if there:
-        write_plan(BuildJob.of(gpu.wanted(store.open("demo"), "float32", (1, 8, 32))))
-    builder(write_plan)
-    with serve(store=store.root, spool_dir=tmp_path) as client:
-        wait_until(lambda: state(client)[1].startswith("failed"))
-        assert "answers are not the network's" in state(client)[1]
-        assert state(client)[0] == "onnxruntime"
+    in_loop: list[bool] = []
+    honest = Engines.after
+
+    def after(*given: Any) -> Any:
+        in_loop.append(asyncio._get_running_loop() is not None)
+        return honest(*given)
+
+    monkeypatch.setattr(Engines, "after", after)
+    if isinstance(how, Exception):
+        gpu.refuses["fp8"] = how
+    elif how == "wrong":
+        gpu.wrong.add("fp8")
+    else:
+        builder.fails["1"] = why
+    if there and how != "unbuilt":
+        build_ahead(gpu, store.open("demo"), "fp8")
+    build_ahead(gpu, store.open("demo"), "fp16")  # the other precisions are not tried
+    with serve(**options, precision="auto") as client:
+        wait_until(lambda: state(client)[1].startswith("failed: fp8: "))
+        engine, status = state(client)
+        assert engine == "onnxruntime"
+        assert why in status
+        assert "`timesformer engines choose`" in status
+        assert metric(client, 'timesformer_tensorrt{model="demo",state="failed"}') == 1
         label(client, video)
-    assert gpu.closed == len(gpu.loaded) == 1
+    assert in_loop == [False], "`after` reads files"
+    assert len(builder.jobs) == (not there or how == "unbuilt")
+    assert gpu.closed == len(gpu.loaded)
+    *_, logged = [vars(each) for each in caplog.records if each.message == "TensorRT"]
+    assert logged["levelname"] == "ERROR"
+    assert why in logged["reason"]
 
 
 def test_a_version_that_is_activated_meanwhile_is_built_next(
-    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, tmp_path: Path
+    serve: Any, options: dict[str, Any], store: BundleStore, gpu: FakeGpu, builder: FakeBuilder
 ) -> None:
-    go_on, built = threading.Event(), []
-
-    def build(job: BuildJob) -> Plan:
-        built.append(job.graph.parent.name)
-        assert go_on.wait(30)
-        return write_plan(job)
-
-    builder(build)
-    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
-        wait_until(lambda: built == ["1"])
+    builder.go_on.clear()
+    with serve(**options) as client:
+        wait_until(lambda: builder.versions == ["1"])
         store.activate("demo", "2")
         wait_until(lambda: serving(client) == "2")
         assert state(client) == ("onnxruntime", "building")
-        go_on.set()
+        builder.go_on.set()
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
-        assert built == ["1", "2"]
+        assert builder.versions == ["1", "2"]
         assert gpu.loaded[-1].parent.parent.name == "2"
 
 
-def test_a_candidate_gets_its_plan_while_it_is_tried_and_brings_it_along(
-    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, video: Path, tmp_path: Path
+def test_a_candidate_gets_its_plan_while_it_is_tried_and_keeps_it_once_active(
+    serve: Any,
+    options: dict[str, Any],
+    store: BundleStore,
+    gpu: FakeGpu,
+    builder: FakeBuilder,
+    video: Path,
 ) -> None:
-    go_on, built = threading.Event(), []
-
-    def build(job: BuildJob) -> Plan:
-        built.append(job.graph.parent.name)
-        assert job.graph.parent.name == "1" or go_on.wait(30)
-        return write_plan(job)
-
-    builder(build)
-    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+    with serve(**options) as client:
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
+        builder.go_on.clear()
         store.try_candidate("demo", Candidate(version="2", mode="canary", share=1.0))
-        wait_until(lambda: built == ["1", "2"])
+        wait_until(lambda: builder.versions == ["1", "2"])
         before = label(client, video)
         answered = 'timesformer_candidate_requests_total{model="demo",result="answered"}'
         wait_until(lambda: metric(client, answered) == 1)
-        go_on.set()
+        builder.go_on.set()
         wait_until(lambda: len(gpu.loaded) == 2)
         assert gpu.loaded[-1].parent.parent.name == "2"
         ran = gpu.ran
@@ -283,38 +210,35 @@ def test_a_candidate_gets_its_plan_while_it_is_tried_and_brings_it_along(
         store.activate("demo", "2")
         wait_until(lambda: serving(client) == "2")
         assert state(client) == ("tensorrt", "serving")
-    assert built == ["1", "2"], "it was not built again"
+    assert builder.versions == ["1", "2"], "it was not built again"
     assert gpu.closed == len(gpu.loaded) == 2
 
 
 def test_a_candidate_whose_plan_cannot_be_built_is_tried_without_and_not_built_again(
-    serve: Any, store: BundleStore, gpu: FakeGpu, builder: Builder, video: Path, tmp_path: Path
+    serve: Any,
+    options: dict[str, Any],
+    store: BundleStore,
+    gpu: FakeGpu,
+    builder: FakeBuilder,
+    video: Path,
 ) -> None:
-    built = []
-
-    def build(job: BuildJob) -> Plan:
-        built.append(job.graph.parent.name)
-        if job.graph.parent.name == "2":
-            raise PlanError("myelin gave up")
-        return write_plan(job)
-
-    builder(build)
-    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
+    builder.fails["2"] = "myelin gave up"
+    with serve(**options) as client:
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
         store.try_candidate("demo", Candidate(version="2", mode="canary", share=1.0))
-        wait_until(lambda: built == ["1", "2"])
+        wait_until(lambda: builder.versions == ["1", "2"])
         label(client, video)
         answered = 'timesformer_candidate_requests_total{model="demo",result="answered"}'
         wait_until(lambda: metric(client, answered) == 1)
         assert state(client) == ("tensorrt", "serving")
         store.activate("demo", "2")
         wait_until(lambda: state(client) == ("onnxruntime", "failed: myelin gave up"))
-    assert built == ["1", "2"]
+    assert builder.versions == ["1", "2"]
 
 
 def test_the_service_stops_while_a_plan_is_built(
     serve: Any,
-    store: BundleStore,
+    options: dict[str, Any],
     gpu: FakeGpu,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -334,7 +258,7 @@ def test_the_service_stops_while_a_plan_is_built(
         return build_plan(sleeping, progress, started)
 
     monkeypatch.setattr("service.engines.build_plan", build)
-    with serve(store=store.root, spool_dir=tmp_path) as client:
+    with serve(**options) as client:
         wait_until(lambda: children)
         assert state(client)[1] == "building"
     assert children[0].poll() is not None, "the child is gone"
@@ -342,124 +266,67 @@ def test_the_service_stops_while_a_plan_is_built(
 
 
 @pytest.mark.parametrize("refittable", [False, True])
-def test_a_build_takes_what_those_of_earlier_versions_left(
+def test_a_build_starts_from_what_earlier_versions_left(
     serve: Any,
+    options: dict[str, Any],
     store: BundleStore,
     gpu: FakeGpu,
-    builder: Builder,
-    tmp_path: Path,
+    builder: FakeBuilder,
     refittable: bool,
 ) -> None:
-    jobs: list[BuildJob] = []
-
-    def build(job: BuildJob) -> Plan:
-        jobs.append(job)
-        plan = write_plan(job, refittable=job.refittable)
-        assert job.timings is not None
-        job.timings.write_bytes(b"measured")
-        return plan
-
-    builder(build)
-    options = {"watch_interval_s": 0.05, "refittable_plans": refittable}
-    with serve(store=store.root, spool_dir=tmp_path, **options) as client:
+    builder.facts = {"refittable": refittable, "warnings": ("no product computes in FP8",)}
+    with serve(**options, refittable_plans=refittable) as client:
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
+        (first,) = builder.jobs
+        assert first.timings is not None
+        first.timings.write_bytes(b"measured")
         store.activate("demo", "2")
-        wait_until(lambda: len(jobs) == 2)
+        wait_until(lambda: len(builder.jobs) == 2)
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
-    first, second = jobs
+    second = builder.jobs[1]
     assert (first.earlier_timings, first.refit_from) == ((), ())
     assert second.earlier_timings == (first.timings,)
     assert second.refit_from == ((first.plan.with_suffix(".json"),) if refittable else ())
     assert (first.refittable, second.refittable) == (refittable, refittable)
 
 
-@pytest.fixture
-def refits(gpu: FakeGpu, builder: Builder) -> list[bool]:
-    """Of each plan that is built, whether it is refitted, and so has other answers."""
-    refits: list[bool] = []
-
-    def build(job: BuildJob) -> Plan:
-        refits.append(bool(job.refit_from))
-        gpu.factor = 1.01 if job.refit_from else 1
-        return write_plan(job, refittable=True, refitted=bool(job.refit_from))
-
-    builder(build)
-    return refits
-
-
-def test_a_refitted_plan_with_other_answers_is_built_instead(
+def test_a_refitted_plan_with_wrong_answers_is_built_instead(
     serve: Any,
-    store: BundleStore,
-    refits: list[bool],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    options = {"watch_interval_s": 0.05, "refittable_plans": True}
-    with serve(store=store.root, spool_dir=tmp_path, **options) as client:
-        wait_until(lambda: state(client) == ("tensorrt", "serving"))
-        store.activate("demo", "2")
-        wait_until(lambda: len(refits) == 3)
-        wait_until(lambda: state(client) == ("tensorrt", "serving"))
-        assert serving(client) == "2"
-    assert refits == [False, True, False]
-    assert "refitted plan refused, it is built" in caplog.text
-
-
-def test_that_of_a_candidate_is_told_no_louder(
-    serve: Any,
-    store: BundleStore,
-    refits: list[bool],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    options = {"watch_interval_s": 0.05, "refittable_plans": True}
-    with serve(store=store.root, spool_dir=tmp_path, **options) as client:
-        wait_until(lambda: state(client) == ("tensorrt", "serving"))
-        store.try_candidate("demo", Candidate(version="2", mode="canary", share=1.0))
-        wait_until(lambda: len(refits) == 3)
-    assert refits == [False, True, False]
-    told = [each for each in caplog.records if each.message == "TensorRT for the candidate"]
-    assert not [each for each in told if each.levelno >= logging.WARNING]
-
-
-@pytest.mark.parametrize(
-    ("tensorrt", "level"),
-    [
-        (BUILDING, logging.INFO),
-        (BUILDING.serving(), logging.INFO),
-        (TensorRtState("serving", "", (Refused("fp8", "no kernel"),)), logging.WARNING),
-        (TensorRtState("failed", "no kernel"), logging.ERROR),
-    ],
-)
-def test_how_loudly_it_is_told(tensorrt: TensorRtState, level: int) -> None:
-    assert _level(tensorrt) == level
-
-
-def test_what_the_builder_warns_of_is_in_the_log(
-    serve: Any,
+    options: dict[str, Any],
     store: BundleStore,
     gpu: FakeGpu,
-    builder: Builder,
-    tmp_path: Path,
+    builder: FakeBuilder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def build(job: BuildJob) -> Plan:
-        return write_plan(job, warnings=("no matrix product computes in FP8",))
+    refits: list[bool] = []
+    real = builder._build
 
-    builder(build)
-    with serve(store=store.root, spool_dir=tmp_path) as client:
-        wait_until(lambda: state(client) == ("tensorrt", "serving"))
-    (told,) = [vars(each) for each in caplog.records if each.message == "plan built with a warning"]
-    assert told["reason"] == "no matrix product computes in FP8"
+    def build(job: BuildJob, *rest: Any, **options: Any) -> Plan:
+        refits.append(bool(job.refit_from))
+        gpu.wrong = {"float32"} if job.refit_from else set()
+        builder.facts = {"refittable": True, "refitted": bool(job.refit_from)}
+        return real(job, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("service.engines.build_plan", build)
+        with serve(**options, refittable_plans=True) as client:
+            wait_until(lambda: state(client) == ("tensorrt", "serving"))
+            store.activate("demo", "2")
+            wait_until(lambda: len(refits) == 3)
+            wait_until(lambda: state(client) == ("tensorrt", "serving"))
+            assert serving(client) == "2"
+    assert refits == [False, True, False]
+    assert "refitted plan refused" in caplog.text
 
 
 def test_several_models_build_their_plans_one_after_the_other(
     serve: Any,
+    options: dict[str, Any],
     store: BundleStore,
     gpu: FakeGpu,
-    builder: Builder,
-    tmp_path: Path,
+    builder: FakeBuilder,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for name in ("one", "two"):
         with store.staging(name) as staging:
@@ -467,60 +334,71 @@ def test_several_models_build_their_plans_one_after_the_other(
                 shutil.copy(DEMO.path / file, staging / file)
             store.publish(staging, DEMO.manifest.model_copy(update={"name": name}))
         store.activate(name, "1")
-    go_on, running, most = threading.Event(), [], []
-    in_threads, honest = [], Engines.build
+    builder.facts = {"warnings": ("no matrix product computes in FP8",)}
+    running, most, lock = 0, 0, threading.Lock()
+    honest = Engines.build
 
     def counted(*given: Any) -> Any:
-        in_threads.append(given)
-        return honest(*given)
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        try:
+            return honest(*given)
+        finally:
+            with lock:
+                running -= 1
 
     monkeypatch.setattr(Engines, "build", counted)
-
-    def build(job: BuildJob) -> Plan:
-        running.append(job)
-        most.append(len(running))
-        assert go_on.wait(60)
-        running.remove(job)
-        return write_plan(job)
-
-    builder(build)
-    with serve(store=store.root, model="*", spool_dir=tmp_path) as client:
+    with serve(**options, model="*") as client:
 
         def serving_tensorrt() -> int:
             models = client.get("/v1/models").json()["models"]
             return sum(model["tensorrt"] == "serving" for model in models)
 
-        wait_until(lambda: running)
-        time.sleep(0.3)  # what would begin beside it begins now
-        assert len(in_threads) == 1, "the others hold no thread, which uploads need"
-        go_on.set()
-        wait_until(lambda: serving_tensorrt() == 3, seconds=60)
-    assert most == [1, 1, 1]
+        wait_until(lambda: serving_tensorrt() == 3)
+    assert most == 1, "a model that waits for its build occupies no thread"
+    assert len(builder.jobs) == 3
+    told = [vars(each) for each in caplog.records if each.message == "plan built with a warning"]
+    assert [each["reason"] for each in told] == ["no matrix product computes in FP8"] * 3
 
 
-def test_what_turns_tensorrt_off() -> None:
-    for settings in (
-        load_settings(tensorrt="off"),
-        load_settings(device="cpu"),
-    ):
+def test_settings_that_turn_tensorrt_off() -> None:
+    for settings in (load_settings(tensorrt="off"), load_settings(device="cpu")):
         found, why = find_tensorrt(settings)
         assert (found, why.state) == ((), "off")
         assert why.reason
 
 
-def test_a_machine_without_a_gpu_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(index: int, engines: Path | None) -> None:
-        raise RuntimeUnavailableError("there is no NVIDIA driver")
-
-    monkeypatch.setattr("service.engines.TensorRt", missing)
-    found, why = find_tensorrt(load_settings())
-    assert found == ()
-    assert str(why) == "unavailable: there is no NVIDIA driver"
+def test_a_machine_without_a_gpu_says_what_is_missing(
+    store: BundleStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = load_settings(store=store.root, precision="fp8")
+    found, why = find_tensorrt(settings)
+    assert (found, why.state) == ((), "unavailable")
+    assert re.search("precision fp8 needs TensorRT: .*(cuda-bindings|driver)", caplog.text)
+    with pytest.raises(RuntimeUnavailableError, match="set the precision to auto"):
+        load_model(store.open("demo"), settings)
 
 
 def test_on_the_cpu_the_service_says_that_tensorrt_is_off(client: httpx.Client) -> None:
     assert state(client) == ("onnxruntime", "off: the CPU is to be used")
     assert metric(client, 'timesformer_tensorrt{model="demo",state="off"}') == 1
+
+
+def test_labelling_uses_a_plan_that_is_there_and_reports_why_none_serves(
+    store: BundleStore, gpu: FakeGpu, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = store.open("demo")
+    settings = load_settings(store=store.root, device="cpu")
+    model = load(bundle, settings)
+    assert model.runtime.engine == "onnxruntime"
+    assert "TensorRT is missing: no plan fits" in caplog.text
+    model.close()
+    build_ahead(gpu, bundle)
+    model = load(bundle, settings)
+    assert model.runtime.engine == "tensorrt"
+    model.close()
 
 
 class TestWhichGraph:
@@ -553,40 +431,80 @@ class TestWhichGraph:
         with pytest.raises(PlanError, match=r"8\.6 has no fp8: it takes 8\.9"):
             graph_of(bundle, "fp8", "8.6")
 
-    def test_a_precision_that_was_not_exported_is_an_error_that_says_how(
-        self, store: BundleStore
-    ) -> None:
-        for precision in ("fp8", "int8", "fp16"):
-            with pytest.raises(PlanError, match=f"export it with --precision {precision}"):
-                graph_of(store.open("demo"), precision, "9.0")
+    def test_a_precision_that_was_not_exported_is_an_error_that_says_how(self) -> None:
+        with pytest.raises(PlanError, match="export it with --precision fp8"):
+            graph_of(DEMO, "fp8", "9.0")
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8", "fp16"])
-def test_float32_stands_in_for_a_plan_that_is_yet_to_be_built(
-    precision: str, store: BundleStore, gpu: FakeGpu
-) -> None:
-    settings = load_settings(store=store.root, precision=precision, device="auto")
-    engines: Any = SimpleNamespace(
-        find=lambda bundle, refused: None, stand_in=lambda bundle, refused: None
+class TestOnnxRuntimeOnGpus:
+    """Which graph ONNX Runtime serves on a GPU, where no plan serves."""
+
+    @pytest.fixture(autouse=True)
+    def broken(self, monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
+        return install_cuda(monkeypatch)
+
+    @pytest.fixture
+    def engines(self, gpu: FakeGpu) -> Any:
+        return lambda precision: Engines((gpu,), 16, precision)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("precision", "served"),
+        [("auto", "fp16"), ("fp8", "fp16"), ("fp16", "fp16"), ("float32", "float32")],
     )
-    model = load_model(store.open("demo"), settings, engines)
-    assert (model.runtime.precision, model.tensorrt) == ("float32", BUILDING)
-    model.runtime.close()
+    def test_it_serves_fp16_unless_float32_is_asked_for(
+        self, store: BundleStore, engines: Any, precision: str, served: str
+    ) -> None:
+        settings = load_settings(precision=precision)
+        model = load_model(store.open("demo"), settings, engines(precision))
+        assert (model.runtime.device, model.runtime.precision) == ("cuda", served)
+        assert model.tensorrt == BUILDING
+        model.close()
 
+    def test_a_bundle_without_fp16_is_served_in_float32(self, tmp_path: Path, engines: Any) -> None:
+        bundle = publish(BundleStore(tmp_path / "plain"))
+        model = load_model(bundle, load_settings(precision="fp8"), engines("fp8"))
+        assert (model.runtime.device, model.runtime.precision) == ("cuda", "float32")
+        assert model.tensorrt.state == "failed"
+        model.close()
 
-def test_int8_looks_for_tensorrt_and_serves_on_the_cpu_where_there_is_none(
-    store: BundleStore,
-) -> None:
-    here, found = find_tensorrt(load_settings(store=store.root, precision="int8"))
-    assert here == ()
-    assert found.state == "unavailable"
+    def test_without_tensorrt_fp16_is_served_too(self, store: BundleStore) -> None:
+        for precision in ("auto", "fp16"):
+            model = load_model(store.open("demo"), load_settings(precision=precision))
+            assert (model.runtime.device, model.runtime.precision) == ("cuda", "fp16")
+            model.close()
+        with pytest.raises(RuntimeUnavailableError, match="fp8 cannot be served"):
+            load_model(store.open("demo"), load_settings(precision="fp8"))
 
+    @pytest.mark.parametrize("how", ["wrong", "raises", "cannot be loaded"])
+    def test_fp16_that_fails_here_is_reported_and_float32_serves(
+        self,
+        store: BundleStore,
+        engines: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        how: str,
+    ) -> None:
+        real_load, real_run = OnnxRuntime.__init__, OnnxRuntime.run
+        closed: list[str] = []
 
-def test_fp8_without_tensorrt_is_refused_and_the_log_says_what_is_missing(
-    store: BundleStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = load_settings(store=store.root, precision="fp8")
-    find_tensorrt(settings)
-    assert re.search("precision fp8 needs TensorRT: .*(cuda-bindings|driver)", caplog.text)
-    with pytest.raises(RuntimeUnavailableError, match="set the precision to auto"):
-        load_model(store.open("demo"), settings)
+        def load(self: OnnxRuntime, *given: Any, precision: str = "float32", **rest: Any) -> None:
+            if precision == "fp16" and how == "cannot be loaded":
+                raise RuntimeUnavailableError("no such kernel")
+            real_load(self, *given, precision=precision, **rest)
+
+        def run(self: OnnxRuntime, frames: Any) -> Any:
+            answers = real_run(self, frames)
+            if self.precision == "fp16" and how == "raises":
+                raise RuntimeError("no such kernel")
+            wrong = self.precision == "fp16"
+            return answers._replace(logits=-answers.logits) if wrong else answers
+
+        monkeypatch.setattr(OnnxRuntime, "__init__", load)
+        monkeypatch.setattr(OnnxRuntime, "run", run)
+        monkeypatch.setattr(OnnxRuntime, "close", lambda self: closed.append(self.precision))
+        model = load_model(store.open("demo"), load_settings(precision="auto"), engines("auto"))
+        assert (model.runtime.device, model.runtime.precision) == ("cuda", "float32")
+        assert closed.count("fp16") == (how != "cannot be loaded")
+        (told,) = [each for each in caplog.records if "cannot serve FP16" in each.message]
+        reason = "answers are not the network's" if how == "wrong" else "no such kernel"
+        assert reason in vars(told)["reason"]

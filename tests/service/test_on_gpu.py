@@ -10,7 +10,7 @@ from export.bundle import BundleStore
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.tensorrt import TensorRt
 from tests.service.conftest import Serve
-from tests.service.test_engines import label, state
+from tests.service.fake_gpu import label, state
 from tests.service.test_models import metric, serving, store, wait_until
 
 __all__ = ["store"]  # a fixture

@@ -1,6 +1,6 @@
 """Several GPUs behind one queue: an engine of every model on each, all of them or an error.
 
-The GPUs are made up, as in `test_engines`: their engines are ONNX Runtime's on the CPU.
+The GPUs are those of `fake_gpu`.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from service.metrics import Metrics
 from service.models import Models
 from service.settings import load_settings
 from tests.service.conftest import Serve
-from tests.service.test_engines import FakeGpu, label, state, write_plan
-from tests.service.test_models import metric, publish, serving, wait_until
+from tests.service.fake_gpu import (
+    FakeBuilder,
+    FakeGpu,
+    build_ahead,
+    install_cuda,
+    install_gpus,
+    label,
+    state,
+)
+from tests.service.test_models import metric, serving, store, wait_until
 
+__all__ = ["store"]  # a fixture
 LARGEST = 16
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> BundleStore:
-    store = BundleStore(tmp_path / "store")
-    publish(store), publish(store)
-    store.activate("demo", "1")
-    return store
 
 
 Gpus = Callable[..., tuple[FakeGpu, ...]]
@@ -48,31 +49,13 @@ Gpus = Callable[..., tuple[FakeGpu, ...]]
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch, store: BundleStore) -> Gpus:
     """Makes GPUs of these kinds up and lets the service find them."""
-
-    def install(*kinds: str) -> tuple[FakeGpu, ...]:
-        graph = store.open("demo").file(ONNX_FLOAT32)
-        found = tuple(FakeGpu(graph, index=index, name=kind) for index, kind in enumerate(kinds))
-        monkeypatch.setattr("service.models.find_tensorrt", lambda settings: (found, BUILDING))
-        return found
-
-    return install
+    return lambda *kinds: install_gpus(monkeypatch, store, *kinds)
 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[BuildJob]:
-    """What was built, in the place of the builder's child process."""
-    jobs: list[BuildJob] = []
-
-    def build(job: BuildJob, progress: Any, on_start: Any) -> Any:
-        jobs.append(job)
-        return write_plan(job)
-
-    monkeypatch.setattr("service.engines.build_plan", build)
-    return jobs
-
-
-def build_ahead(gpu: FakeGpu, bundle: Bundle) -> None:
-    write_plan(BuildJob.of(gpu.wanted(bundle, "float32", (1, 8, 32))))
+    """The jobs of plans that were built."""
+    return FakeBuilder(monkeypatch).jobs
 
 
 def devices(client: httpx.Client) -> dict[str, bool]:
@@ -99,7 +82,7 @@ def test_equal_gpus_share_a_plan_and_both_work_at_once_behind_one_queue(
     meeting = threading.Barrier(2)
     real = OnnxRuntime.run
     with serve(store=store.root, spool_dir=tmp_path) as client, ThreadPoolExecutor(2) as pool:
-        wait_until(lambda: state(client) == ("tensorrt", "serving"), seconds=60)
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
         assert devices(client) == {"cuda:0": True, "cuda:1": True}
         assert infos(client) == ["cuda:0", "cuda:1"]
 
@@ -128,7 +111,7 @@ def test_different_gpus_get_a_plan_each_built_on_their_own(
     found = gpus("A", "B", "A")
     build_ahead(found[1], store.open("demo"))  # one that is there is no reason not to build others
     with serve(store=store.root, spool_dir=tmp_path) as client:
-        wait_until(lambda: state(client) == ("tensorrt", "serving"), seconds=60)
+        wait_until(lambda: state(client) == ("tensorrt", "serving"))
         assert list(devices(client)) == ["cuda:0", "cuda:1", "cuda:2"]
     assert [(job.gpu_index, job.key.gpu) for job in built] == [(0, "A")]
     assert found[0].loaded == found[2].loaded != found[1].loaded
@@ -156,7 +139,7 @@ def test_a_plan_that_one_gpu_cannot_load_serves_on_none_and_is_told(
 ) -> None:
     both = gpus("A", "A")
     build_ahead(both[0], store.open("demo"))
-    both[1].fails = "out of memory"
+    both[1].refuses["float32"] = RuntimeUnavailableError("out of memory")
     with serve(store=store.root, spool_dir=tmp_path) as client:
         assert state(client) == ("onnxruntime", "failed: out of memory")
     assert (len(both[0].loaded), both[0].closed) == (1, 1)
@@ -185,26 +168,14 @@ class TestOnnxRuntime:
     """With a CUDA provider that is made up: each GPU is the CPU, but for those that are broken."""
 
     @pytest.fixture
-    def broken(self, monkeypatch: pytest.MonkeyPatch) -> set[int]:
-        broken: set[int] = set()
-        real = OnnxRuntime.__init__
-
-        def load(self: OnnxRuntime, model: Path, *, cuda: bool, gpu: int = 0, **rest: Any) -> None:
-            if cuda and gpu in broken:
-                raise RuntimeUnavailableError(f"device {gpu} fell off the bus")
-            real(self, model, cuda=False, **rest)
-            if cuda:
-                self.device, self.gpu = "cuda", gpu
-
-        monkeypatch.setattr(OnnxRuntime, "__init__", load)
-        monkeypatch.setattr("service.engines.count_gpus", lambda: 3)
-        return broken
+    def broken(self, monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
+        return install_cuda(monkeypatch)
 
     @pytest.mark.parametrize(
         ("named", "taken"), [("0", [0]), ("2,0", [2, 0]), (" 1 ", [1]), ("all", [0, 1, 2])]
     )
     def test_each_gpu_that_is_named_gets_an_engine(
-        self, broken: set[int], store: BundleStore, named: str, taken: list[int]
+        self, broken: dict[int, str], store: BundleStore, named: str, taken: list[int]
     ) -> None:
         settings = load_settings(store=store.root, gpu=named, max_batch_clips=1)
         model = load_model(store.open("demo"), settings)
@@ -215,7 +186,7 @@ class TestOnnxRuntime:
     @pytest.mark.parametrize("gone", [0, 1])
     def test_one_that_cannot_be_used_beside_one_that_can_is_an_error_at_start(
         self,
-        broken: set[int],
+        broken: dict[int, str],
         store: BundleStore,
         device: str,
         gone: int,
@@ -223,16 +194,16 @@ class TestOnnxRuntime:
     ) -> None:
         closed: list[OnnxRuntime] = []
         monkeypatch.setattr(OnnxRuntime, "close", lambda self: closed.append(self))
-        broken.add(gone)
+        broken[gone] = f"device {gone} fell off the bus"
         settings = load_settings(store=store.root, gpu="0,1", device=device, tensorrt="off")
         with pytest.raises(RuntimeUnavailableError, match=f"GPU {gone} cannot be used, and others"):
             asyncio.run(Models(settings, Metrics()).start())
         assert [runtime.gpu for runtime in closed] == [1 - gone]
 
     def test_where_none_can_be_used_auto_warns_and_takes_the_cpu_and_cuda_refuses(
-        self, broken: set[int], store: BundleStore, caplog: pytest.LogCaptureFixture
+        self, broken: dict[int, str], store: BundleStore, caplog: pytest.LogCaptureFixture
     ) -> None:
-        broken |= {0, 1}
+        broken.update({0: "device 0 fell off the bus", 1: "device 1 fell off the bus"})
         facts = {"store": store.root, "gpu": "0,1", "max_batch_clips": 1}
         model = load_model(store.open("demo"), load_settings(**facts))
         assert [(runtime.device, runtime.gpu) for runtime in model.runtimes] == [("cpu", None)]
@@ -242,7 +213,7 @@ class TestOnnxRuntime:
             load_model(store.open("demo"), load_settings(**facts, device="cuda"))
 
     def test_the_service_serves_on_both(
-        self, broken: set[int], serve: Serve, store: BundleStore, video: Path, tmp_path: Path
+        self, broken: dict[int, str], serve: Serve, store: BundleStore, video: Path, tmp_path: Path
     ) -> None:
         settings = {"store": store.root, "gpu": "0,1", "device": "cuda", "tensorrt": "off"}
         with serve(**settings, spool_dir=tmp_path) as client:

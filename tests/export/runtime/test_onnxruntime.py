@@ -274,7 +274,7 @@ class TestPrecision:
     def test_what_is_tensorrts_alone_is_an_error(
         self, both: Bundle, device: Device, precision: Precision
     ) -> None:
-        with pytest.raises(RuntimeUnavailableError, match=f"{precision} on a GPU is TensorRT's"):
+        with pytest.raises(RuntimeUnavailableError, match=f"{precision} cannot be served"):
             load_runtime(both, device, precision=precision)
 
     def test_a_bundle_without_int8_is_an_error_that_names_the_file(self, bundle: Bundle) -> None:
