@@ -8,9 +8,7 @@ atomically (`export/pointers.py`). Nothing here needs torch.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -26,7 +24,6 @@ from export.pointers import (
     VERSION,
     read_candidate,
     read_history,
-    sync,
     write_candidate,
     write_history,
     writing,
@@ -34,6 +31,7 @@ from export.pointers import (
 from export.pointers import BundleError as BundleError
 from export.pointers import Candidate as Candidate
 from model.config import ConfigError
+from model.files import lock_folder, sync
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _STAGING = ".staging-"
@@ -165,19 +163,15 @@ class BundleStore:
             BundleError: the disk is full or cannot be written to, also inside the block.
         """
         folder = self._folder(name)
-        with writing(folder):
+        with writing(folder), contextlib.ExitStack() as in_use:
             folder.mkdir(parents=True, exist_ok=True)
             with self._lock(name):
                 for entry in folder.glob(f"{_STAGING}*"):
                     _remove_if_abandoned(entry)
                 path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
-                in_use = os.open(path, os.O_RDONLY)
-                fcntl.flock(in_use, fcntl.LOCK_EX)
-            try:
-                yield path
-            finally:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(in_use)
+                in_use.enter_context(lock_folder(path))
+                in_use.callback(shutil.rmtree, path, ignore_errors=True)
+            yield path
 
     def publish(self, staging: Path, manifest: Manifest) -> Bundle:
         """Turns a staging folder into the next version of `manifest.name`.
@@ -310,19 +304,16 @@ class BundleStore:
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """One writer per name at a time, across processes; the kernel frees it if one dies.
+        """Lets one writer per name work at a time, across processes.
 
         The lock is on the folder of the name, which therefore is never removed here.
         """
-        try:
-            descriptor = os.open(self._folder(name), os.O_RDONLY | os.O_DIRECTORY)
-        except (FileNotFoundError, NotADirectoryError):
-            raise BundleError(f"{self.root} has no bundle named {name}") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lock_folder(self._folder(name)))
+            except (FileNotFoundError, NotADirectoryError):
+                raise BundleError(f"{self.root} has no bundle named {name}") from None
             yield
-        finally:
-            os.close(descriptor)
 
 
 def _check(path: Path, entry: FileEntry) -> None:
@@ -354,18 +345,12 @@ def _settle(staging: Path, version: Path) -> None:
 
 
 def _remove_if_abandoned(staging: Path) -> None:
-    """Removes a staging folder whose process is gone, and its lock with it."""
-    try:
-        descriptor = os.open(staging, os.O_RDONLY)
-    except OSError:
-        return  # removed just now by the process it belongs to, or another user's
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Removes a staging folder whose process is gone, and its lock with it.
+
+    The folder stays if it is in use or belongs to another user.
+    """
+    with contextlib.suppress(OSError), lock_folder(staging, wait=False):
         shutil.rmtree(staging, ignore_errors=True)
-    except BlockingIOError:
-        pass  # in use
-    finally:
-        os.close(descriptor)
 
 
 def _problems(error: ValidationError) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model.files import write_atomic
 
 ACTIVE = "active.json"
 CANDIDATE = "candidate.json"
@@ -132,12 +133,8 @@ def _read(path: Path) -> bytes | None:
 
 
 def _replace(path: Path, content: str) -> None:
-    beside = path.with_name(f".{path.name}.new")
     with writing(path):
-        beside.write_text(content)
-        sync(beside)
-        beside.replace(path)
-        sync(path.parent)
+        write_atomic(path, content, durable=True)
 
 
 @contextlib.contextmanager
@@ -149,12 +146,3 @@ def writing(target: Path) -> Iterator[None]:
         raise BundleError(
             f"cannot write {target}: {error.strerror or error}; nothing has changed"
         ) from error
-
-
-def sync(path: Path) -> None:
-    """Brings a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

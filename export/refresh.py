@@ -14,13 +14,12 @@ nothing is published twice. Needs torch.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +32,7 @@ from export.pipeline import export_bundle
 from export.runtime import Device, load_runtime
 from export.runtime.interface import Precision as ServedPrecision
 from model.checkpoints import Checkpoint, load_checkpoint
+from model.files import LockTakenError, lock_file
 from model.training.calibration import calibrate
 from model.training.errors import DataError, TrainingError
 from model.training.evaluation import Predictions, Protocol, predict
@@ -286,17 +286,15 @@ def _made_before(plan: _Plan) -> Bundle | None:
 
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
-    """Holds the work folder for this process; the kernel frees it when that ends."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / ".lock").open("a")
-    except OSError as error:
-        raise RefreshError(f"cannot write into {work}: {error.strerror}; give --out") from error
-    with lock:
+    """Locks the work folder for this process."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            work.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_file(work / ".lock", wait=False))
+        except LockTakenError:
             raise RefreshError(f"another refresh works in {work}; wait for it") from None
+        except OSError as error:
+            raise RefreshError(f"cannot write into {work}: {error.strerror}; give --out") from error
         yield
 
 

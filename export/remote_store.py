@@ -8,9 +8,7 @@ Services never read it while they answer: they follow it into a folder of their 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +27,7 @@ from export.pointers import (
     parse_history,
     writing,
 )
+from model.files import lock_folder
 
 Answer = TypeVar("Answer")
 
@@ -239,12 +238,9 @@ class RemoteStore:
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """One process of this node at a time; the kernel frees it if one dies."""
-    with writing(root):
-        root.mkdir(parents=True, exist_ok=True)
-        folder = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    """Locks the local store for one process of this node at a time."""
+    with contextlib.ExitStack() as stack:
+        with writing(root):
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_folder(root))
         yield
-    finally:
-        os.close(folder)

@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import logging
 import math
-import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,6 +22,7 @@ from fastapi import Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from model.files import write_atomic
 from service.errors import ForbiddenError, TooManyRequestsError, UnauthorizedError
 from service.lingering import outlasting
 from service.turns import Priority
@@ -83,15 +83,9 @@ def write_keys(path: Path, keys: tuple[ApiKey, ...]) -> None:
     Raises:
         KeyFileError: it cannot be written; the old one is as it was.
     """
-    beside = path.with_name(f".{path.name}.new")
     content = _KeyFile(keys=keys).model_dump_json(indent=2, exclude_none=True) + "\n"
     try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        write_atomic(path, content, durable=True, mode=0o600)
     except OSError as error:
         raise KeyFileError(f"cannot write {path}: {error.strerror}") from error
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Container, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from model.files import sync
 from service.errors import ResultTooLargeError, SpoolFullError
 from service.settings import MIB
 from service.spool import Spool, SpoolFile
@@ -165,14 +166,9 @@ async def _blocks(file: BinaryIO) -> AsyncIterator[bytes]:
 
 def move_durably(file: Path, place: Path) -> None:
     """Renames a file that is on the disk when this returns, under its new name."""
-    for path, flags in ((file, os.O_RDONLY), (place.parent, os.O_RDONLY | os.O_DIRECTORY)):
-        descriptor = os.open(path, flags)
-        try:
-            if path == place.parent:
-                file.rename(place)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync(file)
+    file.rename(place)
+    sync(place.parent)
 
 
 def _no_room(error: OSError) -> SpoolFullError:

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import functools
 import logging
-import os
 import secrets
 import sqlite3
 import time
@@ -29,6 +27,7 @@ from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 
+from model.files import lock_file
 from service import job_work
 from service.errors import (
     InternalError,
@@ -83,12 +82,13 @@ class Jobs:
         self._sources = sources
         self._hook_body = hook_body
         self._webhooks = Webhooks(means.settings)
+        self._lock = contextlib.ExitStack()
         self._videos = folder / "videos"
         incoming = folder / "incoming"
         try:
             for each in (folder, self._videos, folder / "results", incoming):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = _lock(folder / "lock")
+            self._lock.enter_context(lock_file(folder / "lock", wait=False, mode=0o600))
             self._store = JobStore(folder / "jobs.sqlite")
         except (OSError, sqlite3.Error) as error:
             raise SettingsError(f"TIMESFORMER_JOBS_DIR: {folder} cannot be used: {error}") from None
@@ -137,7 +137,7 @@ class Jobs:
         self._thread.shutdown()
         self._webhooks.close()
         self.incoming.close()
-        os.close(self._lock)
+        self._lock.close()
 
     async def find_repeated(self, owner: str, idempotency: str | None) -> StoredJob | None:
         """The job of an earlier request with the same idempotency key."""
@@ -443,14 +443,3 @@ def _as_error(stored: Mapping[str, Any]) -> ServiceError:
     error = ServiceError(stored["detail"])
     error.code, error.status = stored["code"], stored["status"]
     return error
-
-
-def _lock(path: Path) -> int:
-    """Holds the folder for as long as the process lives."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise OSError("another server uses it") from None
-    return descriptor

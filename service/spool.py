@@ -8,7 +8,6 @@ the folder, however young its files are, and no other.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
@@ -16,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from model.files import lock_folder
 from service.errors import SpoolFullError
 from service.settings import SettingsError
 
@@ -79,7 +79,7 @@ class Spool:
     def close(self) -> None:
         """Removes the folder with whatever is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.close()
 
 
 class SpoolFile:
@@ -126,7 +126,7 @@ class SpoolFile:
         self._file.close()
 
 
-def _claim(parent: Path) -> tuple[Path, int]:
+def _claim(parent: Path) -> tuple[Path, contextlib.ExitStack]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         lock = _try_lock(folder)
@@ -137,25 +137,19 @@ def _claim(parent: Path) -> tuple[Path, int]:
 
 def _remove_leftovers(parent: Path) -> None:
     for folder in parent.glob(f"{PREFIX}*"):
-        lock = _try_lock(folder)
+        lock = None if folder.is_symlink() else _try_lock(folder)
         if lock is None:
             continue  # of a server that lives
         logger.warning("removed uploads of a killed server", extra={"folder": folder.name})
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        lock.close()
 
 
-def _try_lock(folder: Path) -> int | None:
-    """The descriptor that holds the folder's lock, or None if another process does."""
+def _try_lock(folder: Path) -> contextlib.ExitStack | None:
+    """Locks a folder; None if another process has, it was removed, or belongs to another user."""
+    lock = contextlib.ExitStack()
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:  # removed meanwhile, or another user's
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), folder.stat()):
-            return descriptor
+        lock.enter_context(lock_folder(folder, wait=False))
     except OSError:
-        pass
-    os.close(descriptor)
-    return None
+        return None
+    return lock

@@ -7,9 +7,7 @@ one is half a plan and is not seen.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
-import os
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -20,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from export.bundle import Bundle, sha256_of
 from export.manifest import ONNX_FLOAT32, ONNX_FP8, ONNX_FP16, ONNX_INT8_QDQ, FileEntry
+from model.files import lock_file, write_atomic
 
 FOLDER = "engines"
 # Batches that profiles are tuned for, unless told otherwise.
@@ -267,41 +266,26 @@ def read_plan(plan: Plan) -> bytes:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time for the file `path`; the kernel frees the lock if it dies.
-
-    The lock is a file beside it, which is never removed: whoever waits holds the same one.
+    """Locks the file `path` for this process, by a file beside it.
 
     Raises:
         PlanError: the folder cannot be written to.
     """
-    try:
-        descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise PlanError(f"cannot write into {path.parent}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_file(path.with_name(f".{path.name}.lock")))
+        except OSError as error:
+            raise PlanError(f"cannot write into {path.parent}: {error.strerror}") from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file beside and renames it: others see all of it or nothing.
-
-    The caller holds the lock of `path`, so that what a killed process left is overwritten.
+    """Writes or replaces a file as a whole; the caller has locked `path`.
 
     Raises:
-        PlanError: not all of it could be written.
+        PlanError: the disk is full or cannot be written to.
     """
-    beside = path.with_name(f".{path.name}.new")
     try:
-        with beside.open("wb") as file:
-            written = file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if written != len(content):
-            raise PlanError(f"only {written} of {len(content)} bytes of {path} were written")
-        beside.replace(path)
+        write_atomic(path, content, durable=True)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise PlanError(f"cannot write {path}: {error.strerror}") from error

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from model.checkpoints.errors import CheckpointError
 from model.checkpoints.files import OFFICIAL_FIELDS, OFFICIAL_SAMPLING, placeholder_labels
 from model.checkpoints.layouts import HUGGINGFACE, OFFICIAL, PUBLISHED_SCHEMES, Layout
 from model.config import ModelConfig
+from model.files import replacing
 from model.timesformer import TimeSformer
 
 
@@ -90,17 +90,10 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A name next to `path` that becomes `path` on success and is removed on failure."""
+    """Yields a path that becomes `path`; two processes may save to one path at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path, suffix=f"{os.getpid()}.tmp") as temporary:
         yield temporary
-        temporary.replace(path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from model.demo import render
 from model.demo.render import LABELS
+from model.files import replacing, write_atomic
 from model.training.errors import DataError
 from model.training.workers import in_processes
 
@@ -49,12 +50,12 @@ def write_demo_set(
         for split, count in (("train", videos), ("validation", held_out)):
             (folder / "videos" / split).mkdir(parents=True, exist_ok=True)
             names = [f"videos/{split}/{index:06d}.mp4" for index in range(count)]
-            _write(folder / f"{split}.csv", _table(names))
+            write_atomic(folder / f"{split}.csv", _table(names))
             tasks += [
                 (folder / name, index, [seed, _SPLITS[split], index])
                 for index, name in enumerate(names)
             ]
-        _write(folder / "labels.txt", "".join(f"{label}\n" for label in LABELS))
+        write_atomic(folder / "labels.txt", "".join(f"{label}\n" for label in LABELS))
         rendered = in_processes(_render, tasks, processes, crashed=_crashed)
         for count, _ in enumerate(rendered, start=1):
             done(count)
@@ -70,9 +71,8 @@ def _render(task: _Task) -> None:
     if path.exists():
         return
     _one_thread()
-    temporary = path.with_name(f".{path.name}")
-    render.write_clip(temporary, LABELS[index % len(LABELS)], seed)
-    temporary.replace(path)
+    with replacing(path, suffix=path.suffix[1:]) as temporary:  # the suffix names the container
+        render.write_clip(temporary, LABELS[index % len(LABELS)], seed)
 
 
 def _crashed(task: _Task) -> None:
@@ -93,7 +93,7 @@ def _claim(folder: Path, seed: int) -> None:
         raise DataError(
             f"{folder} holds videos of seed {note.read_text()}: take another folder or that seed"
         )
-    _write(note, str(seed))
+    write_atomic(note, str(seed))
 
 
 def _table(names: list[str]) -> str:
@@ -102,9 +102,3 @@ def _table(names: list[str]) -> str:
     table.writerow(["path", "label"])
     table.writerows([name, LABELS[index % len(LABELS)]] for index, name in enumerate(names))
     return text.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -12,15 +12,13 @@ that was killed goes on behind what the checksums confirm. What is complete is r
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import Preprocessing
+from model.files import lock_file, sync, write_atomic
 from model.training.data import Replaced, View, view_clip
 from model.training.errors import DataError, MissingVideo, UnreachableVideo
 from model.training.remote import local_video
@@ -109,7 +108,8 @@ def open_cache(
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     final, partial = folder / key, folder / f"{key}.partial"
     try:
-        with _locked(folder, key):
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_file(folder / f".{key}.lock"):
             if not final.exists():
                 _fill(partial, draws, processes, done)
                 failed = [
@@ -117,7 +117,8 @@ def open_cache(
                     for entry in _read_journal(partial)
                     for failure in entry["failed"]
                 ]
-                _write_synced(partial / _ABOUT, json.dumps({**facts, "failed": failed}))
+                content = json.dumps({**facts, "failed": failed})
+                write_atomic(partial / _ABOUT, content, durable=True)
                 (partial / _JOURNAL).unlink()
                 partial.rename(final)
     except OSError as error:
@@ -126,14 +127,6 @@ def open_cache(
             "where it ended"
         ) from error
     return ClipCache(final, draws.shape())
-
-
-@contextmanager
-def _locked(folder: Path, key: str) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".{key}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 # ---- filling ----------------------------------------------------------------------------------
@@ -145,7 +138,8 @@ def _fill(folder: Path, draws: Draws, processes: int, done: Callable[[int, int],
     samples, shape = draws.videos.samples, draws.shape()
     _reserve(folder / _CLIPS, int(np.prod(shape)))
     kept = [entry for entry in _read_journal(folder) if _is_intact(folder, entry, shape)]
-    _write_synced(folder / _JOURNAL, "".join(json.dumps(entry) + "\n" for entry in kept))
+    lines = "".join(json.dumps(entry) + "\n" for entry in kept)
+    write_atomic(folder / _JOURNAL, lines, durable=True)
     cached = {entry["video"] for entry in kept}
     items = [(number, each) for number, each in enumerate(samples) if number not in cached]
     work = functools.partial(_cache_video, folder=folder, draws=draws._replace(videos=_NONE))
@@ -155,8 +149,7 @@ def _fill(folder: Path, draws: Draws, processes: int, done: Callable[[int, int],
             journal.write(json.dumps(entry) + "\n")
             journal.flush()
             done(count, len(samples))
-    with (folder / _CLIPS).open("rb+") as file:
-        os.fsync(file.fileno())
+    sync(folder / _CLIPS)
 
 
 _NONE = VideoList((), ())  # workers are told of one video at a time, not of all with each
@@ -243,15 +236,6 @@ def _is_intact(folder: Path, entry: dict[str, Any], shape: tuple[int, ...]) -> b
     with (folder / _CLIPS).open("rb") as file:
         file.seek(entry["video"] * size)
         return entry["crc32"] is None or zlib.crc32(file.read(size)) == entry["crc32"]
-
-
-def _write_synced(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

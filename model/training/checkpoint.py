@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.files import replacing
 from model.training.errors import CheckpointError
 
 _MAGIC = b"timesformer training state 1 "
@@ -38,19 +38,11 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     torch.save(state, content)
     payload = content.getbuffer()
     path = folder / f"step-{step:08d}.ckpt"
-    temporary = folder / f".{path.name}.tmp"  # one name: what a kill leaves is overwritten
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n")
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync(folder)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path, durable=True) as temporary, temporary.open("wb") as file:
+            file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n")
+            file.write(payload)
         for old in _newest_first(folder)[KEPT:]:
             old.unlink(missing_ok=True)
     except OSError as error:
@@ -103,12 +95,3 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no state of a run")
     return state
-
-
-def _sync(folder: Path) -> None:
-    """Makes a rename last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from model.files import write_atomic
 from model.training.errors import TrainingError
 from model.training.remote import without_secrets
 
@@ -32,9 +33,7 @@ class RunLog:
         try:
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             kept = b"".join(line for line in lines if _is_of(line, step))
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_bytes(kept)
-            temporary.replace(path)
+            write_atomic(path, kept)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise _cannot_write(path, error) from error

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import fcntl
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from model.files import LockTakenError, lock_file
 from model.timesformer import TimeSformer
 from model.training.board import Board
 from model.training.errors import StoppedError, TrainingError
@@ -111,7 +111,7 @@ def _rounded(step: Step) -> dict[str, Any]:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Holds `out` for this process.
+    """Locks `out` for this process.
 
     Raises:
         TrainingError: another process trains into it, or it cannot be written.
@@ -119,15 +119,13 @@ def _alone(out: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((out / ".lock").open("a"))
-        except OSError as error:
-            raise TrainingError(f"cannot write into {out}: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(lock_file(out / ".lock", wait=False))
+        except LockTakenError:
             raise TrainingError(
                 f"another process trains into {out}; wait for it or take another folder"
             ) from None
+        except OSError as error:
+            raise TrainingError(f"cannot write into {out}: {error.strerror}") from error
         yield
 
 

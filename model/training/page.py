@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from model.files import write_atomic
 from model.training.markup import Html, join, tag
 
 _STYLE = Path(__file__).with_name("report.css")
@@ -29,10 +30,8 @@ def write_page(path: Path, title: str, body: Iterable[str]) -> None:
         tag("style", Html(_STYLE.read_text(encoding="utf-8"))),
     ]
     page = tag("html", tag("head", join(head)), tag("body", join(body)), lang="en")
-    temporary = path.with_name(f".{path.name}.tmp")
     # Names of files may hold bytes that are no UTF-8.
-    temporary.write_text(f"<!doctype html>\n{page}\n", encoding="utf-8", errors="backslashreplace")
-    temporary.replace(path)
+    write_atomic(path, f"<!doctype html>\n{page}\n".encode(errors="backslashreplace"))
 
 
 def section(title: str, *content: str) -> Html:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from model.checkpoints import save_safetensors
+from model.files import write_atomic
 from model.timesformer import DropPath, TimeSformer
 from model.training import checkpoint
 from model.training.adapters import adapt, merged
@@ -398,9 +399,7 @@ class Run:
                 evaluated,
                 processes=self.machine.workers,
             )
-            temporary = out / f".{REPORT}.tmp"
-            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(out / REPORT)
+            write_atomic(out / REPORT, json.dumps(report, indent=2) + "\n")
         except (
             OSError,
             SafetensorError,

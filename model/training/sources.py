@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from model.files import write_atomic
 from model.labels import LabelError, labels_from_json, read_labels
 from model.training.errors import DataError
 from model.training.remote import (
@@ -168,14 +169,9 @@ def write_list(videos: VideoList, path: Path) -> None:
     for sample in videos.samples:
         where = sample.path if is_url(sample.path) else Path(sample.path).absolute()
         table.writerow([where, videos.labels[sample.label], sample.group])
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text.getvalue(), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomic(path, text.getvalue())
     except OSError as error:
         raise DataError(f"cannot write {path}: {error}") from error
 

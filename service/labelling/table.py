@@ -9,12 +9,10 @@ rows were made; rows of other rules are refused. Rows are in no particular order
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +20,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.files import LockTakenError, lock_folder, replacing
 from service.labelling.errors import LabellingError
 from service.labelling.rows import Row, Rules
 
@@ -81,15 +80,18 @@ class LabelTable:
         self._block = block
         self._again = again
         self._rows: list[Row] = []
+        self._lock = ExitStack()
         self.done: set[str] = set()
         """Names of the videos that need no more work."""
 
     def __enter__(self) -> Self:
         with _writing(self.parts):
             self.parts.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.parts, os.O_RDONLY)
+            try:
+                self._lock.enter_context(lock_folder(self.parts, wait=False))
+            except LockTakenError:
+                raise LabellingError(f"another run is writing {self.out}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for file in self._files():
                 self._check(file)
                 rows = pq.read_table(file, columns=["path", "error_code"])
@@ -99,9 +101,6 @@ class LabelTable:
             for beside in self.parts.glob(".*.tmp"):
                 beside.unlink()
             self._next = max((int(part.stem) for part in self._part_files()), default=0) + 1
-        except BlockingIOError:
-            os.close(self._lock)
-            raise LabellingError(f"another run is writing {self.out}") from None
         except BaseException:
             self._leave()
             raise
@@ -121,7 +120,7 @@ class LabelTable:
     def _leave(self) -> None:
         if self.parts.is_dir() and not any(self.parts.iterdir()):
             self.parts.rmdir()
-        os.close(self._lock)
+        self._lock.close()
 
     def add(self, row: Row) -> None:
         """Takes a row; writes a part when a block is full. A second row of a video is let go."""
@@ -207,17 +206,13 @@ def _column(file: Path, name: str) -> list[Any]:
 @contextmanager
 def _replacing(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
     """Gives a function that writes rows; the file appears, whole and synced, at the end."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with _writing(path):
-        try:
-            with beside.open("wb") as file:
-                with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-                    yield lambda rows: writer.write_table(rows) if rows.num_rows else None
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+    with (
+        _writing(path),
+        replacing(path, durable=True) as temporary,
+        temporary.open("wb") as file,
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
+        yield lambda rows: writer.write_table(rows) if rows.num_rows else None
 
 
 @contextmanager

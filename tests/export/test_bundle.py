@@ -367,7 +367,7 @@ class TestActivating:
         self, store: BundleStore
     ) -> None:
         publish_colours(store)
-        (store.root / "colours" / f".{ACTIVE}.new").write_text("{half")
+        (store.root / "colours" / f".{ACTIVE}.tmp").write_text("{half")
         store.activate("colours", "1")
         assert {path.name for path in (store.root / "colours").iterdir()} == {"1", ACTIVE}
 

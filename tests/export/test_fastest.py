@@ -126,7 +126,7 @@ def test_where_plans_cannot_be_written_to_it_says_so(
         raise PermissionError(13, "Permission denied")
 
     bundle = publish(store)
-    monkeypatch.setattr("export.runtime.plans.os.open", refuse)
+    monkeypatch.setattr("model.files.os.open", refuse)
     with (
         pytest.raises(PlanError, match=r"cannot write into .*engines: Permission denied"),
         locked(bundle.path / "engines" / "a.fastest"),
