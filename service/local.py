@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +24,7 @@ from model.video import (
 )
 from service.classification import classification
 from service.loading import LoadedModel, find_bundle, load_model
-from service.progress import print_table
+from service.progress import Bar, bar, print_table
 from service.schemas import Classification, ClassifyParameters
 from service.schemas_timeline import (
     TimelineEvent,
@@ -57,13 +56,15 @@ def classify_files(
         max_pixels=settings.max_video_pixels, max_duration_s=settings.max_video_duration_s
     )
     failed = 0
-    with _progress(len(files)) as progress:
-        for file in progress.track(files, description="classifying"):
+    # On a terminal the answers are progress enough.
+    with bar(len(files) > 1 and not sys.stdout.isatty(), lines=False) as progress:
+        for done, file in enumerate(files):
+            progress.show(f"classifying {done + 1} of {len(files)}", done, len(files))
             try:
                 answer = _classify(file, model, parameters, limits)
             except VideoError as error:
                 failed += 1
-                _print_problem(progress.console, file, error, as_json)
+                _print_problem(progress, file, error, as_json)
                 continue
             _print_answer(file, answer, as_json)
     model.close()
@@ -133,22 +134,11 @@ def _clock(seconds: float) -> str:
     return f"{int(minutes) // 60}:{int(minutes) % 60:02}:{rest:04.1f}"
 
 
-def _progress(files: int) -> Progress:
-    """A bar on stderr when the answers go elsewhere; on a terminal they are progress enough.
-
-    `redirect_stdout` would show on stderr what is printed meanwhile.
-    """
-    errors = Console(stderr=True)
-    wanted = files > 1 and errors.is_terminal and not sys.stdout.isatty()
-    return Progress(console=errors, transient=True, redirect_stdout=False, disable=not wanted)
-
-
-def _print_problem(errors: Console, file: Path, error: VideoError, as_json: bool) -> None:
+def _print_problem(progress: Bar, file: Path, error: VideoError, as_json: bool) -> None:
     if as_json:
         _print_json({"file": str(file), "error": {"code": error.code, "detail": str(error)}})
     else:
-        message = Text(f"{click.format_filename(file)}: {error}", style="red")
-        errors.print(message, soft_wrap=True)  # above the bar, if there is one
+        progress.print(Text(f"{click.format_filename(file)}: {error}", style="red"))
 
 
 def _print_answer(file: Path, answer: Classification, as_json: bool) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,34 +269,14 @@ def _served_precision() -> str:
 def _built(job: BuildJob, title: str, quiet: bool) -> tuple[Plan, bool]:
     """Returns the plan, and whether the plan was there already."""
     from export.tensorrt import build_plan, find_built
+    from service.progress import bar
 
     if found := find_built(job):
         return found, True
-    with _progress(title, quiet) as progress:
-        return build_plan(job, progress), False
-
-
-@contextlib.contextmanager
-def _progress(title: str, quiet: bool) -> Iterator[Callable[[float, str], None]]:
-    """A bar on a terminal, a line for every tenth in a log; on stderr."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True, quiet=quiet)
-    if not console.is_terminal:
-        told = -1
-
-        def line(share: float, step: str) -> None:
-            nonlocal told
-            if int(share * 10) > told:
-                told = int(share * 10)
-                console.print(f"{title}: {share:.0%}, {step}", highlight=False, markup=False)
-
-        yield line
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(title, total=1.0)
-        yield lambda share, step: bar.update(task, completed=share, description=step)
+    with bar(not quiet) as progress:
+        return build_plan(
+            job, lambda share, step: progress.show(f"{title}: {share:.0%}, {step}", share, 1.0)
+        ), False
 
 
 def _say(plan: Plan, title: str, there: bool, as_json: bool) -> None:

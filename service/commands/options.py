@@ -182,14 +182,11 @@ def local_model_options(command: Command) -> Command:
 
 @contextmanager
 def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told how many are done: a bar on stderr, on terminals only."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """Yields a function that shows how many videos are done."""
+    from service.progress import bar
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.update(task, completed=count)
+    with bar() as progress:
+        yield lambda count: progress.show(f"{what} {count:,} of {total:,} videos", count, total)
 
 
 def print_rows(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +30,6 @@ from service.commands.options import (
 if TYPE_CHECKING:
     from model.training.evaluation import Metrics
     from model.training.job import Step
-
-_LINE_EVERY_S = 10.0  # of progress, where it goes into a log
-_SPEED_OVER_S = 600.0  # for the time left: of several steps, however slow
 
 
 def recipe_options(command: Command) -> Command:
@@ -260,44 +256,20 @@ def given(changes: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def training_progress(shown: bool = True) -> Iterator[dict[str, Callable[..., None]]]:
-    """Gives what is told of a run, as keywords: a bar on a terminal, lines in a log."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as TimeLeft
-
-    console = Console(stderr=True)
-    live = console.is_terminal and shown
-    columns = (
-        TextColumn("{task.description} {task.completed:.0f} of {task.total:.0f}"),
-        BarColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TimeLeft(),
-    )
-    last_line = -_LINE_EVERY_S
-
-    def show(what: str, count: int, total: int, state: str) -> None:
-        nonlocal last_line
-        progress.update(task, description=what, completed=count, total=total, state=state)
-        if not live and (time.monotonic() - last_line > _LINE_EVERY_S or count == total):
-            last_line = time.monotonic()
-            left = progress.tasks[task].time_remaining
-            remaining = "" if left is None else f", {left:.0f} s left"
-            click.echo(f"{what} {count} of {total}, {state}{remaining}", err=True)
+    """Yields the listeners of a run, as keywords, which show how far the run is."""
+    from service.progress import bar
 
     def on_cached(count: int, videos: int) -> None:
-        show("video", count, videos, "decoded for the cache")
+        progress.show(f"video {count} of {videos}, decoded for the cache", count, videos)
 
     def on_step(step: Step) -> None:
         state = f"epoch {step.epoch:.2f}, loss {step.loss:.4f}, {step.clips_per_s:.1f} clips/s"
-        show("step", step.step, step.steps, state)
+        progress.show(f"step {step.step} of {step.steps}, {state}", step.step, step.steps)
 
     def on_evaluation(step: int, metrics: Metrics) -> None:
-        text = f"after step {step}: top-1 {metrics.top1:.4f}, log loss {metrics.log_loss:.4f}"
-        console.print(text, highlight=False, soft_wrap=True)
+        progress.print(
+            f"after step {step}: top-1 {metrics.top1:.4f}, log loss {metrics.log_loss:.4f}"
+        )
 
-    with Progress(
-        *columns, console=console, disable=not live, speed_estimate_period=_SPEED_OVER_S
-    ) as progress:
-        task = progress.add_task("step", total=1, state="")
+    with bar(shown) as progress:
         yield {"on_step": on_step, "on_evaluation": on_evaluation, "on_cached": on_cached}

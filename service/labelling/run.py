@@ -10,10 +10,10 @@ from typing import NamedTuple
 from export.bundle import Bundle
 from service.labelling.errors import LabellingError
 from service.labelling.here import label_here
-from service.labelling.progress import labelling_progress
 from service.labelling.rows import Row, Rules
 from service.labelling.table import LabelTable
 from service.loading import find_bundle
+from service.progress import bar
 from service.schemas import ClassifyParameters
 from service.settings import Settings
 
@@ -94,13 +94,13 @@ def label_archive(
         crops=parameters.crops,
         top_k=parameters.top_k,
     )
-    clips = 0
+    clips = done = failed = 0
     with LabelTable(output.path, rules, output.block, output.again) as table:
         todo = {name: path for name, path in videos.items() if name not in table.done}
         say(_plan(len(videos), len(todo), bundle))
         began = time.monotonic()
         if todo:
-            with labelling_progress(len(todo), quiet) as done:
+            with bar(not quiet) as progress:
 
                 def started(engine: str) -> None:
                     nonlocal began
@@ -108,11 +108,15 @@ def label_archive(
                     say(engine)
 
                 def add(row: Row) -> None:
-                    nonlocal clips
+                    nonlocal clips, done, failed
                     table.add(row)
-                    failed = row.get("error_code") is not None
-                    clips += 0 if failed else parameters.views * parameters.crops
-                    done(failed)
+                    done += 1
+                    if row.get("error_code") is not None:
+                        failed += 1
+                    else:
+                        clips += parameters.views * parameters.crops
+                    rate = done / max(time.monotonic() - began, 1e-9)
+                    progress.show(_so_far(done, len(todo), failed, rate), done, len(todo))
 
                 label(todo, bundle, parameters, settings, add, started)
         seconds = time.monotonic() - began
@@ -124,6 +128,11 @@ def label_archive(
             )
         total, failures = table.finish()
     return Summary(total, failures, len(todo), seconds, clips)
+
+
+def _so_far(done: int, total: int, failed: int, rate: float) -> str:
+    failures = f", {failed:,} failed" if failed else ""
+    return f"{done:,} of {total:,} videos, {rate:.1f} videos/s{failures}"
 
 
 def _plan(videos: int, todo: int, bundle: Bundle) -> str:
