@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import Bundle
+from model.scores import mean_scores
 from model.video import Clips, VideoFacts
 from service.schemas import (
     Classification,
@@ -26,8 +27,11 @@ def classification(
 ) -> Classification:
     """The answer for one video, whose clips have these logits (clips, classes)."""
     return Classification(
-        predictions=best_labels(
-            bundle.manifest.labels, logits / bundle.manifest.temperature, parameters
+        predictions=best_scores(
+            bundle.manifest.labels,
+            mean_scores(logits, bundle.manifest.temperature),
+            parameters.top_k,
+            parameters.threshold,
         ),
         model=ModelName(name=bundle.name, version=bundle.version),
         sampling=sampling_facts(clips, parameters),
@@ -35,25 +39,10 @@ def classification(
     )
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(clips, classes) to probabilities, row by row."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    exponentials = np.exp(shifted)
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
-
-
-def best_labels(
-    labels: Sequence[str], logits: NDArray[np.float32], parameters: ClassifyParameters
-) -> tuple[Prediction, ...]:
-    """The best labels by the mean of the clips' softmax, as published evaluations do."""
-    scores = softmax(logits).mean(axis=0)
-    return best_scores(labels, scores, parameters.top_k, parameters.threshold)
-
-
 def best_scores(
     labels: Sequence[str], scores: NDArray[np.float64], top_k: int, threshold: float
 ) -> tuple[Prediction, ...]:
-    """The best labels by their scores (classes,)."""
+    """Returns the best labels by their scores (classes,), the best first."""
     best = np.argsort(-scores, kind="stable")[:top_k]
     return tuple(
         Prediction(

@@ -17,8 +17,9 @@ from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
 
 from export.bundle import Bundle
+from model.scores import mean_scores
 from model.video import Cut, Ended, Opened, Window, WindowError, make_cut
-from service.classification import best_scores, softmax, video_facts
+from service.classification import best_scores, video_facts
 from service.errors import QueueFullError
 from service.schemas import ModelName
 from service.schemas_timeline import (
@@ -81,7 +82,7 @@ class Timeline:
     def window(self, window: Window, logits: NDArray[np.float32]) -> list[TimelineEvent]:
         """Of the next window, whose crops have these logits (crops, classes)."""
         manifest = self._bundle.manifest
-        scores = softmax(logits / manifest.temperature).mean(axis=0)
+        scores = mean_scores(logits, manifest.temperature)
         ended = self._segmenter.add(window.start_s, window.end_s, scores)
         event = TimelineWindow(
             number=window.number,

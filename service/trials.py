@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import Bundle, Candidate
-from service.classification import softmax
+from model.scores import mean_scores
 from service.errors import ServiceError
 from service.metrics import CANDIDATE_RESULTS, Metrics
 from service.served import ServedModel
@@ -176,7 +176,7 @@ class Trial:
 
 def _scores(bundle: Bundle, logits: NDArray[np.float32]) -> dict[str, float]:
     """Scores by label, since a candidate may have others or in another order."""
-    scores = softmax(logits / bundle.manifest.temperature).mean(axis=0)
+    scores = mean_scores(logits, bundle.manifest.temperature)
     return dict(zip(bundle.manifest.labels, map(float, scores), strict=True))
 
 

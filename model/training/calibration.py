@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.training.evaluation import Predictions, measure, video_scores
+from model.scores import mean_scores
+from model.training.evaluation import Predictions, measure
 
 _RANGE = (0.05, 20.0)  # of temperatures that are searched
 
@@ -76,7 +77,7 @@ def fit_temperature(predictions: Predictions) -> float:
     doubt = 1 / (len(targets) + 2)
 
     def loss(logarithm: float) -> float:
-        scores = video_scores(predictions.logits, float(np.exp(logarithm)))
+        scores = mean_scores(predictions.logits, float(np.exp(logarithm)))
         right = np.clip(scores[np.arange(len(targets)), targets], 1e-300, 1 - 1e-12)
         return float(-((1 - doubt) * np.log(right) + doubt * np.log1p(-right)).mean())
 

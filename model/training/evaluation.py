@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import Preprocessing
+from model.scores import mean_scores
 from model.training.errors import DataError
 from model.training.remote import local_video
 from model.training.sources import Sample, VideoList
@@ -208,7 +209,7 @@ def _classify(classify: Classify, videos: list[NDArray[np.uint8]]) -> Iterator[N
 
 def measure(predictions: Predictions, temperature: float = 1.0) -> Metrics:
     """The metrics of predictions whose logits are divided by `temperature` first."""
-    scores = video_scores(predictions.logits, temperature)
+    scores = mean_scores(predictions.logits, temperature)
     targets = predictions.targets
     best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     right = best[:, 0] == targets
@@ -232,7 +233,7 @@ def measure(predictions: Predictions, temperature: float = 1.0) -> Metrics:
 
 def agreement(one: Predictions, other: Predictions) -> float:
     """The share of the videos that two models give the same label."""
-    best, others = (video_scores(each.logits).argmax(1) for each in (one, other))
+    best, others = (mean_scores(each.logits).argmax(1) for each in (one, other))
     return float((best == others).mean())
 
 
@@ -267,14 +268,6 @@ def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_])
     bins = confidence_bins(confidence, right)
     error = sum(each.videos * abs(each.confidence - each.accuracy) for each in bins)
     return error / len(confidence)
-
-
-def video_scores(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float64]:
-    """Logits (videos, clips, classes) to scores (videos, classes)."""
-    scaled = logits.astype(np.float64) / temperature
-    powers = np.exp(scaled - scaled.max(-1, keepdims=True))
-    mean: NDArray[np.float64] = (powers / powers.sum(-1, keepdims=True)).mean(1)
-    return mean
 
 
 def _log_loss(scores: NDArray[np.float64], targets: NDArray[np.int64]) -> float:

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import Preprocessing
+from model.scores import mean_scores
 from model.training.calibration import Calibration
-from model.training.evaluation import Predictions, confidence_bins, measure, video_scores
+from model.training.evaluation import Predictions, confidence_bins, measure
 from model.training.markup import Html, join, tag
 from model.training.page import facts_table, folded, percent, section, table, tiles, write_page
 from model.training.plots import confusion_matrix, line_chart, reliability_diagram, share_bar
@@ -43,7 +44,7 @@ class Evaluated:
     @functools.cached_property
     def scores(self) -> NDArray[np.float64]:
         """(videos, classes), as served."""
-        return video_scores(self.predictions.logits, self.temperature)
+        return mean_scores(self.predictions.logits, self.temperature)
 
     @functools.cached_property
     def given(self) -> NDArray[np.int64]:
@@ -244,7 +245,7 @@ def _calibration(evaluated: Evaluated) -> Iterator[Html]:
             temperatures.append((what, value))
     figures = []
     for what, value in temperatures:
-        scores = video_scores(found.logits, value)
+        scores = mean_scores(found.logits, value)
         right = scores.argmax(1) == found.targets
         error = measure(found, value).calibration_error
         caption = f"{what}: temperature {value:g}, calibration error {percent(error)}"

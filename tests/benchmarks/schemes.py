@@ -27,7 +27,8 @@ import torch
 from model.checkpoints import load_checkpoint
 from model.config import ATTENTION_TYPES
 from model.demo.render import LABELS
-from model.training.evaluation import Predictions, measure, predict, video_scores
+from model.scores import mean_scores
+from model.training.evaluation import Predictions, measure, predict
 from model.training.run import classifier
 from model.training.sources import read_class_names, read_videos
 
@@ -132,7 +133,7 @@ def of_opposites(found: Predictions) -> tuple[float, float]:
     for one, other in OPPOSITES.items():
         pair = LABELS.index(one), LABELS.index(other)
         opposite[list(pair)] = pair[::-1]
-    scores, targets = video_scores(found.logits), found.targets
+    scores, targets = mean_scores(found.logits), found.targets
     chosen = opposite[targets] >= 0
     scores, targets = scores[chosen], targets[chosen]
     rows = np.arange(len(targets))

@@ -17,6 +17,7 @@ import pytest
 
 from export.bundle import BundleError, BundleStore, Candidate
 from export.pointers import CANDIDATE
+from model.scores import mean_scores
 from tests.export.conftest import colour_manifest, publish_colours, write_video
 from tests.service.conftest import Serve
 from tests.service.test_auth import bearer, write
@@ -101,7 +102,7 @@ def test_a_shadow_is_compared_and_answers_nobody(run: Any, store: BundleStore, r
         assert facts["requests"]["agreed"] == 5
         # Its softmax of the same means is flatter.
         means = np.array([220, 0, 0])
-        expected = abs(softmax(means / 64) - softmax(means / 80)).sum() / 2
+        expected = abs(mean_scores(means[None], 64) - mean_scores(means[None], 80)).sum() / 2
         assert facts["mean_score_difference"] == pytest.approx(expected, rel=0.1)
         assert metric(admin.client, 'timesformer_candidate_seconds_count{model="colours"}') == 5
         share = 'timesformer_candidate_share{mode="shadow",model="colours",version="2"}'
@@ -110,10 +111,6 @@ def test_a_shadow_is_compared_and_answers_nobody(run: Any, store: BundleStore, r
         admin.version(red)
         wait_until(lambda: admin.count("differed") == 1)
         assert metric(admin.client, share) == 0
-
-
-def softmax(logits: Any) -> Any:
-    return np.exp(logits) / np.exp(logits).sum()
 
 
 def test_a_share_of_the_requests_is_copied(run: Any, red: bytes) -> None:

@@ -20,8 +20,8 @@ import pytest
 from export.bundle import BundleStore
 from export.runtime import load_runtime
 from model.demo import STORE
+from model.scores import mean_scores
 from model.video import load_clips
-from service.classification import softmax
 from service.errors import QueueFullError, SpoolFullError
 from service.spool import SpoolFile
 from tests.export.conftest import colour_config, publish_colours, write_video
@@ -63,7 +63,7 @@ def test_the_scores_are_the_mean_softmax_of_the_network_on_the_views(
     bundle = BundleStore(STORE).open("demo")
     clips = load_clips(video, bundle.config.preprocessing, views=2, crops=3)
     logits = load_runtime(bundle, "cpu").run(clips.frames).logits
-    scores = softmax(logits / np.float32(bundle.manifest.temperature)).mean(axis=0)
+    scores = mean_scores(logits, bundle.manifest.temperature)
     assert len(answer["predictions"]) == len(bundle.manifest.labels)
     for prediction in answer["predictions"]:
         assert prediction["label"] == bundle.manifest.labels[prediction["class_index"]]
@@ -88,7 +88,7 @@ def test_a_calibrated_bundle_s_scores_are_calibrated_and_its_logits_are_as_they_
     assert model["temperature"] == 4.0
     logits = np.array(outputs[0]["data"], np.float32)[None]
     np.testing.assert_allclose(logits[0], frames.mean((0, 1, 2, 3)) / 64, atol=1e-3)
-    scores = softmax(logits / 4)[0]
+    scores = mean_scores(logits, 4.0)
     assert predictions[0]["label"] == "red"
     assert predictions[0]["score"] == pytest.approx(scores[0], abs=1e-5)
 
