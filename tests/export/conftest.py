@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import resource
 import shutil
 import sys
@@ -12,7 +13,7 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -26,6 +27,7 @@ from export.manifest import LABELS, ONNX_FLOAT32, WEIGHTS, Manifest, Parity, Ten
 from export.pipeline import export_bundle
 from model.checkpoints import Checkpoint, load_checkpoint, save_safetensors
 from model.config import ModelConfig
+from tests.conftest import MakeOnce
 from tests.model.conftest import random_model, tiny_config
 
 COLOURS = ("red", "green", "blue")
@@ -122,27 +124,33 @@ def store(tmp_path: Path) -> BundleStore:
 
 
 @pytest.fixture(scope="session")
-def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_video(tmp_path_factory.mktemp("videos") / "red.mp4")
+def video(make_once: MakeOnce) -> Path:
+    return make_once("red", lambda folder: write_video(folder / "red.mp4")) / "red.mp4"
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Our own file of a tiny model with random weights, and with labels."""
+def write_checkpoint(path: Path) -> None:
+    """Writes our own file of a tiny model with random weights, and with labels."""
     config = tiny_config()
-    path = tmp_path_factory.mktemp("checkpoint") / "weights.safetensors"
     labels = [f"action {index}" for index in range(config.num_classes)]
     save_safetensors(random_model(config), path, config, labels=labels)
-    return load_checkpoint(path)
 
 
 @pytest.fixture(scope="session")
-def exported(
-    checkpoint: Checkpoint, video: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
+def checkpoint(make_once: MakeOnce) -> Checkpoint:
+    name = "weights.safetensors"
+    folder = make_once("checkpoint", lambda folder: write_checkpoint(folder / name))
+    return load_checkpoint(folder / name)
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Checkpoint, video: Path, make_once: MakeOnce) -> Bundle:
     """The checkpoint's bundle, exported once for all tests: do not change its files."""
-    store = BundleStore(tmp_path_factory.mktemp("exported"))
-    return export_bundle(checkpoint, "tiny", store, videos=[video], training={"top1": 0.5})
+
+    def fill(folder: Path) -> None:
+        store = BundleStore(folder)
+        export_bundle(checkpoint, "tiny", store, videos=[video], training={"top1": 0.5})
+
+    return BundleStore(make_once("exported", fill)).open("tiny")
 
 
 @pytest.fixture
@@ -168,22 +176,45 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
     return _full_disk
 
 
+class Program(NamedTuple):
+    """The one field of the exporter's answer that `export_onnx` reads."""
+
+    model_proto: onnx.ModelProto
+
+
 @pytest.fixture(scope="session", autouse=True)
-def unmeasured_exporter() -> Iterator[None]:
-    """Coverage does not follow torch's exporter, whose calls would take it as long again."""
+def one_export_of_each_network(make_once: MakeOnce) -> Iterator[None]:
+    """Runs torch's exporter once per run for each network, which takes 4 to 12 s of CPU.
+
+    The networks are those with the same modules, configuration and weights. Coverage does not trace
+    the exporter, because tracing doubles that time.
+    """
     export = torch.onnx.export
 
-    def unmeasured(*args: Any, **options: Any) -> Any:
-        trace = sys.gettrace()
-        sys.settrace(None)
-        try:
-            return export(*args, **options)
-        finally:
-            sys.settrace(trace)
+    def export_once(model: torch.nn.Module, *inputs: Any, **options: Any) -> Program:
+        def fill(folder: Path) -> None:
+            trace = sys.gettrace()
+            sys.settrace(None)
+            try:
+                program = export(model, *inputs, **options)
+                onnx.save(program.model_proto, folder / "model.onnx")
+            finally:
+                sys.settrace(trace)
+
+        return Program(onnx.load(make_once(f"graph-{_digest(model)}", fill) / "model.onnx"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", unmeasured)
+        patch.setattr(torch.onnx, "export", export_once)
         yield
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """Returns a hash of the network's modules, configuration and weights."""
+    digest = hashlib.sha256(f"{model!r} {model.config!r}".encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -687,30 +687,32 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as fetching a repository takes; serves `folder` as someone/tiny."""
+    """As much of the hub as fetching a repository takes; serves the folders in `root`."""
 
-    folder: Path
+    root: Path
     fetched: list[str]
 
     def do_GET(self) -> None:
-        if self.path.startswith("/api/models/someone/tiny/tree/"):
-            self._answer(json.dumps(self._tree()).encode(), "application/json")
-        elif self.path.startswith("/api/models/someone/tiny/revision/"):
-            siblings = [{"rfilename": file["path"]} for file in self._tree()]
-            info = {"id": "someone/tiny", "sha": COMMIT, "siblings": siblings}
-            self._answer(json.dumps(info).encode(), "application/json")
-        elif self.path.startswith("/someone/tiny/resolve/"):
-            name = self.path.split("/")[-1]
-            if self.command == "GET":
-                self.fetched.append(name)
-            self._answer((self.folder / name).read_bytes(), "application/octet-stream")
-        else:
+        words = self.path.removeprefix("/api/models").split("/")
+        folder, action = self.root.joinpath(*words[1:3]), words[3]
+        if not folder.is_dir():
             self.send_error(404)
+        elif action == "resolve":
+            if self.command == "GET":
+                self.fetched.append("/".join([*words[1:3], words[-1]]))
+            self._answer((folder / words[-1]).read_bytes(), "application/octet-stream")
+        elif action == "tree":
+            self._answer(json.dumps(self._tree(folder)).encode(), "application/json")
+        else:
+            siblings = [{"rfilename": file["path"]} for file in self._tree(folder)]
+            info = {"id": "/".join(words[1:3]), "sha": COMMIT, "siblings": siblings}
+            self._answer(json.dumps(info).encode(), "application/json")
 
-    def _tree(self) -> list[dict[str, Any]]:
+    @staticmethod
+    def _tree(folder: Path) -> list[dict[str, Any]]:
         return [
             {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": path.name}
-            for path in sorted(self.folder.iterdir())
+            for path in sorted(folder.iterdir())
         ]
 
     do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
@@ -731,7 +733,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], str]]:
-    handler = type("Handler", (Hub,), {"folder": tmp_path / "repository", "fetched": []})
+    handler = type("Handler", (Hub,), {"root": tmp_path / "hub", "fetched": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -743,18 +745,23 @@ def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], str]]:
 
 LOAD_FROM_HUB = """
 import sys
+from pathlib import Path
 from model.checkpoints import CheckpointError, load_checkpoint, save_safetensors
-try:
-    checkpoint = load_checkpoint(sys.argv[1])
-except CheckpointError as error:
-    raise SystemExit(f"CheckpointError: {error}")
-assert checkpoint.source == sys.argv[1], checkpoint.source
-save_safetensors(checkpoint.state, sys.argv[2], checkpoint.config, checkpoint.labels)
+for name in sys.argv[2:]:
+    try:
+        checkpoint = load_checkpoint(name)
+    except CheckpointError as error:
+        print(f"CheckpointError: {error}")
+        continue
+    assert checkpoint.source == name, checkpoint.source
+    path = Path(sys.argv[1], name.replace("/", "-") + ".safetensors")
+    save_safetensors(checkpoint.state, path, checkpoint.config, checkpoint.labels)
 """
 
 
-def _load_from_hub(name: str, endpoint: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the hub's library reads its environment when imported."""
+def _load_from_hub(folder: Path, endpoint: str, *names: str) -> str:
+    """Returns what a process of its own prints: the hub's library reads its environment when
+    imported."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": endpoint,
@@ -763,8 +770,8 @@ def _load_from_hub(name: str, endpoint: str, folder: Path) -> subprocess.Complet
         "HF_HUB_OFFLINE": "0",
         "NO_PROXY": "127.0.0.1",
     }
-    command = [sys.executable, "-c", LOAD_FROM_HUB, name, str(folder / "loaded.safetensors")]
-    return subprocess.run(
+    command = [sys.executable, "-c", LOAD_FROM_HUB, str(folder), *names]
+    run = subprocess.run(
         command,
         cwd=Path(__file__).parents[2],
         env=environment,
@@ -772,36 +779,36 @@ def _load_from_hub(name: str, endpoint: str, folder: Path) -> subprocess.Complet
         text=True,
         check=False,
     )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
-@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickle"])
-def test_a_hub_name_brings_weights_config_labels_and_preprocessing(
-    tmp_path: Path, hub: tuple[type[Hub], str], pickled: bool
+def test_hub_names_bring_weights_config_labels_and_preprocessing_or_are_refused(
+    tmp_path: Path, hub: tuple[type[Hub], str]
 ) -> None:
+    """Weights as safetensors, as a pickle, and of a name that the hub does not know."""
     handler, endpoint = hub
     config = tiny_config(mean=[0.1, 0.2, 0.3])
     model = random_model(config)
-    save_huggingface(model, handler.folder, LABELS)
-    (handler.folder / "modeling.py").write_text("raise SystemExit('code was run')")
-    weights = handler.folder / "model.safetensors"
-    torch.save(load_file(weights), handler.folder / "pytorch_model.bin")
-    if pickled:
-        weights.unlink()
-    result = _load_from_hub("someone/tiny", endpoint, tmp_path)
-    assert result.returncode == 0, result.stderr
-    checkpoint = load_checkpoint(tmp_path / "loaded.safetensors")
-    assert (checkpoint.config, checkpoint.labels) == (config, LABELS)
-    _assert_same(checkpoint.state, _state(model))
-    wanted = {"config.json", "preprocessor_config.json"}
-    wanted.add("pytorch_model.bin" if pickled else "model.safetensors")
+    files = {"tiny": "model.safetensors", "pickled": "pytorch_model.bin"}
+    for name in files:
+        folder = handler.root / "someone" / name
+        save_huggingface(model, folder, LABELS)
+        (folder / "modeling.py").write_text("raise SystemExit('code was run')")
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (handler.root / "someone" / "pickled" / "model.safetensors").unlink()
+
+    printed = _load_from_hub(tmp_path, endpoint, *(f"someone/{name}" for name in (*files, "else")))
+
+    assert printed.startswith("CheckpointError: someone/else: no such file or folder here, and the")
+    wanted = set()
+    for name, weights in files.items():
+        checkpoint = load_checkpoint(tmp_path / f"someone-{name}.safetensors")
+        assert (checkpoint.config, checkpoint.labels) == (config, LABELS)
+        _assert_same(checkpoint.state, _state(model))
+        for file in ("config.json", "preprocessor_config.json", weights):
+            wanted.add(f"someone/{name}/{file}")
     assert set(handler.fetched) == wanted
-
-
-def test_a_name_that_the_hub_does_not_know(tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
-    result = _load_from_hub("someone/else", hub[1], tmp_path)
-    assert (
-        "CheckpointError: someone/else: no such file or folder here, and the hub" in result.stderr
-    )
 
 
 def test_a_model_config_is_enough_for_every_kind() -> None:

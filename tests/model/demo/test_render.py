@@ -55,10 +55,8 @@ def drift(frames: Frames) -> Array:
     ],
 )
 def test_a_scene_that_moves_moves_where_its_label_says(label: str, axis: int, sign: int) -> None:
-    drifts = [drift(moving_scene(label, seed)[1]) for seed in range(6)]
-    right = [sign * moved[axis] > abs(moved[1 - axis]) for moved in drifts]
-    # One may fail: a fast step can be taken for the repetition of a plaid.
-    assert sum(right) >= 5, drifts
+    drifts = [drift(moving_scene(label, seed)[1]) for seed in range(2)]
+    assert all(sign * moved[axis] > abs(moved[1 - axis]) for moved in drifts), drifts
 
 
 def test_left_played_backwards_is_right() -> None:

@@ -64,7 +64,7 @@ def everything(folder: Path) -> bytes:
     return clips.read_bytes()
 
 
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_holds_the_views_as_they_decode(
     videos: VideoList, tmp_path: Path, processes: int
 ) -> None:

@@ -59,6 +59,7 @@ def trained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_exported_and_both_are_evaluated_alike(
     trained: Path, colours: Path, tmp_path: Path
 ) -> None:
@@ -225,6 +226,7 @@ def test_what_is_wrong_is_one_line(
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_command_with_a_saved_step(colours: Path, tmp_path: Path) -> None:
     options = ("--variant", "demo", "--epochs", 5000, "--batch-size", 2)
     command = training(tmp_path, colours, "--out", tmp_path / "run", *options)
@@ -239,7 +241,7 @@ def test_sigterm_ends_the_command_with_a_saved_step(colours: Path, tmp_path: Pat
         assert process.stderr is not None
         assert process.stderr.readline().startswith("step 1 of 20000")
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate()
     assert process.returncode == 1
     assert "the same command goes on from there" in errors
     assert "Traceback" not in errors

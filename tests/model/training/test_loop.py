@@ -120,6 +120,7 @@ def subprocess_run(*arguments: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_ends_with_the_same_weights(
     colours: Path, whole: Path, tmp_path: Path
 ) -> None:
