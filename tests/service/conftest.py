@@ -15,10 +15,21 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from hypothesis import HealthCheck, settings
 
 from service.app import create_app
 from service.listening import configuration
 from service.settings import load_settings
+
+# Property tests try the same examples each time, however slow the machine is.
+settings.register_profile(
+    "bounded",
+    derandomize=True,
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("bounded")
 
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
 
@@ -26,8 +37,8 @@ Serve = Callable[..., AbstractContextManager[httpx.Client]]
 @contextlib.contextmanager
 def _serve(**overrides: object) -> Iterator[httpx.Client]:
     defaults = {"device": "cpu", "decode_workers": 2, "max_batch_clips": 8, "port": 0}
-    settings = load_settings(**{**defaults, "shutdown_grace_s": 5, **overrides})
-    server = uvicorn.Server(configuration(create_app(settings), settings, lifespan="on"))
+    own = load_settings(**{**defaults, "shutdown_grace_s": 5, **overrides})
+    server = uvicorn.Server(configuration(create_app(own), own, lifespan="on"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

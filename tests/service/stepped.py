@@ -1,11 +1,12 @@
 """A batcher in virtual time: a clock that jumps, and engines that run when the test says so.
 
-Nothing here depends on how fast the machine is, and every order of events can be tried.
+No test here depends on the speed of the machine, and each order of events can be tried.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import selectors
 import threading
 from collections.abc import Callable, Coroutine
@@ -19,6 +20,7 @@ from export.runtime.interface import Outputs
 from service.batcher import Batcher
 
 Frames = NDArray[np.uint8]
+_LIMIT_S = 60.0
 
 
 def clips(*values: int) -> NDArray[np.uint8]:
@@ -36,6 +38,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         super().__init__(selectors.SelectSelector())
         self.now = 0.0
+        self.batchers: list[Stepped] = []
 
     def time(self) -> float:
         return self.now
@@ -52,11 +55,11 @@ class _Batch:
     def begin(self) -> None:
         _held.batch = None
         self._thread.start()
-        assert self._began.wait(20)
+        assert self._began.wait(_LIMIT_S)
 
     def end(self) -> None:
         self._gate.set()
-        self._thread.join(20)
+        self._thread.join(_LIMIT_S)
 
     def _run(self, job: Callable[[], object]) -> None:
         _held.batch = self
@@ -66,10 +69,14 @@ class _Batch:
     def enter(self) -> None:
         _held.batch = None  # the second time, for one request by itself, it is not held
         self._began.set()
-        assert self._gate.wait(20)
+        assert self._gate.wait(_LIMIT_S)
 
 
-_held = threading.local()
+class _Held(threading.local):
+    batch: _Batch | None = None
+
+
+_held = _Held()
 
 
 class Threads(Executor):
@@ -98,7 +105,7 @@ class Threads(Executor):
         return True
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        while self.end() or self.begin():
+        while wait and (self.end() or self.begin()):
             pass
 
 
@@ -130,7 +137,10 @@ class SteppedEngine:
 class Stepped:
     """A batcher with stepped engines."""
 
-    def __init__(self, loop: VirtualLoop, *engines: SteppedEngine, **options: Any) -> None:
+    def __init__(self, *engines: SteppedEngine, **options: Any) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.batchers.append(self)
         self.loop = loop
         self.engines = engines
         self.threads: list[Threads] = []
@@ -177,27 +187,34 @@ class Stepped:
                 if not any(threads.jobs for threads in self.threads):
                     return
 
-    def let_go(self) -> None:
-        """Lets threads end that a failed test left behind."""
+    def release(self) -> None:
+        """Ends the batches that a test has left in the engines."""
         for threads in self.threads:
             threads.shutdown()
 
 
-def run(body: Callable[[VirtualLoop], Coroutine[Any, Any, None]]) -> None:
-    """Runs a test in virtual time."""
-    loop = VirtualLoop()
-    loop.set_exception_handler(lambda loop, context: None)  # refusals that no test looks at
+def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Runs a test, which is a coroutine function, in virtual time."""
 
-    async def to_the_end() -> None:
+    @functools.wraps(test)
+    def in_virtual_time(*arguments: Any, **keywords: Any) -> None:
+        loop = VirtualLoop()
+        loop.set_exception_handler(lambda loop, context: None)  # refusals that no test reads
+
+        async def run() -> None:
+            try:
+                await test(*arguments, **keywords)
+            finally:
+                for batcher in loop.batchers:
+                    batcher.release()
+                left = asyncio.all_tasks() - {asyncio.current_task()}
+                for task in left:
+                    task.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
+
         try:
-            await body(loop)
+            loop.run_until_complete(run())
         finally:
-            left = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            loop.close()
 
-    try:
-        loop.run_until_complete(to_the_end())
-    finally:
-        loop.close()
+    return in_virtual_time

@@ -1,336 +1,637 @@
-"""The batcher's promises: every request answered once and right, fair, bounded, undisturbed."""
+"""The batcher: one rule a test, in virtual time with engines that are stepped (`stepped.py`).
+
+Invariants for any order of events are in `test_batcher_properties.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
-from collections.abc import Callable
+import contextlib
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from export.runtime.interface import Outputs
 from service.batcher import Batcher
-from service.errors import InternalError, QueueFullError
-
-Frames = NDArray[np.uint8]
-
-
-def clips(*values: int) -> Frames:
-    """Tiny clips that each hold one number."""
-    return np.array(values, np.uint8).reshape(-1, 1, 1, 1, 1)
-
-
-def values_of(logits: NDArray[np.float32]) -> list[int]:
-    return [int(row[0]) for row in logits]
-
-
-class Engine:
-    """Answers each clip with its own number; can be held, slowed and made to fail."""
-
-    slots = 1
-    batches: tuple[int, ...] = ()
-
-    def __init__(self, seconds: float = 0.0, poison: int | None = None) -> None:
-        self.batches: list[list[int]] = []
-        self.seconds = seconds
-        self.poison = poison
-        self.gate = threading.Event()
-        self.gate.set()
-        self.running = threading.Event()
-
-    def run(self, frames: Frames) -> Outputs:
-        batch = [int(clip.flat[0]) for clip in frames]
-        self.batches.append(batch)
-        self.running.set()
-        assert self.gate.wait(10)
-        time.sleep(self.seconds)
-        if self.poison in batch:
-            raise ValueError("poisoned")
-        answers = np.array(batch, np.float32)[:, None]
-        return Outputs(answers, answers * 2)
-
-
-def run_with(
-    engine: Engine,
-    body: Callable[[Batcher], object],
-    **options: object,
-) -> None:
-    async def run() -> None:
-        batcher = Batcher([engine], **{"max_batch": 4, "max_queue": 1000, **options})
-        batcher.start()
-        try:
-            await body(batcher)
-        finally:
-            await batcher.close()
-
-    asyncio.run(asyncio.wait_for(run(), 30))
-
-
-async def hold(batcher: Batcher, engine: Engine) -> asyncio.Task:
-    """Occupies the engine with clip 255 so that what follows has to queue."""
-    engine.gate.clear()
-    engine.running.clear()
-    first = asyncio.create_task(batcher.submit(clips(255)))
-    await asyncio.to_thread(engine.running.wait, 10)
-    return first
-
-
-@given(
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12),
-    max_batch=st.integers(1, 6),
-    settle_ms=st.sampled_from([0.0, 1.0]),
+from service.batches import TRY_EVERY_S, Events
+from service.errors import (
+    DeadlineExceededError,
+    DeadlineUnreachableError,
+    InternalError,
+    QueueFullError,
 )
-@settings(max_examples=40, deadline=None)
-def test_every_request_gets_its_own_answers_once_whatever_the_batches(
-    sizes: list[int], max_batch: int, settle_ms: float
-) -> None:
-    engine = Engine()
-
-    async def body(batcher: Batcher) -> None:
-        starts = np.cumsum([0, *sizes])
-        wanted = [
-            list(range(start, start + size)) for start, size in zip(starts, sizes, strict=False)
-        ]
-        answers = await asyncio.gather(*(batcher.submit(clips(*own)) for own in wanted))
-        assert [values_of(answer.logits) for answer in answers] == wanted
-        assert all(
-            (answer.embedding == answer.logits * 2).all() and answer.queue_s >= 0
-            for answer in answers
-        )
-        ran = sorted(number for batch in engine.batches for number in batch)
-        assert ran == list(range(sum(sizes)))
-        assert max(map(len, engine.batches)) <= max_batch
-
-    run_with(engine, body, max_batch=max_batch, settle_s=settle_ms / 1e3)
+from service.network import LocalNetwork, Wanted
+from service.turns import PRIORITIES, Answer, Priority, Request, Turns
+from tests.service.stepped import Frames, Stepped, SteppedEngine, clips, virtual
 
 
-def test_what_waits_while_the_engine_runs_goes_together() -> None:
-    engine = Engine()
-
-    async def body(batcher: Batcher) -> None:
-        first = await hold(batcher, engine)
-        rest = [asyncio.create_task(batcher.submit(clips(number))) for number in range(4)]
-        await asyncio.sleep(0)
-        engine.gate.set()
-        await asyncio.gather(first, *rest)
-        assert engine.batches == [[255], [0, 1, 2, 3]]
-
-    run_with(engine, body)
+def submit(stepped: Stepped, *values: int, **options: Any) -> asyncio.Task[Answer]:
+    return asyncio.ensure_future(stepped.batcher.submit(clips(*values), **options))
 
 
-def test_after_a_batch_of_several_it_waits_a_moment_for_as_many() -> None:
-    engine = Engine()
-
-    async def body(batcher: Batcher) -> None:
-        first = await hold(batcher, engine)
-        pair = [asyncio.create_task(batcher.submit(clips(number))) for number in (1, 2)]
-        await asyncio.sleep(0)
-        engine.gate.set()
-        await asyncio.gather(first, *pair)
-        early = asyncio.create_task(batcher.submit(clips(3)))
-        await asyncio.sleep(0.01)
-        late = asyncio.create_task(batcher.submit(clips(4)))
-        await asyncio.gather(early, late)
-        assert engine.batches == [[255], [1, 2], [3, 4]]
-
-    run_with(engine, body, settle_s=5.0)
+def logits(task: asyncio.Task[Answer]) -> list[int]:
+    return [int(row[0]) for row in task.result().logits]
 
 
-def test_it_does_not_wait_for_company_that_never_comes() -> None:
-    engine = Engine()
-
-    async def body(batcher: Batcher) -> None:
-        first = await hold(batcher, engine)
-        pair = [asyncio.create_task(batcher.submit(clips(number))) for number in (1, 2)]
-        await asyncio.sleep(0)
-        engine.gate.set()
-        await asyncio.gather(first, *pair)
-        await batcher.submit(clips(3))
-        assert engine.batches[-1] == [3]
-
-    run_with(engine, body, settle_s=0.002)
+async def occupy(stepped: Stepped, engine: int = 0) -> None:
+    """Lets an engine begin a batch, so that what follows has to queue."""
+    submit(stepped, 9999)
+    assert await stepped.begin(engine)
 
 
-def test_a_small_request_overtakes_the_rest_of_a_large_one() -> None:
-    engine = Engine()
+class Dropped(Events):
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.removed: list[int] = []
 
-    async def body(batcher: Batcher) -> None:
-        first = await hold(batcher, engine)
-        large = asyncio.create_task(batcher.submit(clips(*range(100))))
-        await asyncio.sleep(0)
-        small = asyncio.create_task(batcher.submit(clips(200)))
-        await asyncio.sleep(0)
-        engine.gate.set()
-        await asyncio.gather(first, small, large)
-        assert 200 in engine.batches[1], "it should have been in the very next batch"
+    def request_dropped(self, reason: str) -> None:
+        self.reasons.append(reason)
 
-    run_with(engine, body)
+    def engine_removed(self, engine: int) -> None:
+        self.removed.append(engine)
 
 
-def test_requests_of_equal_size_are_served_in_turn() -> None:
-    engine = Engine()
-
-    async def body(batcher: Batcher) -> None:
-        first = await hold(batcher, engine)
-        tasks = [
-            asyncio.create_task(batcher.submit(clips(*range(start, start + 4))))
-            for start in (0, 10, 20)
-        ]
-        await asyncio.sleep(0)
-        engine.gate.set()
-        await asyncio.gather(first, *tasks)
-        assert engine.batches[1] == [0, 10, 20, 1]
-
-    run_with(engine, body)
+async def measure(stepped: Stepped, seconds: float) -> None:
+    """Lets one batch of one clip take so long, so that there is a drain rate."""
+    submit(stepped, 0)
+    await stepped.begin()
+    stepped.loop.now += seconds
+    await stepped.end()
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
-    engine = Engine()
-
-    async def body(batcher: Batcher) -> None:
-        first = await hold(batcher, engine)
-        waiting = asyncio.create_task(batcher.submit(clips(1, 2, 3)))
-        await asyncio.sleep(0)
-        with pytest.raises(QueueFullError) as refusal:
-            await batcher.submit(clips(4, 5))
-        assert int(refusal.value.headers["Retry-After"]) >= 1
-        still_fits = asyncio.create_task(batcher.submit(clips(6)))
-        await asyncio.sleep(0)
-        engine.gate.set()
-        await asyncio.gather(first, waiting, still_fits)
-
-    run_with(engine, body, max_queue=4)
+@virtual
+async def test_requests_of_equal_size_share_batches_and_take_turns() -> None:
+    engine = SteppedEngine()
+    stepped = Stepped(engine)
+    await occupy(stepped)
+    tasks = [submit(stepped, *range(start, start + 4)) for start in (0, 10, 20)]
+    await stepped.finish()
+    assert engine.ran[1] == [0, 10, 20, 1]
+    assert [logits(task)[0] for task in tasks] == [0, 10, 20]
 
 
-def test_the_wait_that_is_told_follows_the_rate_of_the_engine() -> None:
-    engine = Engine(seconds=0.25)
-
-    async def body(batcher: Batcher) -> None:
-        await batcher.submit(clips(0))
-        running = await hold(batcher, engine)
-        queued = asyncio.create_task(batcher.submit(clips(*range(40))))
-        await asyncio.sleep(0)
-        with pytest.raises(QueueFullError) as refusal:
-            await batcher.submit(clips(1))
-        # 40 clips wait at 0.25 s each; half of them are done after 5 s.
-        assert 5 <= int(refusal.value.headers["Retry-After"]) <= 10
-        queued.cancel()
-        engine.gate.set()
-        await running
-
-    run_with(engine, body, max_queue=40)
-
-
-def test_abandoned_work_never_reaches_the_engine_and_frees_its_place() -> None:
-    engine = Engine()
-
-    async def body(batcher: Batcher) -> None:
-        first = await hold(batcher, engine)
-        gone = asyncio.create_task(batcher.submit(clips(1, 2, 3)))
-        await asyncio.sleep(0)
-        gone.cancel()
-        await asyncio.sleep(0)
-        stays = asyncio.create_task(batcher.submit(clips(4, 5, 6)))
-        await asyncio.sleep(0)
-        engine.gate.set()
-        await asyncio.gather(first, stays)
-        assert engine.batches == [[255], [4, 5, 6]]
-        assert batcher.waiting == 0
-
-    run_with(engine, body, max_queue=3)
+@virtual
+async def test_after_a_batch_of_several_clips_it_waits_for_as_many_but_not_for_ever() -> None:
+    engine = SteppedEngine()
+    stepped = Stepped(engine, settle_s=5.0)
+    await occupy(stepped)
+    submit(stepped, 1), submit(stepped, 2)
+    await stepped.end()
+    assert await stepped.step()
+    submit(stepped, 3)
+    await stepped.turn()
+    await stepped.wait(4.9)
+    assert not stepped.threads[0].jobs
+    submit(stepped, 4)
+    assert await stepped.step()
+    submit(stepped, 5)
+    await stepped.turn()
+    await stepped.wait(4.9)
+    assert not stepped.threads[0].jobs
+    await stepped.wait(0.2)
+    assert await stepped.step()
+    assert engine.ran == [[9999], [1, 2], [3, 4], [5]]
 
 
-def test_a_caller_that_leaves_while_its_batch_runs_does_no_harm() -> None:
-    engine = Engine()
-
-    async def body(batcher: Batcher) -> None:
-        leaving = await hold(batcher, engine)
-        leaving.cancel()
-        await asyncio.sleep(0)
-        engine.gate.set()
-        answer = await batcher.submit(clips(7))
-        assert values_of(answer.logits) == [7]
-
-    run_with(engine, body)
-
-
-def test_one_poisoned_request_does_not_fail_its_neighbours() -> None:
-    engine = Engine(poison=13)
-
-    async def body(batcher: Batcher) -> None:
-        first = await hold(batcher, engine)
-        tasks = [asyncio.create_task(batcher.submit(clips(n))) for n in (1, 13, 2)]
-        await asyncio.sleep(0)
-        engine.gate.set()
-        await first
-        good, bad, also_good = await asyncio.gather(*tasks, return_exceptions=True)
-        assert values_of(good.logits) == [1]
-        assert values_of(also_good.logits) == [2]
-        assert isinstance(bad, InternalError)
-        assert values_of((await batcher.submit(clips(3))).logits) == [3]
-
-    run_with(engine, body)
+@virtual
+async def test_a_full_queue_refuses_with_the_time_that_half_of_it_takes() -> None:
+    stepped = Stepped(SteppedEngine(), max_queue=40)
+    await measure(stepped, 0.25)
+    await occupy(stepped)
+    submit(stepped, *range(39))
+    await stepped.turn()
+    refused, fits = submit(stepped, 1, 2), submit(stepped, 3)
+    await stepped.turn()
+    refusal = refused.exception()
+    assert isinstance(refusal, QueueFullError)
+    assert refusal.headers["Retry-After"] == "5"
+    assert not fits.done()
 
 
-def test_logits_that_are_not_numbers_are_an_error_not_an_answer() -> None:
-    class Broken(Engine):
+@virtual
+async def test_clips_of_a_caller_that_left_are_not_run_and_free_their_place() -> None:
+    engine = SteppedEngine()
+    stepped = Stepped(engine, max_queue=3)
+    await occupy(stepped)
+    leaving = submit(stepped, 1, 2, 3)
+    await stepped.turn()
+    leaving.cancel()
+    await stepped.turn()
+    assert stepped.batcher.waiting == 0
+    submit(stepped, 4, 5, 6)
+    await stepped.finish()
+    assert engine.ran == [[9999], [4, 5, 6]]
+
+
+@virtual
+async def test_logits_that_are_not_finite_are_an_error_of_their_request() -> None:
+    class Broken(SteppedEngine):
         def run(self, frames: Frames) -> Outputs:
-            nothing = np.full((len(frames), 1), np.nan, np.float32)
-            return Outputs(nothing, nothing)
+            logits, embedding = super().run(frames)
+            return Outputs(np.where(logits == 13, np.nan, logits), embedding)
 
-    async def body(batcher: Batcher) -> None:
-        with pytest.raises(InternalError):
-            await batcher.submit(clips(1))
-
-    run_with(Broken(), body)
-
-
-def test_the_age_of_the_queue_grows_while_the_engine_hangs_and_leavers_do_not_count() -> None:
-    engine = Engine()
-
-    async def body(batcher: Batcher) -> None:
-        assert batcher.queue_age_s() == 0
-        running = await hold(batcher, engine)
-        assert batcher.queue_age_s() == 0, "a batch that runs does not wait"
-        waiting = asyncio.create_task(batcher.submit(clips(1)))
-        await asyncio.sleep(0.1)
-        assert batcher.queue_age_s() >= 0.1
-        waiting.cancel()
-        await asyncio.sleep(0)
-        assert batcher.queue_age_s() == 0
-        engine.gate.set()
-        await running
-
-    run_with(engine, body)
+    stepped = Stepped(Broken())
+    good, bad = submit(stepped, 1), submit(stepped, 13)
+    await stepped.finish()
+    assert logits(good) == [1]
+    assert isinstance(bad.exception(), InternalError)
 
 
-def test_closing_ends_those_who_wait() -> None:
-    engine = Engine()
+@virtual
+async def test_the_age_of_the_queue_grows_while_an_engine_hangs_and_leavers_do_not_count() -> None:
+    stepped = Stepped(SteppedEngine())
+    await occupy(stepped)
+    await stepped.wait(1)
+    assert stepped.batcher.queue_age_s() == 0, "a batch that runs does not wait"
+    waits = submit(stepped, 1)
+    await stepped.turn()
+    await stepped.wait(2)
+    assert stepped.batcher.queue_age_s() == 2
+    waits.cancel()
+    await stepped.turn()
+    assert stepped.batcher.queue_age_s() == 0
 
-    async def run() -> None:
-        batcher = Batcher([engine], max_batch=4, max_queue=10)
+
+@virtual
+async def test_closing_cancels_each_request_and_waits_for_the_batch_that_runs() -> None:
+    stepped = Stepped(SteppedEngine())
+    running, waits = submit(stepped, 1), submit(stepped, 2)
+    await stepped.begin()
+    closing = asyncio.ensure_future(stepped.batcher.close())
+    await stepped.turn()
+    assert running.cancelled()
+    assert waits.cancelled()
+    assert not closing.done()
+    await stepped.end()
+    assert closing.done()
+
+
+def test_on_its_own_threads_it_answers_and_then_sleeps() -> None:
+    async def answer() -> None:
+        loop = asyncio.get_running_loop()
+        batcher = Batcher([SteppedEngine(), SteppedEngine()], max_batch=4, max_queue=1000)
         batcher.start()
-        running = await hold(batcher, engine)
-        waiting = asyncio.create_task(batcher.submit(clips(1)))
+        wanted = [range(start, start + 5) for start in range(0, 100, 5)]
+        answers = await asyncio.gather(*(batcher.submit(clips(*own)) for own in wanted))
+        assert [[int(row[0]) for row in each.logits] for each in answers] == list(map(list, wanted))
+        await batcher.idle()
         await asyncio.sleep(0)
-        engine.gate.set()
+        timers = loop._scheduled  # type: ignore[attr-defined]
+        assert all(timer.cancelled() for timer in timers), "nothing polls"
         await batcher.close()
-        results = await asyncio.gather(running, waiting, return_exceptions=True)
-        assert any(isinstance(result, asyncio.CancelledError) for result in results)
 
-    asyncio.run(asyncio.wait_for(run(), 10))
+    asyncio.run(answer())
 
 
-def test_an_idle_batcher_uses_no_cpu() -> None:
-    async def body(batcher: Batcher) -> None:
-        await batcher.submit(clips(1))
-        before = time.process_time()
-        await asyncio.sleep(0.5)
-        assert time.process_time() - before < 0.05
+@virtual
+async def test_a_higher_priority_goes_first_and_a_low_one_is_not_left_behind() -> None:
+    engine = SteppedEngine()
+    stepped = Stepped(engine, max_batch=13)
+    await occupy(stepped)
+    for first, priority in ((300, "low"), (200, "normal"), (100, "high")):
+        for value in range(first, first + 40):
+            submit(stepped, value, priority=priority)
+    await stepped.end()
+    await stepped.step()
+    await stepped.step()
+    assert engine.ran[1][0] == 100, "the highest first, though it came last"
+    batch = engine.ran[2]
+    classes = [sum(first <= value < first + 100 for value in batch) for first in (100, 200, 300)]
+    assert classes == [8, 4, 1]
+    await stepped.finish()
 
-    run_with(Engine(), body)
+
+def test_turns_that_a_class_did_not_need_are_not_saved_up() -> None:
+    turns = Turns()
+    loop = asyncio.new_event_loop()
+
+    def add(priority: Priority, count: int) -> None:
+        for _ in range(count):
+            turns.add(Request(np.zeros((1, 1), np.uint8), loop.create_future(), 0.0, priority))
+
+    add("low", 100)
+    turns.take(100, 0.0)
+    add("high", 50)
+    add("low", 50)
+    taken = [slot.request.priority for slot in turns.take(18, 0.0)]
+    loop.close()
+    assert 15 <= taken.count("high") <= 17
+
+
+@virtual
+async def test_what_is_late_is_not_run_and_its_caller_is_told_at_once() -> None:
+    engine, events = SteppedEngine(), Dropped()
+    stepped = Stepped(engine, events=events)
+    await occupy(stepped)
+    late = submit(stepped, 1, 2, deadline=stepped.loop.now + 0.5)
+    patient = submit(stepped, 3, deadline=stepped.loop.now + 2)
+    await stepped.turn()
+    await stepped.wait(1)
+    assert isinstance(late.exception(), DeadlineExceededError)
+    assert stepped.batcher.waiting == 1
+    assert events.reasons == ["deadline"]
+    await stepped.finish()
+    assert logits(patient) == [3]
+    assert engine.ran == [[9999], [3]]
+
+
+@virtual
+async def test_a_batch_that_starts_before_the_late_one_is_told_leaves_it_out_all_the_same() -> None:
+    engine, events = SteppedEngine(), Dropped()
+    stepped = Stepped(engine, events=events)
+    late = submit(stepped, 1, deadline=stepped.loop.now + 0.5)
+    await stepped.turn()
+    stepped.loop.now += 1
+    stepped.threads[0].begin()  # before the event loop's timer
+    await stepped.end()
+    assert isinstance(late.exception(), DeadlineExceededError)
+    assert engine.ran == []
+    assert events.reasons == ["deadline"]
+
+
+@virtual
+async def test_what_is_late_already_is_refused() -> None:
+    stepped = Stepped(SteppedEngine())
+    task = submit(stepped, 1, deadline=stepped.loop.now)
+    await stepped.turn()
+    assert isinstance(task.exception(), DeadlineExceededError)
+    assert stepped.batcher.waiting == 0
+
+
+@virtual
+async def test_what_cannot_be_done_in_time_is_refused_at_once_and_says_when_it_could() -> None:
+    engine = SteppedEngine()
+    stepped = Stepped(engine)
+    await measure(stepped, 1.0)
+    await occupy(stepped)
+    submit(stepped, *range(10))
+    await stepped.turn()
+    # Turns are taken clip by clip: one clip has one of the others before it, two have two.
+    fits = submit(stepped, 1, deadline=stepped.loop.now + 2.5)
+    too_late = submit(stepped, 1, 2, deadline=stepped.loop.now + 2.5)
+    ahead_of_them = submit(stepped, 1, priority="high", deadline=stepped.loop.now + 2.5)
+    behind_them = submit(stepped, 1, priority="low", deadline=stepped.loop.now + 2.5)
+    await stepped.turn()
+    refusal = too_late.exception()
+    assert isinstance(refusal, DeadlineUnreachableError)
+    assert int(refusal.headers["Retry-After"]) == 3
+    assert isinstance(behind_them.exception(), DeadlineUnreachableError)
+    await stepped.finish()
+    assert logits(fits) == logits(ahead_of_them) == [1]
+
+
+@virtual
+async def test_a_rate_from_bad_times_mends_since_nobody_is_refused_while_nothing_waits() -> None:
+    stepped = Stepped(SteppedEngine())
+    await measure(stepped, 1000.0)
+    task = submit(stepped, 1, deadline=stepped.loop.now + 1)
+    await stepped.step()
+    assert logits(task) == [1]
+
+
+@virtual
+async def test_a_full_queue_makes_room_for_a_priority_that_has_less_than_its_share() -> None:
+    events = Dropped()
+    stepped = Stepped(SteppedEngine(), max_queue=13, events=events)
+    await occupy(stepped)
+    lows = [submit(stepped, value, priority="low") for value in range(13)]
+    await stepped.turn()
+    refused = submit(stepped, 50, priority="low")
+    high = submit(stepped, *range(60, 65), priority="high")
+    await stepped.turn()
+    assert isinstance(refused.exception(), QueueFullError)
+    assert stepped.batcher.waiting == 13
+    assert events.reasons == ["displaced"] * 5
+    assert all(isinstance(task.exception(), QueueFullError) for task in lows[8:])
+    await stepped.finish()
+    assert logits(high) == list(range(60, 65))
+    assert [logits(task)[0] for task in lows[:8]] == list(range(8))
+
+
+@virtual
+async def test_a_flood_of_high_priority_leaves_the_others_their_share_of_the_queue() -> None:
+    stepped = Stepped(SteppedEngine(), max_queue=26)
+    await occupy(stepped)
+    highs = [submit(stepped, value, priority="high") for value in range(26)]
+    await stepped.turn()
+    lows = [submit(stepped, 100 + value, priority="low") for value in range(3)]
+    await stepped.turn()
+    assert [task.done() for task in lows] == [False, False, True]  # 2 of 26 are its share
+    assert sum(task.done() for task in highs) == 2
+    await stepped.finish()
+
+
+@virtual
+async def test_a_second_batch_is_lined_up_behind_the_running_one_only_when_it_is_full() -> None:
+    engine = SteppedEngine()
+    stepped = Stepped(engine)
+    await occupy(stepped)
+    few = [submit(stepped, value) for value in range(3)]
+    await stepped.turn()
+    assert not stepped.threads[0].jobs
+    few.append(submit(stepped, 3))
+    await stepped.turn()
+    assert len(stepped.threads[0].jobs) == 1
+    submit(stepped, 4, 5, 6, 7, 8)
+    await stepped.turn()
+    assert len(stepped.threads[0].jobs) == 1, "one is enough"
+    # What is in it is decided when it starts: a newcomer may overtake.
+    assert stepped.batcher.waiting == 9
+    submit(stepped, 100, priority="high")
+    await stepped.turn()
+    stepped.threads[0].end()  # before the event loop hears of it
+    stepped.threads[0].begin()
+    assert engine.ran == [[9999], [100, 0, 1, 2]]
+    await stepped.finish()
+
+
+@virtual
+async def test_a_batch_that_was_lined_up_and_is_not_full_any_more_is_not_run() -> None:
+    engine = SteppedEngine()
+    stepped = Stepped(engine)
+    await occupy(stepped)
+    few = [submit(stepped, value) for value in range(4)]
+    await stepped.turn()
+    few[0].cancel()
+    await stepped.turn()
+    stepped.threads[0].end()
+    stepped.threads[0].begin()
+    assert engine.ran == [[9999]]
+    await stepped.finish()
+    assert engine.ran == [[9999], [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "taken"), [(1, 1), (7, 7), (8, 8), (19, 8), (20, 20), (31, 31), (40, 32)]
+)
+@virtual
+async def test_batches_fill_the_sizes_that_the_engine_was_built_for(
+    waiting: int, taken: int
+) -> None:
+    engine = SteppedEngine(batches=(1, 8, 32))
+    stepped = Stepped(engine, max_batch=64)
+    await occupy(stepped)
+    submit(stepped, *range(waiting))
+    await stepped.turn()
+    await stepped.end()
+    await stepped.step()
+    assert len(engine.ran[1]) == taken
+    await stepped.finish()
+
+
+@virtual
+async def test_an_idle_engine_takes_what_waits_while_another_runs() -> None:
+    engines = SteppedEngine(), SteppedEngine()
+    stepped = Stepped(*engines)
+    await occupy(stepped)
+    other = submit(stepped, 1)
+    await stepped.turn()
+    assert stepped.batcher.running == (1, 1)
+    await stepped.step(1)
+    assert logits(other) == [1]
+    third = submit(stepped, 2)
+    await stepped.step(1)
+    assert logits(third) == [2]
+    assert engines[1].ran == [[1], [2]]
+    await stepped.finish()
+
+
+@virtual
+async def test_an_engine_that_fails_on_what_another_can_do_is_taken_out_and_loses_nothing() -> None:
+    broken, sound = SteppedEngine(fails=lambda batch: True), SteppedEngine()
+    events = Dropped()
+    stepped = Stepped(broken, sound, events=events)
+    tasks = [submit(stepped, value) for value in range(8)]
+    await stepped.finish()
+    assert [logits(task) for task in tasks] == [[value] for value in range(8)]
+    assert stepped.batcher.healthy == (False, True)
+    assert events.removed == [0]
+    ran = len(broken.ran)
+    more = [submit(stepped, value) for value in range(8)]
+    await stepped.finish()
+    assert [logits(task) for task in more] == [[value] for value in range(8)]
+    assert len(broken.ran) == ran
+
+
+@virtual
+async def test_clips_that_no_engine_can_do_are_nobodys_fault_but_theirs() -> None:
+    engines = [SteppedEngine(fails=lambda batch: 13 in batch) for _ in range(2)]
+    stepped = Stepped(*engines)
+    for _ in range(5):
+        poisoned = submit(stepped, 13)
+        await stepped.finish()
+        assert isinstance(poisoned.exception(), InternalError)
+    good = [submit(stepped, value) for value in range(4)]
+    await stepped.finish()
+    assert [logits(task) for task in good] == [[0], [1], [2], [3]]
+    assert all(engine.ran for engine in engines)
+    assert not any(worker.removed for worker in stepped.batcher._workers)
+
+
+@virtual
+async def test_the_only_engine_is_kept_and_is_healthy_again_once_it_works() -> None:
+    down = [True]
+    stepped = Stepped(SteppedEngine(fails=lambda batch: down[0]))
+    for _ in range(3):
+        assert stepped.batcher.healthy == (True,)
+        submit(stepped, 1)
+        await stepped.finish()
+    assert stepped.batcher.healthy == (False,)
+    down[0] = False
+    task = submit(stepped, 2)
+    await stepped.finish()
+    assert logits(task) == [2]
+    assert stepped.batcher.healthy == (True,)
+
+
+@virtual
+async def test_an_engine_that_fails_is_tried_while_nobody_asks_until_it_works() -> None:
+    down = [True]
+    engine = SteppedEngine(fails=lambda batch: down[0])
+    stepped = Stepped(engine, trial=clips(5))
+    for _ in range(2):
+        submit(stepped, 1)
+        await stepped.finish()
+    await stepped.wait(60)
+    assert not stepped.threads[0].jobs, "one that does not fail on everything is left alone"
+    submit(stepped, 1)
+    await stepped.finish()
+    assert stepped.batcher.healthy == (False,)
+    for _ in range(2):
+        assert not stepped.threads[0].jobs
+        await stepped.wait(TRY_EVERY_S)
+        assert await stepped.step()
+        assert stepped.batcher.healthy == (False,)
+    down[0] = False
+    await stepped.wait(TRY_EVERY_S)
+    assert await stepped.step()
+    assert stepped.batcher.healthy == (True,)
+    assert engine.ran[3:] == [[5]] * 3
+    await stepped.wait(60)
+    assert not stepped.threads[0].jobs, "once it works it is left alone"
+    assert stepped.batcher.running == (0,)
+
+
+@virtual
+async def test_an_engine_that_fails_is_not_tried_beside_requests_and_not_after_the_end() -> None:
+    engine = SteppedEngine(fails=lambda batch: batch == [1])
+    stepped = Stepped(engine, trial=clips(5))
+    for _ in range(3):
+        submit(stepped, 1)
+        await stepped.finish()
+    task = submit(stepped, 2)
+    assert await stepped.begin()
+    await stepped.wait(TRY_EVERY_S)
+    assert not stepped.threads[0].jobs
+    await stepped.end()
+    assert logits(task) == [2]
+    await stepped.wait(TRY_EVERY_S)
+    assert not stepped.threads[0].jobs, "the request has shown that it works"
+    for _ in range(3):
+        submit(stepped, 1)
+        await stepped.finish()
+    await stepped.batcher.close()
+    await stepped.wait(TRY_EVERY_S)
+    assert [5] not in engine.ran
+
+
+@virtual
+async def test_the_time_of_a_batch_leaves_out_what_the_engine_spent_on_the_one_before() -> None:
+    seconds: list[float] = []
+
+    class Timed(Events):
+        def batch_ended(self, engine: int, took: float) -> None:
+            seconds.append(took)
+
+    stepped = Stepped(SteppedEngine(slots=2), max_batch=1, events=Timed())
+    submit(stepped, 1), submit(stepped, 2)
+    await stepped.begin()
+    stepped.loop.now += 1
+    await stepped.begin()
+    stepped.loop.now += 2
+    await stepped.end()
+    stepped.loop.now += 4
+    await stepped.end()
+    assert seconds == [3, 4]
+
+
+@virtual
+async def test_room_is_kept_for_clips_that_are_being_decoded_and_given_back() -> None:
+    stepped = Stepped(SteppedEngine(), max_batch=1, max_queue=5)
+    await occupy(stepped)
+    waits = submit(stepped, 0)
+    await stepped.turn()
+    with stepped.batcher.reserved(3) as release:
+        stepped.batcher.check_room(1)
+        with pytest.raises(QueueFullError):
+            stepped.batcher.check_room(2)
+        with pytest.raises(QueueFullError), stepped.batcher.reserved(2):
+            pass
+        release()
+        task = submit(stepped, 1, 2, 3)
+        await asyncio.sleep(0)
+        stepped.batcher.check_room(1)
+    with pytest.raises(QueueFullError):
+        stepped.batcher.check_room(2)  # the three wait now; leaving the block took nothing back
+    await stepped.finish()
+    assert [logits(waits), logits(task)] == [[0], [1, 2, 3]]
+    stepped.batcher.check_room(5)
+
+
+@virtual
+async def test_what_is_being_decoded_locks_nobody_out_of_an_idle_engine() -> None:
+    stepped = Stepped(SteppedEngine(), max_queue=26)
+    with contextlib.ExitStack() as decoding:
+        for _ in range(9):
+            decoding.enter_context(stepped.batcher.reserved(26))
+        for priority in PRIORITIES:
+            stepped.batcher.check_room(26, priority)
+        with pytest.raises(QueueFullError):
+            stepped.batcher.check_room(27)
+        await occupy(stepped)
+        submit(stepped, 1, priority="high")
+        await stepped.turn()
+        with pytest.raises(QueueFullError):
+            stepped.batcher.check_room(1)
+
+
+@virtual
+async def test_what_other_classes_decode_counts_no_further_than_their_share() -> None:
+    # The shares of 26 are 16, 8 and 2.
+    stepped = Stepped(SteppedEngine(), max_queue=26)
+    await occupy(stepped)
+    submit(stepped, 1, priority="high")
+    await stepped.turn()
+    with stepped.batcher.reserved(25, "low"):
+        stepped.batcher.check_room(23, "high")
+        stepped.batcher.check_room(23, "normal")
+        with pytest.raises(QueueFullError):
+            stepped.batcher.check_room(24, "normal")
+        with pytest.raises(QueueFullError):
+            stepped.batcher.check_room(1, "low")
+        with stepped.batcher.reserved(8, "normal"):
+            stepped.batcher.check_room(15, "high")
+            with pytest.raises(QueueFullError):
+                stepped.batcher.check_room(16, "high")
+
+
+@virtual
+async def test_a_class_below_its_share_may_decode_though_others_fill_the_queue() -> None:
+    stepped = Stepped(SteppedEngine(), max_queue=13)
+    await occupy(stepped)
+    for value in range(13):
+        submit(stepped, value)
+    await stepped.turn()
+    with stepped.batcher.reserved(6, "high") as release:
+        stepped.batcher.check_room(2, "high")
+        for clips, priority in ((3, "high"), (1, "normal"), (2, "low")):
+            with pytest.raises(QueueFullError):
+                stepped.batcher.check_room(clips, priority)
+        release()
+        high = submit(stepped, *range(60, 66), priority="high")
+        await stepped.turn()
+    assert stepped.batcher.waiting == 13
+    await stepped.finish()
+    assert logits(high) == list(range(60, 66))
+
+
+@virtual
+async def test_what_is_being_decoded_does_not_turn_away_clips_that_are_there() -> None:
+    stepped = Stepped(SteppedEngine(), max_batch=1, max_queue=4)
+    await occupy(stepped)
+    waits = [submit(stepped, 1)]
+    await stepped.turn()
+    serving = SimpleNamespace(batcher=stepped.batcher, bundle="its bundle")
+    host = SimpleNamespace(candidates=SimpleNamespace(serving=serving))
+    network = LocalNetwork(SimpleNamespace(find=lambda name: host))  # type: ignore[arg-type]
+    with stepped.batcher.reserved(3):
+        for clip in (2, 3, 4):
+            assert await network.find(Wanted("demo"), "normal") == "its bundle"
+            waits.append(submit(stepped, clip))
+            await stepped.turn()
+        with pytest.raises(QueueFullError):
+            await network.find(Wanted("demo"), "normal")
+    await stepped.finish()
+    assert [logits(each) for each in waits] == [[1], [2], [3], [4]]
+
+
+@virtual
+async def test_when_to_come_again_takes_what_is_being_decoded_into_account() -> None:
+    stepped = Stepped(SteppedEngine(), max_batch=1, max_queue=10)
+    await measure(stepped, 1.0)
+    await occupy(stepped)
+    submit(stepped, 1, 2)
+    await stepped.turn()
+    with stepped.batcher.reserved(8), pytest.raises(QueueFullError) as refusal:
+        stepped.batcher.check_room(1)
+    assert int(refusal.value.headers["Retry-After"]) == 5
+
+
+@virtual
+async def test_room_is_given_back_when_decoding_fails() -> None:
+    stepped = Stepped(SteppedEngine(), max_batch=1, max_queue=4)
+    with pytest.raises(ValueError, match="broken"), stepped.batcher.reserved(4):
+        raise ValueError("broken video")
+    stepped.batcher.check_room(4)

@@ -22,7 +22,7 @@ from service.errors import (
     QueueFullError,
 )
 from service.turns import MOST_BETWEEN, PRIORITIES, WEIGHTS, Priority
-from tests.service.stepped import Stepped, SteppedEngine, VirtualLoop, clips, run, values_of
+from tests.service.stepped import Stepped, SteppedEngine, clips, values_of, virtual
 
 REFUSALS = (DeadlineExceededError, DeadlineUnreachableError, QueueFullError)
 
@@ -175,8 +175,9 @@ class Video:
     max_queue=9,
     broken={0},
 )
-@settings(max_examples=300, deadline=None)
-def test_every_request_is_answered_once_and_right_whatever_happens(
+@settings(max_examples=200)
+@virtual
+async def test_every_request_is_answered_once_and_right_whatever_happens(
     happenings: list[Arrive | Begin | End | Wait | Leave | Decode | Decoded],
     engines: int,
     slots: int,
@@ -185,91 +186,88 @@ def test_every_request_is_answered_once_and_right_whatever_happens(
     max_queue: int,
     broken: set[int],
 ) -> None:
-    async def body(loop: VirtualLoop) -> None:
-        poison: set[int] = set()
-        own = [
-            SteppedEngine(
-                lambda batch, index=index: index in broken or not poison.isdisjoint(batch),
-                slots,
-                batches,
-            )
-            for index in range(engines)
-        ]
-        events = Counted()
-        stepped = Stepped(loop, *own, max_batch=max_batch, max_queue=max_queue, events=events)
-        callers: list[Caller] = []
-        videos: list[Video] = []
-        following = 0
-        for happening in happenings:
-            match happening:
-                case Arrive(size):
-                    if happening.poisoned:
-                        poison.add(following)
-                    callers.append(Caller(stepped.batcher, following, happening, loop.now))
-                    following += size
+    poison: set[int] = set()
+    own = [
+        SteppedEngine(
+            lambda batch, index=index: index in broken or not poison.isdisjoint(batch),
+            slots,
+            batches,
+        )
+        for index in range(engines)
+    ]
+    events = Counted()
+    stepped = Stepped(*own, max_batch=max_batch, max_queue=max_queue, events=events)
+    callers: list[Caller] = []
+    videos: list[Video] = []
+    following = 0
+    for happening in happenings:
+        match happening:
+            case Arrive(size):
+                if happening.poisoned:
+                    poison.add(following)
+                callers.append(Caller(stepped.batcher, following, happening, stepped.loop.now))
+                following += size
+                await stepped.turn()
+            case Begin(engine):
+                await stepped.begin(engine % engines)
+            case End(engine):
+                await stepped.end(engine % engines)
+            case Wait(seconds):
+                await stepped.wait(seconds)
+            case Leave(which) if callers:
+                caller = callers[which % len(callers)]
+                caller.left |= not caller.task.done()
+                caller.task.cancel()
+                await stepped.turn()
+            case Decode():
+                videos.append(Video(stepped.batcher, happening, max_queue))
+                if videos[-1].refused:
+                    videos.pop()
+            case Decoded(which, is_broken) if videos:
+                video = videos.pop(which % len(videos))
+                if not is_broken:
+                    video.release()
+                    arrival = Arrive(*video.decode, None, poisoned=False)
+                    callers.append(Caller(stepped.batcher, following, arrival, stepped.loop.now))
+                    following += arrival.size
                     await stepped.turn()
-                case Begin(engine):
-                    await stepped.begin(engine % engines)
-                case End(engine):
-                    await stepped.end(engine % engines)
-                case Wait(seconds):
-                    await stepped.wait(seconds)
-                case Leave(which) if callers:
-                    caller = callers[which % len(callers)]
-                    caller.left |= not caller.task.done()
-                    caller.task.cancel()
-                    await stepped.turn()
-                case Decode():
-                    videos.append(Video(stepped.batcher, happening, max_queue))
-                    if videos[-1].refused:
-                        videos.pop()
-                case Decoded(which, is_broken) if videos:
-                    video = videos.pop(which % len(videos))
-                    if not is_broken:
-                        video.release()
-                        arrival = Arrive(*video.decode, None, poisoned=False)
-                        callers.append(Caller(stepped.batcher, following, arrival, loop.now))
-                        following += arrival.size
-                        await stepped.turn()
-                    video.end()
-            coming = stepped.batcher._turns.coming
-            assert coming == {
-                own: sum(video.decode.size for video in videos if video.decode.priority == own)
-                for own in PRIORITIES
-            }
-            assert 0 <= stepped.batcher.waiting <= max_queue
-            assert stepped.batcher._promised >= 0
-        await stepped.finish()
+                video.end()
+        coming = stepped.batcher._turns.coming
+        assert coming == {
+            own: sum(video.decode.size for video in videos if video.decode.priority == own)
+            for own in PRIORITIES
+        }
+        assert 0 <= stepped.batcher.waiting <= max_queue
+        assert stepped.batcher._promised >= 0
+    await stepped.finish()
 
-        assert stepped.batcher.waiting == stepped.batcher._promised == 0
-        assert stepped.batcher.queue_age_s() == 0
-        assert not stepped.batcher._unanswered
-        assert not stepped.batcher._retries
-        assert events.started == events.ended
-        assert all(running == 0 for running in stepped.batcher.running)
-        fine = set(range(engines)) - broken
-        for caller in callers:
-            (outcome,) = caller.outcomes
-            if isinstance(outcome, list):
-                assert outcome == caller.values
-                assert not caller.poisoned
-            elif isinstance(outcome, InternalError):
-                assert caller.poisoned or not fine, "an engine that works could have done it"
-            elif isinstance(outcome, DeadlineExceededError):
-                assert caller.deadline is not None
-            elif outcome == "left":
-                assert caller.left
-        for engine in own:
-            assert all(0 < len(batch) <= max_batch for batch in engine.ran)
-        # No clip is run twice on an engine that has not failed on it.
-        if not broken and not poison:
-            ran = Counter(value for engine in own for batch in engine.ran for value in batch)
-            assert max(ran.values(), default=0) <= 1
-        assert set(events.removed) <= broken
-        assert len(set(events.removed)) == len(events.removed) < engines
-        await stepped.batcher.close()
-
-    run(body)
+    assert stepped.batcher.waiting == stepped.batcher._promised == 0
+    assert stepped.batcher.queue_age_s() == 0
+    assert not stepped.batcher._unanswered
+    assert not stepped.batcher._retries
+    assert events.started == events.ended
+    assert all(running == 0 for running in stepped.batcher.running)
+    fine = set(range(engines)) - broken
+    for caller in callers:
+        (outcome,) = caller.outcomes
+        if isinstance(outcome, list):
+            assert outcome == caller.values
+            assert not caller.poisoned
+        elif isinstance(outcome, InternalError):
+            assert caller.poisoned or not fine, "an engine that works could have done it"
+        elif isinstance(outcome, DeadlineExceededError):
+            assert caller.deadline is not None
+        elif outcome == "left":
+            assert caller.left
+    for engine in own:
+        assert all(0 < len(batch) <= max_batch for batch in engine.ran)
+    # No clip is run twice on an engine that has not failed on it.
+    if not broken and not poison:
+        ran = Counter(value for engine in own for batch in engine.ran for value in batch)
+        assert max(ran.values(), default=0) <= 1
+    assert set(events.removed) <= broken
+    assert len(set(events.removed)) == len(events.removed) < engines
+    await stepped.batcher.close()
 
 
 @given(
@@ -279,8 +277,9 @@ def test_every_request_is_answered_once_and_right_whatever_happens(
     waiting=st.sampled_from(PRIORITIES),
     size=st.integers(1, 3),
 )
-@settings(max_examples=150, deadline=None)
-def test_nobody_waits_for_more_than_a_bounded_number_of_clips_however_many_come(
+@settings(max_examples=60)
+@virtual
+async def test_nobody_waits_for_more_than_a_bounded_number_of_clips_however_many_come(
     sizes: list[int],
     priorities: list[Priority],
     max_batch: int,
@@ -291,55 +290,50 @@ def test_nobody_waits_for_more_than_a_bounded_number_of_clips_however_many_come(
     between, though requests of all classes never stop coming.
     """
 
-    async def body(loop: VirtualLoop) -> None:
-        engine = SteppedEngine()
-        stepped = Stepped(loop, engine, max_batch=max_batch, max_queue=100_000)
-        tasks = []
+    engine = SteppedEngine()
+    stepped = Stepped(engine, max_batch=max_batch, max_queue=100_000)
+    tasks = []
 
-        def arrive(values: list[int], priority: Priority) -> None:
-            tasks.append(asyncio.ensure_future(stepped.batcher.submit(clips(*values), priority)))
+    def arrive(values: list[int], priority: Priority) -> None:
+        tasks.append(asyncio.ensure_future(stepped.batcher.submit(clips(*values), priority)))
 
-        for own, priority in zip(sizes, priorities, strict=False):
-            arrive([0] * own, priority)
-        await stepped.turn()
-        ahead = sum(priority == waiting for _, priority in zip(sizes, priorities, strict=False))
-        done = len(engine.ran)
-        arrive([7] * size, waiting)
-        bound = (ahead + 1) * (MOST_BETWEEN[waiting] + 1) + 2 * max_batch
-        clips_before = 0
-        while True:
-            for priority in PRIORITIES:
-                arrive([0] * max_batch, priority)
-            assert await stepped.step()
-            newest = [value for batch in engine.ran[done:] for value in batch]
-            if 7 in newest:
-                break
-            clips_before = len(newest)
-            assert clips_before <= bound, "starved"
-        for task in tasks:
-            task.cancel()
-        await stepped.finish()
-
-    run(body)
+    for own, priority in zip(sizes, priorities, strict=False):
+        arrive([0] * own, priority)
+    await stepped.turn()
+    ahead = sum(priority == waiting for _, priority in zip(sizes, priorities, strict=False))
+    done = len(engine.ran)
+    arrive([7] * size, waiting)
+    bound = (ahead + 1) * (MOST_BETWEEN[waiting] + 1) + 2 * max_batch
+    clips_before = 0
+    while True:
+        for priority in PRIORITIES:
+            arrive([0] * max_batch, priority)
+        assert await stepped.step()
+        newest = [value for batch in engine.ran[done:] for value in batch]
+        if 7 in newest:
+            break
+        clips_before = len(newest)
+        assert clips_before <= bound, "starved"
+    for task in tasks:
+        task.cancel()
+    await stepped.finish()
 
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=10), max_batch=st.integers(1, 8))
-@settings(max_examples=50, deadline=None)
-def test_a_request_of_one_clip_starts_with_the_second_batch_at_the_latest_if_turns_allow(
+@settings(max_examples=40)
+@virtual
+async def test_a_request_of_one_clip_starts_with_the_second_batch_at_the_latest_if_turns_allow(
     sizes: list[int], max_batch: int
 ) -> None:
-    async def body(loop: VirtualLoop) -> None:
-        engine = SteppedEngine()
-        stepped = Stepped(loop, engine, max_batch=max_batch, max_queue=1000)
-        tasks = [asyncio.ensure_future(stepped.batcher.submit(clips(*[0] * own))) for own in sizes]
-        await stepped.turn()
-        tasks.append(asyncio.ensure_future(stepped.batcher.submit(clips(7))))
-        await stepped.finish()
-        before = [value for batch in engine.ran for value in batch].index(7)
-        assert before <= len(sizes), "each of those before it had more than one turn"
-        await asyncio.gather(*tasks)
-
-    run(body)
+    engine = SteppedEngine()
+    stepped = Stepped(engine, max_batch=max_batch, max_queue=1000)
+    tasks = [asyncio.ensure_future(stepped.batcher.submit(clips(*[0] * own))) for own in sizes]
+    await stepped.turn()
+    tasks.append(asyncio.ensure_future(stepped.batcher.submit(clips(7))))
+    await stepped.finish()
+    before = [value for batch in engine.ran for value in batch].index(7)
+    assert before <= len(sizes), "each of those before it had more than one turn"
+    await asyncio.gather(*tasks)
 
 
 def test_values_survive_the_way_into_clips_and_back() -> None:
