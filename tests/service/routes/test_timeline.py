@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service.decoder import Worker
 from tests.service.long_video import worker_at, write_long_video
 
 URL = "/v1/timeline"
@@ -177,7 +178,7 @@ def test_an_error_after_the_start_is_an_event_with_its_code(
     serve: Any, hour: Path, tmp_path: Path
 ) -> None:
     """Here the decoder dies."""
-    with serve(spool_dir=tmp_path) as client:
+    with serve(spool_dir=tmp_path, decoder=Worker) as client:
         with client.stream("POST", URL, content=hour.read_bytes()) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -194,7 +195,7 @@ def test_an_error_after_the_start_is_an_event_with_its_code(
 
 
 def test_a_decoder_without_progress_is_replaced(serve: Any, hour: Path, tmp_path: Path) -> None:
-    with serve(spool_dir=tmp_path, decode_timeout_s=10.0) as client:
+    with serve(spool_dir=tmp_path, decode_timeout_s=10.0, decoder=Worker) as client:
         with client.stream("POST", URL, content=hour.read_bytes()) as answer:
             lines = answer.iter_lines()
             next(lines)
