@@ -22,7 +22,7 @@ from service.errors import (
     InternalError,
     QueueFullError,
 )
-from service.network import LocalNetwork, Wanted
+from service.network import Network, Wanted
 from service.turns import PRIORITIES, Answer, Priority, Request, Turns
 from tests.service.stepped import Frames, Stepped, SteppedEngine, clips, virtual
 
@@ -605,14 +605,14 @@ async def test_what_is_being_decoded_does_not_turn_away_clips_that_are_there() -
     await stepped.turn()
     serving = SimpleNamespace(batcher=stepped.batcher, bundle="its bundle")
     host = SimpleNamespace(candidates=SimpleNamespace(serving=serving))
-    network = LocalNetwork(SimpleNamespace(find=lambda name: host))  # type: ignore[arg-type]
+    network = Network(SimpleNamespace(find=lambda name: host))  # type: ignore[arg-type]
     with stepped.batcher.reserved(3):
         for clip in (2, 3, 4):
-            assert await network.find(Wanted("demo"), "normal") == "its bundle"
+            assert network.find(Wanted("demo"), "normal") == "its bundle"
             waits.append(submit(stepped, clip))
             await stepped.turn()
         with pytest.raises(QueueFullError):
-            await network.find(Wanted("demo"), "normal")
+            network.find(Wanted("demo"), "normal")
     await stepped.finish()
     assert [logits(each) for each in waits] == [[1], [2], [3], [4]]
 
