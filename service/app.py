@@ -12,7 +12,6 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI
-from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 
@@ -33,7 +32,6 @@ from service.routes import admin, classify, embed, health, inference_protocol, j
 from service.routes import models as model_list
 from service.sandbox import LAYERS
 from service.settings import Settings, SettingsError
-from service.shortcut import Shortcut
 from service.sources import Sources
 from service.spool import Spool
 from service.state import State, is_ready
@@ -73,12 +71,11 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app, app.state.metrics)
     app.state.tracer = open_tracer(settings.tracing)
     # Added last is outermost.
-    hot_routes = [route for route in inference_protocol.hot.routes if isinstance(route, APIRoute)]
-    app.add_middleware(Shortcut, routes=hot_routes, answer=inference_protocol.admit_and_infer)
     if settings.cors_origins:
         _allow_origins(app, settings.cors_origins)
     app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
-    protocol = inference_protocol.router, inference_protocol.hot
+    app.router.routes[:0] = inference_protocol.infer_routes
+    protocol = inference_protocol.router, inference_protocol.described
     groups = classify, embed, timeline, jobs, model_list
     for router in (*(group.router for group in groups), *protocol):
         app.include_router(router, dependencies=[Depends(allow("infer"))])

@@ -189,8 +189,8 @@ _header = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same
 
 
 @contextlib.asynccontextmanager
-async def admitted(request: Request, scope: Scope, presented: str | None) -> AsyncIterator[None]:
-    """Runs the block if the key that was presented has the scope. Who may administrate may infer.
+async def admitted(request: Request, scope: Scope) -> AsyncIterator[None]:
+    """Runs the block if the request's API key has the scope. The `admin` scope includes `infer`.
 
     Raises:
         UnauthorizedError: no key, or none of ours.
@@ -204,6 +204,7 @@ async def admitted(request: Request, scope: Scope, presented: str | None) -> Asy
         request.state.api_key = None
         yield
         return
+    presented = _presented_key(request)
     key = keyring.find(presented) if presented else None
     if key is None:
         raise UnauthorizedError("Send an API key as `Authorization: Bearer KEY`.")
@@ -214,8 +215,8 @@ async def admitted(request: Request, scope: Scope, presented: str | None) -> Asy
         yield
 
 
-def presented_key(request: Request) -> str | None:
-    """The key in a request's headers, found as the security schemes of `allow` find it."""
+def _presented_key(request: Request) -> str | None:
+    """Returns the key in a request's headers, as the security schemes of `allow` describe it."""
     scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer" and credentials:
         return credentials
@@ -223,12 +224,8 @@ def presented_key(request: Request) -> str | None:
 
 
 def allow(scope: Scope) -> Callable[..., AsyncIterator[None]]:
-    """A dependency of routes: lets a request through if its key has the scope.
-
-    It runs before the body is read.
-
-    Raises:
-        ServiceError: as `admitted`.
+    """Returns a dependency of routes that runs `admitted` around them, before the body is read.
+    The security schemes are for OpenAPI.
     """
 
     async def check(
@@ -236,8 +233,7 @@ def allow(scope: Scope) -> Callable[..., AsyncIterator[None]]:
         bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
         header: Annotated[str | None, Security(_header)],
     ) -> AsyncIterator[None]:
-        presented = bearer.credentials if bearer is not None else header
-        async with admitted(request, scope, presented):
+        async with admitted(request, scope):
             yield
 
     return check

@@ -1,9 +1,12 @@
-"""Connections with deadlines: what uvicorn leaves to whoever sends slowly, or without end.
+"""HTTP/1.1 connections with the limits that uvicorn has not, for clients that send slowly or on and
+on.
 
-The head of a request must be there in time and may not grow for ever, nor may the fields that can
-follow a chunked body; a body that nobody reads any more, since the request has been refused, may
-trickle on for a moment and no longer. How long the body of a request may take is the concern of
-`service/uploads.py`.
+The head of a request has a deadline and a size limit. So have the trailer fields after a chunked
+body, because the parser keeps them in memory. After an early refusal the client may send the rest
+of its body for a moment. `service/uploads.py` limits the body of a request that is accepted.
+
+The attributes of uvicorn that this file needs are not public: pyproject.toml bounds uvicorn's
+version, and `tests/service/test_protocol.py` lists them.
 """
 
 from __future__ import annotations
@@ -79,14 +82,7 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._in_trailer, self._had_body = False, True
-        cycle = self.cycle
-        if self.parser.should_upgrade() or cycle.response_complete or cycle.body:
-            super().on_body(body)
-            return
-        # The first piece is often all there is; uvicorn's way would copy it twice more, and stop
-        # and start the reading.
-        cycle.body = body  # type: ignore[assignment] # bytes serve as its bytearray does
-        cycle.message_event.set()
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_body = self._in_trailer = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import gzip
+import re
 import socket
 import threading
 import time
@@ -21,18 +22,21 @@ import numpy as np
 import orjson
 import pytest
 import tritonclient.http as triton
+from fastapi.routing import APIRoute
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from starlette.routing import Match, Route
 from tritonclient.utils import InferenceServerException
 
 from export.bundle import BundleStore
 from export.runtime import Outputs, load_runtime
 from model.demo import STORE
+from service.app import create_app
 from service.auth import ApiKey, new_key, write_keys
 from service.errors import InvalidTensorError
 from service.routes.inference_protocol import _DECODER, _in_turn
-from service.settings import MIB
+from service.settings import MIB, load_settings
 from service.tensors import Body, decode
 from service.uploads import Limit
 from tests.service.test_models import wait_until
@@ -367,12 +371,53 @@ def test_numbers_without_end_and_brackets_without_number_cost_nothing(
         assert time.perf_counter() - started < 3
 
 
+@pytest.mark.parametrize("path", [URL, "/v2/models/demo/versions/1/infer"])
+def test_infer_is_answered_by_a_plain_route_before_fastapi(path: str) -> None:
+    asked = {"type": "http", "method": "POST", "path": path, "headers": []}
+    routes = create_app(load_settings()).routes
+    route = next(route for route in routes if route.matches(asked)[0] is Match.FULL)
+    assert isinstance(route, Route)
+    assert not isinstance(route, APIRoute)
+
+
+@pytest.mark.parametrize("prefix", ["", "/behind"])
+def test_infer_before_the_start_is_a_503_also_under_a_path_prefix(prefix: str) -> None:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(load_settings()), root_path=prefix)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.post(prefix + URL)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 503
+    assert "starting" in answer.text
+
+
+def test_a_refused_inference_has_id_and_headers_and_is_counted_by_its_route(
+    client: httpx.Client,
+) -> None:
+    def counts() -> list[float]:
+        text = client.get("/metrics").text
+        route = 'method="POST",route="/v2/models/{model}/infer",status="400"'
+        names = f"requests_total{{{route}}}", 'rejected_total{code="invalid_tensor"}'
+        found = (re.search(f"^timesformer_{re.escape(name)} (.*)$", text, re.M) for name in names)
+        return [float(row[1]) if row else 0.0 for row in found]
+
+    before = counts()
+    answer = client.post(URL, content=b"{}", headers={"X-Request-ID": "mine"})
+    error(answer, 400)
+    assert answer.headers["X-Request-ID"] == "mine"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert counts() == [count + 1 for count in before]
+
+
 def test_an_unknown_model_version_or_path_is_a_404(client: httpx.Client) -> None:
     for path in ("/v2/models/other/infer", "/v2/models/demo/versions/2/infer"):
         error(client.post(path, **binary(header())), 404, "'demo'")
     for path in ("/v2/models/other", "/v2/models/demo/versions/01", "/v2/nowhere"):
         error(client.get(path), 404)
-    error(client.get(URL), 405)
+    refused = client.get(URL)
+    error(refused, 405)
+    assert refused.headers["Allow"] == "POST"
 
 
 @pytest.mark.parametrize("encode", [gzip.compress, zlib.compress])
