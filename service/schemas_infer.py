@@ -41,7 +41,7 @@ class InferInput(_Lenient):
     name: str = Field(description="`frames`.")
     # Lenient: JSON has no tuples.
     shape: tuple[int, ...] = Field(
-        max_length=16, strict=False, description="(clips, time, height, width, 3)"
+        max_length=16, fail_fast=True, strict=False, description="(clips, time, height, width, 3)"
     )
     datatype: str = Field(description="`UINT8`.")
     parameters: InferInputParameters = InferInputParameters()
@@ -67,8 +67,8 @@ class InferRequest(_Lenient):
 
     id: str | None = Field(default=None, max_length=1024, description="Comes back in the answer.")
     parameters: InferParameters = InferParameters()
-    inputs: list[InferInput] = Field(min_length=1, max_length=1)
-    outputs: list[InferOutput] | None = Field(default=None, max_length=16)
+    inputs: list[InferInput] = Field(min_length=1, max_length=1, fail_fast=True)
+    outputs: list[InferOutput] | None = Field(default=None, max_length=16, fail_fast=True)
 
 
 class InferredTensor(Schema):

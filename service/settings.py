@@ -23,8 +23,6 @@ from service.outgoing import parse_hosts
 
 ENV_PREFIX = "TIMESFORMER_"
 MIB = 1024 * 1024
-# As JSON a clip is four to six times its bytes; this is six of the base model's.
-MAX_JSON_BYTES = 32 * MIB
 ALL_MODELS = "*"
 ALL_GPUS = "all"
 # What Kubernetes sets in every pod for every Service, here for those named `timesformer...`.

@@ -36,8 +36,17 @@ from service.schemas_infer import (
     ServerReady,
     TensorMetadata,
 )
+from service.settings import MIB
 from service.state import Accepting, Running, State, running_state
-from service.tensors import HEADER_LENGTH, Body, Inference, body_limit, decode, encode
+from service.tensors import (
+    HEADER_LENGTH,
+    MAX_JSON_BYTES,
+    Body,
+    Inference,
+    body_limit,
+    decode,
+    encode,
+)
 from service.turns import PRIORITIES, Answer, Priority
 from service.uploads import Limit, receive_tensors
 from service.urgency import HEADERS, Urgency, urgency_of, within
@@ -84,7 +93,7 @@ _BINARY = {
 _BODY = {
     "requestBody": {
         "required": True,
-        "description": f"JSON, or JSON and then the tensor's bytes, with the length of the JSON in "
+        "description": f"JSON of at most {MAX_JSON_BYTES // MIB} MiB, or JSON and then the tensor's bytes, with the length of the JSON in "
         f"the header `{HEADER_LENGTH}`. `Content-Encoding` may be gzip or deflate.",
         "content": {"application/json": {"schema": inlined_schema(InferRequest)}, **_BINARY},
     }
