@@ -123,11 +123,3 @@ def speed_up(of: Sequence[Turn], over: Sequence[Turn], *, cpu: bool = False) -> 
         for fast, slow in zip(of, over, strict=True)
     ]
     return Quartiles(*(float(value) for value in np.percentile(ratios, (25, 50, 75))))
-
-
-def share_of_limit(
-    of: Sequence[Turn], limit: Sequence[Turn], multiply_adds: int, limit_multiply_adds: int
-) -> Quartiles:
-    """Multiply-adds a second, as a share of those of the limit in the same rounds."""
-    work = multiply_adds / limit_multiply_adds
-    return Quartiles(*(value * work for value in speed_up(of, limit)))

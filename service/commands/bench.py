@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,16 +19,14 @@ from service.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from export.measure import Measured, Row
+    from export.measure import Row
     from export.runtime import Device
 
 _COUNT = click.IntRange(min=1)
-_SPEED = [
+_COLUMNS = [
     *("engine", "batch", "p50 ms", "p90", "p99", "calls", "clips/s", "G mult-adds/s"),
-    *("of limit", "speed-up", "(quartiles)", "by cpu time", "off by", "cosine"),
+    *("speed-up", "(quartiles)", "by cpu time", "off by", "cosine"),
 ]
-_START = ["engine", "load s", "first answer s", "start s", "memory MiB", "peak MiB", "device MiB"]
-_MIB = 1024 * 1024
 
 
 @click.command()
@@ -46,13 +43,6 @@ _MIB = 1024 * 1024
     "--batches", type=Sizes(), default="1,2,4", show_default=True, help="Batch sizes, rising."
 )
 @click.option("--rounds", type=_COUNT, default=7, show_default=True, help="Turns of each engine.")
-@click.option(
-    "--against",
-    is_flag=True,
-    help="Also the original network in PyTorch, eager and compiled, its plain export in ONNX "
-    "Runtime, the implementation in Hugging Face transformers, and OpenVINO: those that are "
-    "installed, the others are named. Needs torch.",
-)
 @store_option
 @click.option(
     "--engines",
@@ -77,7 +67,6 @@ def bench(
     precisions: tuple[str, ...],
     batches: tuple[int, ...],
     rounds: int,
-    against: bool,
     store: Path | None,
     engines: tuple[Path, ...],
     device: Device,
@@ -89,22 +78,19 @@ def bench(
 
     BUNDLE is a bundle's folder, or a name in the store, of which the active version is taken. All
     engines take turns, round by round, so that whatever else runs here meets them alike: believe
-    the ratios, which are taken within rounds, more than the times. The limit is what the same
-    engine takes, in the same rounds, for the network's matrix products alone; it needs the package
-    onnx. Speed-ups are over the plain export with --against, else over the first engine.
+    the ratios, which are taken within rounds, more than the times. Speed-ups are over the first
+    engine. `off by` is the largest difference of a logit from the float32 graph's on the CPU.
     """
     from export.measure import measure_bundle
     from service.progress import steps
 
     (found,) = find_bundles(bundle, store)
-    with steps(as_json) as report, tempfile.TemporaryDirectory() as folder:
+    with steps(as_json) as report:
         measured = measure_bundle(
             found,
-            Path(folder),
             precisions=precisions,
             batches=batches,
             rounds=rounds,
-            against=against,
             device=device,
             gpu=gpu,
             engines=engines,
@@ -112,20 +98,30 @@ def bench(
             report=report,
         )
     if as_json:
-        click.echo(json.dumps(measured.to_dict()))
+        facts = {
+            "name": found.name,
+            "version": found.version,
+            "rounds": rounds,
+            "engines": [
+                {
+                    **row._asdict(),
+                    "timing": row.timing._asdict(),
+                    "speed_up": row.speed_up._asdict(),
+                    "speed_up_by_cpu": row.speed_up_by_cpu._asdict(),
+                }
+                for row in measured.rows
+            ],
+            "left_out": [each._asdict() for each in measured.left_out],
+        }
+        click.echo(json.dumps(facts))
         return
-    machine = measured.machine
-    title = (
-        f"{found.name} version {found.version}, {machine['cpu']}, {measured.threads} threads, load "
-        f"{machine['load']}; speed-up over {measured.yardstick}"
-    )
-    print_rows(title, _SPEED, [_speed(row) for row in measured.rows])
-    print_rows("start, each in a process of its own", _START, _starts(measured))
+    title = f"{found.name} version {found.version}; speed-up over {measured.rows[0].engine}"
+    print_rows(title, _COLUMNS, [_cells(row) for row in measured.rows])
     for each in measured.left_out:
         click.echo(f"{each.artefact} was not measured: {each.reason}")
 
 
-def _speed(row: Row) -> list[str]:
+def _cells(row: Row) -> list[str]:
     timing, speed_up = row.timing, row.speed_up
     rate = timing.multiply_adds_per_second
     return [
@@ -135,23 +131,9 @@ def _speed(row: Row) -> list[str]:
         str(timing.calls),
         f"{timing.clips_per_second:.2f}",
         f"{rate / 1e9:.1f}" if rate else "-",
-        f"{row.of_limit.median:.0%}" if row.of_limit else "-",
         f"{speed_up.median:.3f}",
         f"({speed_up.low:.2f}, {speed_up.high:.2f})",
         f"{row.speed_up_by_cpu.median:.3f}",
         f"{row.off_by:.1e}",
         f"{row.cosine:.6f}",
-    ]
-
-
-def _starts(measured: Measured) -> list[list[str]]:
-    return [
-        [
-            name,
-            *(f"{s:.2f}" for s in (each.load_seconds, each.first_answer_seconds)),
-            f"{each.start_seconds:.2f}",
-            *(f"{size / _MIB:.0f}" for size in (each.resident_bytes, each.peak_bytes)),
-            "-" if each.device_bytes is None else f"{each.device_bytes / _MIB:.0f}",
-        ]
-        for name, each in measured.startups.items()
     ]

@@ -20,16 +20,16 @@ import numpy as np
 from export.bench import Entrant, speed_up, take_turns, timing
 from export.onnx import export_onnx
 from export.precision import quantize
-from export.published import AsPublished
 from export.reference import run_reference
 from export.rewrite import REWRITES, InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verify import compare
-from export.yardsticks import NAIVE
 from model.config import VARIANTS
 from model.cost import cost
 from model.timesformer import TimeSformer
 from tests.benchmarks.networks import random_model
+from tests.benchmarks.published import AsPublished
+from tests.benchmarks.yardsticks import NAIVE
 
 OURS_DROPPED = "the same, last MLP dropped"
 REWRITTEN = "rewritten"

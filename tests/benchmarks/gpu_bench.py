@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
-from export.published import AsPublished
 from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
 from model.config import VARIANTS, ModelConfig
 from model.timesformer import TimeSformer
 from tests.benchmarks.half import halve
 from tests.benchmarks.networks import random_model
+from tests.benchmarks.published import AsPublished
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Least cosine and largest error of the worst clip's answers, and what float32 may be off by: as in

@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from export.published import AsPublished, write_plainly
 from tests.benchmarks.gpu_bench import Answers, Bench, Entrant
+from tests.benchmarks.published import AsPublished, write_plainly
 
 ORIGINAL = "original, eager"
 ORIGINAL_COMPILED = "original, torch.compile"

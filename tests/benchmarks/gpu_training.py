@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
-from export.published import AsPublished, write_plainly
 from model.timesformer import TimeSformer
 from tests.benchmarks.gpu_bench import Bench, Entrant
+from tests.benchmarks.published import AsPublished, write_plainly
 
 
 def steps(bench: Bench, batch: int, *, compiled: bool) -> tuple[dict[str, Entrant], dict[str, int]]:

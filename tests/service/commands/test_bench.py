@@ -19,31 +19,22 @@ def timesformer(*arguments: object, code: int = 0) -> Result:
     return result
 
 
-def test_the_tables_have_a_row_an_engine_and_batch_and_one_a_start() -> None:
+def test_the_table_has_a_row_an_engine_and_batch() -> None:
     lines = timesformer("demo", *QUICK).stdout.splitlines()
-    assert re.fullmatch(
-        r"demo version 1, .+, 1 threads, load [0-9.]+; "
-        rf"speed-up over {re.escape(ONNX_FLOAT32)}, CPUExecutionProvider",
-        lines[0],
-    )
+    assert lines[0] == f"demo version 1; speed-up over {ONNX_FLOAT32}, CPUExecutionProvider"
     columns, *rows = (re.split(r"\s{2,}", line.strip()) for line in lines[1:4])
     assert columns[:3] == ["engine", "batch", "p50 ms"]
     assert [row[1] for row in rows] == ["1", "3"]
     assert all(len(row) == len(columns) for row in rows)
-    assert lines[4].startswith("start, ")
-    assert lines[6].startswith(ONNX_FLOAT32)
 
 
 def test_json_has_what_a_program_needs_and_nothing_else_is_printed() -> None:
     answer = timesformer("demo", *QUICK, "--json")
     facts = json.loads(answer.stdout)
     assert answer.stderr == ""
-    assert facts["machine"]["cores"] >= 1
-    assert facts["versions"]["onnxruntime"]
     first = facts["engines"][0]
-    assert first.keys() >= {"engine", "batch", "timing", "of_limit", "speed_up", "off_by"}
+    assert first.keys() >= {"engine", "batch", "timing", "speed_up", "off_by"}
     assert first["timing"].keys() >= {"p50_ms", "p90_ms", "p99_ms", "clips_per_second"}
-    assert facts["startups"][ONNX_FLOAT32]["start_seconds"] > 0
 
 
 def test_what_cannot_be_measured_is_an_error() -> None:

@@ -20,12 +20,12 @@ from export.bench import Entrant
 from export.bundle import Bundle
 from export.manifest import ONNX_FLOAT32
 from export.onnx import export_onnx
-from export.published import AsPublished
 from export.reference import load_network
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from model.checkpoints import save_huggingface
 from model.cost import cost
+from tests.benchmarks.published import AsPublished
 
 NAIVE = "naive export, ONNX Runtime"
 EAGER = "original, PyTorch eager"

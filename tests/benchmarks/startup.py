@@ -1,6 +1,6 @@
 """What an engine takes until its first answer: a process of its own that opens one artefact.
 
-    python -m export.startup BUNDLE ARTEFACT cpu|cuda GPU THREADS LARGEST [ENGINES ...]
+    python -m tests.benchmarks.startup BUNDLE ARTEFACT cpu|cuda GPU THREADS LARGEST [ENGINES ...]
 
 `measure` runs it and gives what it found.
 """
@@ -19,7 +19,6 @@ import numpy as np
 
 from export.artefacts import Artefact, find_artefacts
 from export.bundle import Bundle
-from export.machine import resident_bytes
 from export.runtime.cuda import Cuda
 from export.runtime.interface import RuntimeUnavailableError
 
@@ -66,7 +65,7 @@ def measure(
     values = (bundle, artefact.name, artefact.device, gpu, threads, largest, *engines)
     begin = time.perf_counter()
     try:
-        answer = subprocess.run(  # noqa: S603 - our own module
+        answer = subprocess.run(
             [sys.executable, "-m", __name__, *map(str, values)],
             capture_output=True,
             text=True,
@@ -115,6 +114,13 @@ def main() -> None:
         "device_bytes": free - left if free is not None and left is not None else None,
     }
     print(json.dumps(facts))
+
+
+def resident_bytes(status: Path = Path("/proc/self/status")) -> tuple[int, int]:
+    """Returns the memory that this process has now, and the most that it ever had."""
+    sizes = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    now, most = (int(sizes[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, most
 
 
 def _free_device_bytes(gpu: int) -> int | None:
