@@ -149,15 +149,6 @@ class Results:
             self._sizes[job] = size
 
 
-def stored_in_memory(body: bytes) -> Stored:
-    """A result that is there whole."""
-
-    async def blocks() -> AsyncIterator[bytes]:
-        yield body
-
-    return Stored(len(body), blocks())
-
-
 async def _blocks(file: BinaryIO) -> AsyncIterator[bytes]:
     with file:
         while block := await asyncio.to_thread(file.read, _BLOCK):

@@ -45,14 +45,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 );
 CREATE INDEX IF NOT EXISTS by_state ON jobs (state, seq);
 CREATE INDEX IF NOT EXISTS by_owner ON jobs (owner, seq);
--- Of jobs that an earlier version of the service did; later ones have a file.
-CREATE TABLE IF NOT EXISTS results (
-    id TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
-    body BLOB NOT NULL
-);
 """
-# What databases of earlier versions lack.
-_ADDED = {"due": "REAL", "delays": "INTEGER NOT NULL DEFAULT 0"}
 
 
 @dataclass(frozen=True)
@@ -109,13 +102,9 @@ class JobStore:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.row_factory = sqlite3.Row
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        for pragma in ("journal_mode = WAL", "synchronous = FULL"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.executescript(_SCHEMA)
-        known = {row["name"] for row in self._db.execute("PRAGMA table_info(jobs)")}
-        for column, kind in _ADDED.items():
-            if column not in known:
-                self._db.execute(f"ALTER TABLE jobs ADD COLUMN {column} {kind}")
 
     def close(self) -> None:
         self._db.close()
@@ -250,11 +239,6 @@ class JobStore:
                 (now, now, identifier),
             ).rowcount
         return changed == 1
-
-    def old_result(self, identifier: str) -> bytes | None:
-        """What an earlier version of the service stored here."""
-        row = self._db.execute("SELECT body FROM results WHERE id = ?", (identifier,)).fetchone()
-        return None if row is None else bytes(row["body"])
 
     def remove(self, identifier: str) -> None:
         """Forgets a job that has ended, and its result."""

@@ -40,7 +40,7 @@ from service.errors import (
     SpoolFullError,
     UploadTimeoutError,
 )
-from service.job_results import Results, Stored, move_durably, stored_in_memory
+from service.job_results import Results, Stored, move_durably
 from service.job_store import STATES, JobStore, NewJob, StoredJob, TooManyWaitError
 from service.job_work import Means, Progress
 from service.metrics import Metrics
@@ -238,12 +238,10 @@ class Jobs:
             raise _as_error(job.error)
         if job.state != "done":
             raise JobNotDoneError(f"The job is {job.state}.")
-        if stored := await self._results.open(job.id):
-            return stored
-        body = await self._asked(lambda store: store.old_result(job.id))
-        if body is None:
+        stored = await self._results.open(job.id)
+        if stored is None:
             raise JobNotFoundError("There is no such job any more.")
-        return stored_in_memory(body)
+        return stored
 
     async def cancel(self, job: StoredJob) -> StoredJob:
         """Ends a job that has no result yet; one that has ended is forgotten, with its result.

@@ -12,27 +12,6 @@ from service.job_store import JobStore, NewJob, StoredJob, TooManyWaitError
 ERROR = {"code": "job_abandoned", "status": 422, "detail": "Gone."}
 
 
-# As the service before wrote them.
-OLD = """
-PRAGMA journal_mode = WAL;
-CREATE TABLE jobs (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
-    idempotency TEXT, kind TEXT NOT NULL, parameters TEXT NOT NULL, source TEXT,
-    size INTEGER NOT NULL, state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
-    created REAL NOT NULL, started REAL, finished REAL, error TEXT, webhook TEXT,
-    hook_state TEXT NOT NULL, hook_attempts INTEGER NOT NULL DEFAULT 0, hook_due REAL,
-    UNIQUE (owner, idempotency)
-);
-CREATE TABLE results (
-    id TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE, body BLOB NOT NULL
-);
-INSERT INTO jobs (id, owner, kind, parameters, size, state, attempts, created, finished, hook_state)
-    VALUES ('job_done', '', 'timeline', '{}', 10, 'done', 1, 1.0, 2.0, 'none'),
-           ('job_waits', '', 'timeline', '{}', 10, 'queued', 0, 1.0, NULL, 'none');
-INSERT INTO results VALUES ('job_done', CAST('{"start":null}' AS BLOB));
-"""
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> JobStore:
     return JobStore(tmp_path / "jobs.sqlite")
@@ -103,22 +82,6 @@ def test_what_is_put_off_waits_for_its_time_holds_nobody_up_and_counts_no_attemp
     assert store.next_due() == 9.0
     assert claim(store, 9.0).id == "a"
     assert store.next_due() is None
-
-
-def test_a_database_of_an_earlier_version_goes_on_and_its_results_can_be_had(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "jobs.sqlite"
-    old = sqlite3.connect(path)
-    old.executescript(OLD)
-    old.close()
-    store = JobStore(path)
-    assert store.old_result("job_done") == b'{"start":null}'
-    assert store.done() == {"job_done"}
-    assert claim(store).id == "job_waits"
-    assert store.remove_ended_before(9e9) == ["job_done"]
-    assert store.old_result("job_done") is None
-    JobStore(path)
 
 
 def test_what_ran_when_the_process_was_killed_is_queued_again(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from service.job_store import JobStore
 from service.settings import SettingsError, load_settings
 from service.webhooks import Webhooks, sign, wait_after
 from tests.service.long_video import write_long_video
-from tests.service.test_job_store import OLD
 from tests.service.web_server import Handler, web_server
 
 URL = "/v1/jobs"
@@ -451,18 +450,6 @@ def test_a_full_disk_refuses_a_cancellation_and_the_job_is_as_it_was(
             assert int(answer.headers["retry-after"]) > 0
         assert ended(client, job["id"])["state"] == "done"
         assert client.get(f"{where}/result").status_code == 200
-
-
-def test_results_of_an_earlier_version_can_still_be_had(serve: Any, tmp_path: Path) -> None:
-    old = sqlite3.connect(tmp_path / "jobs.sqlite")
-    old.executescript(OLD)
-    old.execute("DELETE FROM jobs WHERE state = 'queued'")
-    old.execute("UPDATE jobs SET finished = ?", (time.time(),))
-    old.commit()
-    old.close()
-    with serve(jobs_dir=tmp_path) as client:
-        answer = client.get(f"{URL}/job_done/result")
-        assert (answer.status_code, answer.json()) == (200, {"start": None})
 
 
 def test_a_restart_knows_the_results_and_removes_what_no_job_has(
