@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 # Of the framework's own: `service/tracing.py` and `service/metrics.py` have it, and each request
 # would be asked whether there is any.
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+_MOST_WAITING_VIDEOS = 64  # for a decoder; more are refused
 _NICENESS = 10  # of the decoders of jobs, which nobody waits for
 
 
@@ -236,5 +237,5 @@ def _decoders(
         WorkerLimits.of(settings, (spool.folder,)),
         on_restart=lambda reason: metrics.decoder_restarts.labels(reason).inc(),
         lazy=lazy,
-        max_waiting=settings.max_decode_queue,
+        max_waiting=_MOST_WAITING_VIDEOS,
     )

@@ -120,7 +120,7 @@ async def _timeline(
     on_progress: Callable[[Progress], None],
 ) -> None:
     settings = means.settings
-    cut = checked_cut(model, parameters, settings.max_windows)
+    cut = checked_cut(model, parameters)
     limits = Limits(
         max_pixels=settings.max_video_pixels, max_duration_s=settings.max_long_video_duration_s
     )

@@ -44,7 +44,7 @@ from service.job_results import Results, Stored, move_durably
 from service.job_store import STATES, JobStore, NewJob, StoredJob, TooManyWaitError
 from service.job_work import Means, Progress
 from service.metrics import Metrics
-from service.settings import Settings, SettingsError
+from service.settings import MIB, Settings, SettingsError
 from service.sources import Sources
 from service.spool import Spool
 from service.webhooks import AT_ONCE, Webhooks, wait_after
@@ -52,6 +52,8 @@ from service.webhooks import AT_ONCE, Webhooks, wait_after
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _MOST_ATTEMPTS = 3
+_MOST_WAITING = 1000
+_MOST_RESULT_BYTES = 256 * MIB
 _TIDY_EVERY_S = 600.0
 _RETRY_STORE_S = 5.0
 # A job is put off for 5 s, then twice as long each time, ten minutes at most, and that for a day.
@@ -93,8 +95,7 @@ class Jobs:
         except (OSError, sqlite3.Error) as error:
             raise SettingsError(f"TIMESFORMER_JOBS_DIR: {folder} cannot be used: {error}") from None
         self.incoming = Spool(incoming, self._settings.max_jobs_bytes)
-        most_bytes = self._settings.max_job_result_bytes
-        self._results = Results(folder / "results", self.incoming, most_bytes)
+        self._results = Results(folder / "results", self.incoming, _MOST_RESULT_BYTES)
         # The one thread that uses the database.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="jobs")
         self._wake = asyncio.Event()
@@ -151,7 +152,7 @@ class Jobs:
     async def refuse_if_full(self) -> None:
         """Raises `JobsFullError` if so many wait that no more are taken."""
         counts = await self._asked(JobStore.counts)
-        if counts["queued"] >= self._settings.max_waiting_jobs:
+        if counts["queued"] >= _MOST_WAITING:
             raise _full()
 
     async def add(
@@ -186,8 +187,7 @@ class Jobs:
         try:
             if video is not None:
                 await asyncio.to_thread(move_durably, video, place)
-            most = self._settings.max_waiting_jobs
-            stored = await self._db(lambda store: store.add(job, most, time.time()))
+            stored = await self._db(lambda store: store.add(job, _MOST_WAITING, time.time()))
         except TooManyWaitError:
             place.unlink(missing_ok=True)
             raise _full() from None

@@ -104,11 +104,14 @@ def store_of(settings: Settings) -> BundleStore:
     return BundleStore(settings.store or DEMO_STORE)
 
 
-def load_model(bundle: Bundle, settings: Settings, engines: Engines | None = None) -> LoadedModel:
+def load_model(
+    bundle: Bundle, settings: Settings, engines: Engines | None = None, threads: int = 0
+) -> LoadedModel:
     """Checks, loads and warms a bundle up; takes seconds, so not for the event loop.
 
     Args:
         engines: plans to look among; without it ONNX Runtime runs the bundle.
+        threads: CPU threads inside one operator of ONNX Runtime; 0 for one per usable core.
 
     Raises:
         BundleError: the bundle cannot be used.
@@ -118,7 +121,7 @@ def load_model(bundle: Bundle, settings: Settings, engines: Engines | None = Non
     bundle.verify()
     runtimes, tensorrt = _load_plans(bundle, engines) if engines else (None, OFF)
     if runtimes is None:
-        runtimes = _load_graph(bundle, settings, has_tensorrt=engines is not None)
+        runtimes = _load_graph(bundle, settings, threads, has_tensorrt=engines is not None)
     loaded = LoadedModel(bundle, runtimes, tensorrt)
     runtime = loaded.runtime
     try:
@@ -157,7 +160,9 @@ def _load_plans(
         return None, engines.after(bundle, error)
 
 
-def _load_graph(bundle: Bundle, settings: Settings, *, has_tensorrt: bool) -> tuple[Runtime, ...]:
+def _load_graph(
+    bundle: Bundle, settings: Settings, threads: int, *, has_tensorrt: bool
+) -> tuple[Runtime, ...]:
     """Loads a graph of the bundle in ONNX Runtime: on GPUs the FP16 graph, unless the settings ask
     for float32 or the FP16 graph's answers are wrong there.
 
@@ -167,7 +172,7 @@ def _load_graph(bundle: Bundle, settings: Settings, *, has_tensorrt: bool) -> tu
     Raises:
         BundleError, RuntimeUnavailableError: as `load_model`.
     """
-    device, threads, precision = settings.device, settings.engine_threads, settings.precision
+    device, precision = settings.device, settings.precision
     gpus = () if device == "cpu" else find_gpus(settings)
     is_half = precision in ("auto", "fp16") or (has_tensorrt and precision != "float32")
     if gpus and is_half and ONNX_FP16 in bundle.manifest.files:

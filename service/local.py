@@ -33,7 +33,7 @@ from service.schemas_timeline import (
     TimelineSummary,
 )
 from service.settings import Settings
-from service.timeline import Timeline
+from service.timeline import MOST_WINDOWS, Timeline
 
 
 class UnreadableFile(VideoError):  # noqa: N818 - named as the others of its kind
@@ -83,9 +83,7 @@ def timeline_of_file(
     """
     model = _load(settings)
     seen = model.bundle.config.preprocessing
-    cut = make_cut(
-        seen, parameters.window, parameters.stride, parameters.crops, settings.max_windows
-    )
+    cut = make_cut(seen, parameters.window, parameters.stride, parameters.crops, MOST_WINDOWS)
     timeline = Timeline(model.bundle, cut, parameters)
     limits = Limits(
         max_pixels=settings.max_video_pixels, max_duration_s=settings.max_long_video_duration_s

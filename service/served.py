@@ -40,7 +40,6 @@ class ServedModel:
             self.runtimes,
             max_batch=self.max_batch,
             max_queue=settings.max_queue_clips,
-            settle_s=settings.batch_settle_ms / 1e3,
             trial=_noise(self.bundle),
             events=_Counted(self, metrics),
         )

@@ -33,6 +33,15 @@ _ORIGIN = re.compile(r"\*|https?://[^/\s?#@]+")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 REMOVED: dict[str, str] = {
     "workers": "run one service per GPU, and replicas behind a load balancer: docs/capacity.md",
+    "batch_settle_ms": "a batch waits at most 2 ms",
+    "max_decode_queue": "at most 64 videos wait for a decoder: set TIMESFORMER_DECODE_WORKERS",
+    "max_windows": "a video gives at most 20,000 windows: clients ask for a longer stride",
+    "timeline_workers": "a quarter of TIMESFORMER_DECODE_WORKERS is used, at least two",
+    "timeline_timeout_s": "a timeline may take as long as the longest video, and at least an hour: "
+    "set TIMESFORMER_MAX_LONG_VIDEO_DURATION_S",
+    "max_waiting_jobs": "at most 1,000 jobs wait: add replicas, each with its own folder of jobs",
+    "max_job_result_bytes": "a result has at most 256 MiB: clients ask for fewer labels",
+    "engine_threads": "the engine uses each core that the process may use: limit the cores",
 }
 """Settings of earlier versions, and what an operator does instead."""
 
@@ -128,9 +137,6 @@ class Settings(BaseSettings):
         "the same network can be put into them, in seconds and not minutes. Whether such plans are "
         "slower was not measured: compare them by `timesformer bench` first.",
     )
-    engine_threads: int = Field(
-        0, ge=0, description="CPU threads of the engine; 0 is one per core. CPU inference only."
-    )
     max_batch_clips: int | None = Field(
         None,
         ge=1,
@@ -144,13 +150,6 @@ class Settings(BaseSettings):
         ge=1,
         description="Most clips that wait for the engine; past that requests get 503 with "
         "Retry-After. Roughly the clips that the engine does in the time a client will wait.",
-    )
-    batch_settle_ms: float = Field(
-        2.0,
-        ge=0,
-        le=1000,
-        description="After a batch of more than one clip, how long the next waits for as many "
-        "again. Raises throughput under closed-loop load, adds at most itself to a latency.",
     )
     max_upload_bytes: int = Field(
         200 * MIB, ge=1, description="Largest request body; past that the answer is 413."
@@ -189,12 +188,6 @@ class Settings(BaseSettings):
         le=256,
         description="Processes that decode videos. One per CPU core that is not busy with "
         "inference.",
-    )
-    max_decode_queue: int = Field(
-        64,
-        ge=1,
-        description="Most videos that wait for a decoder; past that requests get 503 with "
-        "Retry-After.",
     )
     decode_timeout_s: float = Field(
         30.0,
@@ -256,25 +249,6 @@ class Settings(BaseSettings):
     max_long_video_duration_s: float = Field(
         4 * 3600.0, gt=0, description="Longest video for `/v1/timeline` and `/v1/jobs`."
     )
-    max_windows: int = Field(
-        20_000,
-        ge=1,
-        le=1_000_000,
-        description="Most windows of one video; a longer stride makes them fewer.",
-    )
-    timeline_workers: int = Field(
-        2,
-        ge=1,
-        le=256,
-        description="Videos that are decoded for `/v1/timeline` at once, each by a process of its "
-        "own that starts when it is first needed; more wait, and twice as many are refused.",
-    )
-    timeline_timeout_s: float = Field(
-        4 * 3600.0,
-        gt=0,
-        description="Longest time from a complete upload to the end of its timeline. "
-        "`decode_timeout_s` limits the time without any progress.",
-    )
     jobs_dir: Path | None = Field(
         None,
         description="Folder of `/v1/jobs`: their videos, states and results, on a disk that lasts. "
@@ -287,19 +261,11 @@ class Settings(BaseSettings):
         description="Jobs that run at once, each with a decoder process of its own that stands "
         "back for others.",
     )
-    max_waiting_jobs: int = Field(
-        1000, ge=1, description="Most jobs that wait; past that the answer is 503."
-    )
     max_jobs_bytes: int = Field(
         20 * 1024 * MIB,
         ge=1,
         description="Most bytes of the videos of jobs that are not done and of the results of "
         "those that are; past that the answer is 503.",
-    )
-    max_job_result_bytes: int = Field(
-        256 * MIB,
-        ge=1,
-        description="Largest result of a job; one that becomes larger fails.",
     )
     job_retention_s: float = Field(
         7 * 24 * 3600.0, gt=0, description="How long a job is kept, with its result, once it ended."
@@ -408,6 +374,16 @@ class Settings(BaseSettings):
         return value
 
     @property
+    def timeline_workers(self) -> int:
+        """How many videos are decoded for `/v1/timeline` at once, each by a process of its own."""
+        return max(2, self.decode_workers // 4)
+
+    @property
+    def timeline_timeout_s(self) -> float:
+        """Longest time from a complete upload to the end of its timeline, or of a job."""
+        return max(3600.0, self.max_long_video_duration_s)
+
+    @property
     def hosts_of_sources(self) -> tuple[str, ...]:
         return parse_hosts(self.source_hosts)
 
@@ -431,12 +407,11 @@ class Settings(BaseSettings):
                     f"{ENV_PREFIX}{limit.upper()} ({getattr(self, limit)}): the largest upload "
                     "would never fit"
                 )
-        for limit in ("max_long_upload_bytes", "max_job_result_bytes"):
-            if self.jobs_dir is not None and jobs < getattr(self, limit):
-                raise ValueError(
-                    f"TIMESFORMER_MAX_JOBS_BYTES: {jobs} is below {ENV_PREFIX}{limit.upper()} "
-                    f"({getattr(self, limit)}): the largest would never fit"
-                )
+        if self.jobs_dir is not None and jobs < self.max_long_upload_bytes:
+            raise ValueError(
+                f"TIMESFORMER_MAX_JOBS_BYTES: {jobs} is below TIMESFORMER_MAX_LONG_UPLOAD_BYTES "
+                f"({self.max_long_upload_bytes}): the largest video would never fit"
+            )
         return self
 
     @model_validator(mode="after")

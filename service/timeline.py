@@ -38,6 +38,8 @@ from service.turns import Answer, Priority
 
 # A long video waits for room in the queue instead of being refused in its middle.
 _RETRY_S = 0.1
+MOST_WINDOWS = 20_000
+"""Limit on the windows of one video."""
 
 
 class _Total(NamedTuple):
@@ -205,7 +207,7 @@ async def submit_patiently(
             await asyncio.sleep(_RETRY_S)
 
 
-def checked_cut(model: ServedModel, parameters: TimelineParameters, max_windows: int) -> Cut:
+def checked_cut(model: ServedModel, parameters: TimelineParameters) -> Cut:
     """How these parameters cut videos for this model.
 
     Raises:
@@ -217,7 +219,7 @@ def checked_cut(model: ServedModel, parameters: TimelineParameters, max_windows:
             parameters.window,
             parameters.stride,
             parameters.crops,
-            max_windows,
+            MOST_WINDOWS,
         )
     except WindowError as error:
         problem = {"loc": ("query", error.field), "msg": error.message, "type": "window"}

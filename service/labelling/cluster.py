@@ -158,11 +158,9 @@ class _Labeller:
 
     def __init__(self, work: _Work) -> None:
         self._runner = asyncio.Runner()
-        # On CPUs an engine has the one core that Ray gives it.
         settings = work.settings
-        if not ray.get_gpu_ids() and not settings.engine_threads:
-            settings = settings.model_copy(update={"engine_threads": 1})
-        model = load(work.bundle(), settings)
+        # On CPUs an engine has the one core that Ray gives it.
+        model = load(work.bundle(), settings, threads=0 if ray.get_gpu_ids() else 1)
         clips = work.parameters.views * work.parameters.crops
         waiting = clips * max(1, math.ceil(2 * (settings.max_batch_clips or 16) / clips))
         self._engine = Engine(

@@ -59,12 +59,16 @@ def label_here(
         model.close()
 
 
-def load(bundle: Bundle, settings: Settings) -> LoadedModel:
-    """The bundle on the best engine here; a TensorRT plan only if it is there already."""
+def load(bundle: Bundle, settings: Settings, threads: int = 0) -> LoadedModel:
+    """The bundle on the best engine here; a TensorRT plan only if it is there already.
+
+    Args:
+        threads: as in `load_model`.
+    """
     tensorrt, _ = find_tensorrt(settings)
     largest = largest_batch(settings, "cuda")
     engines = Engines(tensorrt, largest, settings.precision, builds=False) if tensorrt else None
-    model = load_model(bundle, settings, engines)
+    model = load_model(bundle, settings, engines, threads)
     if model.tensorrt.reason and engines is not None:
         logger.warning("TensorRT is %s", model.tensorrt)
     return model
@@ -185,7 +189,6 @@ class Engine:
             model.runtimes,
             max_batch=max_batch(settings, model.runtime),
             max_queue=most_waiting,
-            settle_s=settings.batch_settle_ms / 1e3,
         )
 
     async def __aenter__(self) -> Engine:

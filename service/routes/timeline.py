@@ -132,7 +132,7 @@ async def _begin(
 ) -> AsyncIterator[TimelineEvent]:
     """Decodes up to the first event, so that a video which gives none is refused with a status."""
     settings = state.settings
-    cut = checked_cut(model, parameters, settings.max_windows)
+    cut = checked_cut(model, parameters)
     limits = Limits(
         max_pixels=settings.max_video_pixels, max_duration_s=settings.max_long_video_duration_s
     )

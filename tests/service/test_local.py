@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> BundleStore:
 
 @pytest.fixture
 def settings(store: BundleStore) -> Settings:
-    return load_settings(store=store.root, device="cpu", engine_threads=1)
+    return load_settings(store=store.root, device="cpu")
 
 
 def json_lines(text: str) -> list[dict]:

@@ -252,8 +252,11 @@ def test_only_its_owner_and_an_administrator_see_a_job(
         assert client.get(where, headers=as_of["root"]).status_code == 200
 
 
-def test_so_many_wait_and_no_more(serve: Any, long_video: bytes, tmp_path: Path) -> None:
-    with serve(jobs_dir=tmp_path, max_waiting_jobs=1) as client:
+def test_so_many_wait_and_no_more(
+    serve: Any, long_video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.jobs._MOST_WAITING", 1)
+    with serve(jobs_dir=tmp_path) as client:
         ask = {"params": {"kind": "timeline"}, "content": long_video}
         first = client.post(URL, **ask).json()
         eventually(
@@ -269,7 +272,7 @@ def test_so_many_wait_and_no_more(serve: Any, long_video: bytes, tmp_path: Path)
 
 def test_the_quota_counts_what_is_kept(serve: Any, long_video: bytes, tmp_path: Path) -> None:
     quota = int(1.5 * len(long_video))
-    limits = ("max_jobs_bytes", "max_long_upload_bytes", "max_job_result_bytes")
+    limits = ("max_jobs_bytes", "max_long_upload_bytes")
     with serve(jobs_dir=tmp_path, **dict.fromkeys(limits, quota)) as client:
         ask = {"params": {"kind": "timeline"}, "content": long_video}
         first = client.post(URL, **ask)
@@ -290,9 +293,10 @@ def test_ended_jobs_are_forgotten_after_their_time(serve: Any, video: Path, tmp_
 
 
 def test_a_result_that_grows_too_large_fails_with_a_code_of_its_own(
-    serve: Any, long_video: bytes, tmp_path: Path
+    serve: Any, long_video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serve(jobs_dir=tmp_path, max_job_result_bytes=5000) as client:
+    monkeypatch.setattr("service.jobs._MOST_RESULT_BYTES", 5000)
+    with serve(jobs_dir=tmp_path) as client:
         job = client.post(URL, params={"kind": "timeline"}, content=long_video).json()
         failed = ended(client, job["id"])
         assert (failed["state"], failed["error"]["code"]) == ("failed", "result_too_large")

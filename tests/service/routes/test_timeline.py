@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from service.decoder import Worker
+from service.settings import Settings
 from tests.service.long_video import worker_at, write_long_video
 
 URL = "/v1/timeline"
@@ -148,8 +149,11 @@ def test_a_video_that_gives_no_window_is_refused_with_a_status(client: httpx.Cli
     assert answer.json()["code"] == "undecodable_video"
 
 
-def test_more_windows_than_allowed_are_refused(serve: Any, long_video: Path) -> None:
-    with serve(max_windows=20) as client:
+def test_more_windows_than_allowed_are_refused(
+    serve: Any, long_video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.timeline.MOST_WINDOWS", 20)
+    with serve() as client:
         answer = client.post(URL, content=long_video.read_bytes())
         assert answer.status_code == 413
         assert answer.json()["code"] == "video_too_large"
@@ -205,9 +209,10 @@ def test_a_decoder_without_progress_is_replaced(serve: Any, hour: Path, tmp_path
 
 
 def test_a_timeline_that_does_not_begin_in_time_is_refused_with_a_status(
-    serve: Any, hour: Path
+    serve: Any, hour: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serve(timeline_timeout_s=0.05) as client:
+    monkeypatch.setattr(Settings, "timeline_timeout_s", 0.05)
+    with serve() as client:
         answer = client.post(URL, content=hour.read_bytes())
         assert answer.status_code == 504
         assert answer.json()["code"] == "request_timeout"
@@ -215,9 +220,12 @@ def test_a_timeline_that_does_not_begin_in_time_is_refused_with_a_status(
         assert metric(client, "timesformer_spool_bytes") == 0
 
 
-def test_a_timeline_may_take_no_longer_than_its_limit(serve: Any, hour: Path) -> None:
+def test_a_timeline_may_take_no_longer_than_its_limit(
+    serve: Any, hour: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for limit in (8.0, 60.0):  # a machine that is busy may not begin within the first
-        with serve(timeline_timeout_s=limit) as client:
+        monkeypatch.setattr(Settings, "timeline_timeout_s", limit)
+        with serve() as client:
             answer = client.post(URL, content=hour.read_bytes())
         if answer.status_code == 200:
             break
@@ -260,8 +268,11 @@ def test_a_timeline_ends_when_the_requests_own_time_is_over(serve: Any, hour: Pa
     assert (last["event"], last["code"]) == ("error", "deadline_exceeded")
 
 
-def test_while_too_many_wait_more_are_refused(serve: Any, hour: Path, video: Path) -> None:
-    with serve(timeline_workers=1) as client, ThreadPoolExecutor(1) as threads:
+def test_while_too_many_wait_more_are_refused(
+    serve: Any, hour: Path, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Settings, "timeline_workers", 1)
+    with serve() as client, ThreadPoolExecutor(1) as threads:
         with client.stream("POST", URL, content=hour.read_bytes()) as running:
             lines = running.iter_lines()
             next(lines)
