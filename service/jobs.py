@@ -369,7 +369,8 @@ class Jobs:
             await _until(self._wake_hooks, await self._patiently(JobStore.next_hook))
 
     async def _call(self, job: StoredJob) -> None:
-        if await self._webhooks.call(job.webhook or "", self._hook_body(job), time.time()):
+        body = self._hook_body(job)
+        if await self._webhooks.call(job.webhook or "", job.id, body, time.time()):
             result, wait = "done", None
         else:
             wait = wait_after(job.hook_attempts + 1)

@@ -20,7 +20,6 @@ from service.errors import ClientDisconnectedError, RequestTimeoutError
 from service.forms import FILE_FIELD, SOURCE_FIELD
 from service.metrics import Metrics
 from service.network import GaveWayError, Wanted
-from service.outgoing import MAX_URL
 from service.pace import Pace
 from service.schemas import Problem, Timings, ViewParameters, inlined_schema
 from service.state import State
@@ -28,6 +27,7 @@ from service.tracing import record_stages
 from service.turns import Answer
 from service.uploads import Upload, receive
 from service.urgency import Urgency, urgency_of, within
+from service.url_policy import MAX_URL
 
 T = TypeVar("T")
 P = TypeVar("P", bound=ViewParameters)

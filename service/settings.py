@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from export.runtime.cores import usable_cores
 from export.runtime.interface import Device, Precision
-from service.outgoing import parse_hosts
+from service.url_policy import parse_hosts
 
 ENV_PREFIX = "TIMESFORMER_"
 MIB = 1024 * 1024
@@ -281,7 +281,9 @@ class Settings(BaseSettings):
         description="Whether they may have addresses that are not of the public internet.",
     )
     webhook_secret_file: Path | None = Field(
-        None, description="File with the secret that calls are signed with, 16 bytes at least."
+        None,
+        description="File with the secret that signs calls: `whsec_` and the base64 of 24 to 64 "
+        "bytes, or at least 16 bytes that are used as they are.",
     )
     spool_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()),

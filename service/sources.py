@@ -6,44 +6,31 @@ Off unless `TIMESFORMER_SOURCE_HOSTS` lists hosts. Object stores are read by pre
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from service.errors import (
     SourceFailedError,
     SourceRefusedError,
     UploadTooLargeError,
 )
+from service.http_client import HttpClient, Reply
 from service.metrics import Metrics
-from service.outgoing import (
-    DestinationRefusedError,
-    Exchange,
-    ExchangeFailedError,
-    Policy,
-    check_url,
-)
 from service.settings import MIB, Settings
 from service.spool import SpoolFile
+from service.url_policy import DestinationRefusedError, ExchangeFailedError, Policy, check_url
 
-T = TypeVar("T")
 _SILENCE_S = 15.0
 _BLOCK = MIB
-# Of their own: a name server that hangs must hold up nothing but other sources.
-_THREADS = 16
+_RESOLVERS = 16
 
 
 class Sources:
     """Reads videos from the hosts that the settings list."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._policy = Policy(
-            settings.hosts_of_sources, settings.source_http, settings.source_private
-        )
+        policy = Policy(settings.hosts_of_sources, settings.source_http, settings.source_private)
+        self._client = HttpClient(policy, _SILENCE_S, _RESOLVERS)
         self._metrics = metrics
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="source")
 
     def check(self, url: str) -> None:
         """Looks at the text of a URL.
@@ -51,12 +38,12 @@ class Sources:
         Raises:
             SourceRefusedError: it will not be read.
         """
-        if not self._policy.hosts:
+        if not self._client.policy.hosts:
             raise SourceRefusedError(
                 "This service reads no URLs: TIMESFORMER_SOURCE_HOSTS lists no host."
             )
         try:
-            check_url(url, self._policy)
+            check_url(url, self._client.policy)
         except DestinationRefusedError as error:
             raise SourceRefusedError(str(error)) from None
 
@@ -71,29 +58,10 @@ class Sources:
         """
         self.check(url)
         started = time.perf_counter()
-        exchange = Exchange(url, self._policy, _SILENCE_S)
         result = "failed"
         try:
-            response = await self._in_thread(functools.partial(exchange.begin, "GET"))
-            host = exchange.destination.host
-            if response.status != 200:
-                redirect = "; redirects are not followed" if 300 <= response.status < 400 else ""
-                raise SourceFailedError(
-                    f"The host {host} answers with status {response.status}{redirect}."
-                )
-            if response.getheader("Content-Encoding", "identity") != "identity":
-                raise SourceFailedError(f"The host {host} sends a content encoding.")
-            announced = response.length or 0
-            if announced > max_bytes:
-                raise _too_large(max_bytes)
-            file.spool.expect(announced)
-            while data := await self._in_thread(functools.partial(exchange.read, _BLOCK)):
-                if file.size + len(data) > max_bytes:
-                    raise _too_large(max_bytes)
-                file.add(data)
-                if file.pending > _BLOCK:
-                    await asyncio.to_thread(file.write)
-            await asyncio.to_thread(file.write)
+            async with self._client.request("GET", url) as reply:
+                await _read(reply, file, max_bytes)
             result = "done"
         except DestinationRefusedError as error:
             result = "refused"
@@ -101,14 +69,32 @@ class Sources:
         except ExchangeFailedError as error:
             raise SourceFailedError(str(error)) from None
         finally:
-            exchange.end()
             self._metrics.source_seconds.labels(result).observe(time.perf_counter() - started)
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.wrap_future(self._threads.submit(work))
-
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+
+async def _read(reply: Reply, file: SpoolFile, max_bytes: int) -> None:
+    if reply.status != 200:
+        redirect = "; redirects are not followed" if 300 <= reply.status < 400 else ""
+        raise SourceFailedError(
+            f"The host {reply.host} answers with status {reply.status}{redirect}."
+        )
+    if reply.header("content-encoding", "identity") != "identity":
+        raise SourceFailedError(f"The host {reply.host} sends a content encoding.")
+    chunked = reply.header("transfer-encoding")
+    announced = 0 if chunked else int(reply.header("content-length", "0"))
+    if announced > max_bytes:
+        raise _too_large(max_bytes)
+    file.spool.expect(announced)
+    async for block in reply.blocks():
+        if file.size + len(block) > max_bytes:
+            raise _too_large(max_bytes)
+        file.add(block)
+        if file.pending > _BLOCK:
+            await asyncio.to_thread(file.write)
+    await asyncio.to_thread(file.write)
 
 
 def _too_large(max_bytes: int) -> UploadTooLargeError:

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from service.outgoing import (
+from service.url_policy import (
     DestinationRefusedError,
-    Exchange,
     ExchangeFailedError,
     Policy,
     check_url,
-    find_address,
+    find_addresses,
     is_public,
     parse_hosts,
 )
@@ -114,39 +113,18 @@ def test_a_listed_name_that_resolves_into_our_network_is_refused(
     addresses: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve_to(monkeypatch, *addresses)
-    destination = check_url("https://videos.example.org/", POLICY)
     with pytest.raises(DestinationRefusedError, match="public"):
-        find_address(destination, POLICY)
-    assert find_address(destination, POLICY._replace(private=True)) == addresses[0]
+        find_addresses("videos.example.org", 443, POLICY)
+    found = find_addresses("videos.example.org", 443, POLICY._replace(private=True))
+    assert found == list(addresses)
 
 
 @pytest.mark.parametrize("host", ["2130706433", "0177.0.0.1", "0x7f000001", "127.1"])
 def test_numbers_that_stand_for_an_address_are_resolved_before_they_are_judged(host: str) -> None:
     policy = Policy((host,))
+    assert check_url(f"https://{host}/", policy).host == host
     with pytest.raises(DestinationRefusedError, match="public"):
-        find_address(check_url(f"https://{host}/", policy), policy)
-
-
-def test_the_connection_is_made_to_the_very_address_that_was_checked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A name that resolves to another address a moment later gains nothing."""
-    answers = iter([["203.0.114.9"], ["127.0.0.1"]])
-
-    def resolve(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in next(answers)]
-
-    connected: list[Any] = []
-
-    def connect(address: Any, timeout: float) -> None:
-        connected.append(address)
-        raise ConnectionRefusedError
-
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    monkeypatch.setattr(socket, "create_connection", connect)
-    with pytest.raises(ExchangeFailedError):
-        Exchange("https://videos.example.org/", POLICY, 1.0).begin("GET")
-    assert connected == [("203.0.114.9", 443)]
+        find_addresses(host, 443, policy)
 
 
 def test_a_host_that_cannot_be_found_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +133,7 @@ def test_a_host_that_cannot_be_found_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with pytest.raises(ExchangeFailedError, match=r"videos\.example\.org"):
-        Exchange("https://videos.example.org/?secret", POLICY, 1.0).begin("GET")
+        find_addresses("videos.example.org", 443, POLICY)
 
 
 def test_lists_of_hosts_are_read_and_checked() -> None:
