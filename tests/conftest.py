@@ -18,11 +18,16 @@ SMOKE_TEST = TESTS / "e2e" / "test_smoke.py"  # the one of its folder that `make
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks every test of a folder in `MARKED_FOLDERS`."""
+    """Marks every test of a folder in `MARKED_FOLDERS`, and lets tests that start processes run on.
+
+    The limits are against hangs; on a machine that has other work torch alone starts in minutes.
+    """
     for item in items:
         mark = MARKED_FOLDERS.get(item.path.relative_to(TESTS).parts[0])
         if mark is not None and item.path != SMOKE_TEST:
             item.add_marker(mark)
+        if mark is not None or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
 
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]

@@ -39,7 +39,7 @@ def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     places = ("--work", folder / "work", "--json", folder / "gpu.json")
     return subprocess.run(
         [sys.executable, "-c", BARE, *map(str, (*ON_A_CPU, *places, *arguments))],
-        capture_output=True, text=True, timeout=280, check=False, cwd=REPOSITORY,
+        capture_output=True, text=True, check=False, cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -117,12 +117,11 @@ def test_in_no_time_it_begins_nothing_and_says_what_is_left(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
-@pytest.mark.timeout(900)
 def test_on_a_gpu_the_answers_of_all_that_runs_are_right(tmp_path: Path) -> None:
     places = ("--work", tmp_path / "work", "--json", tmp_path / "gpu.json")
     sizes = ("--variant", "demo", "--batches", 2, "--training-batch", 2, "--rounds", 2)
     command = [sys.executable, "-m", "tests.benchmarks.gpu", *map(str, (*places, *sizes))]
-    subprocess.run(command, timeout=800, check=True, cwd=REPOSITORY)
+    subprocess.run(command, check=True, cwd=REPOSITORY)
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert {row["entrant"] for row in report["inference"]} >= {*GRAPHS, *COMPILED_ORIGINALS}
     assert [row["entrant"] for row in report["inference"] if not row["passed"]] == []

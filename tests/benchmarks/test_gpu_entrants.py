@@ -316,7 +316,7 @@ class TestEngines:
         runtime = runtime_on(cuda, plan)
         entrant = gpu_engines.served(runtime, frames)
         both = threading.Barrier(2)
-        cuda.before_synchronize = lambda: both.wait(30) and None
+        cuda.before_synchronize = lambda: both.wait(300) and None
         for _ in range(4):
             entrant.run()
         entrant.finish()

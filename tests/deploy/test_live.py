@@ -29,7 +29,7 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def wait_for(found: Callable[[], Any], what: str, seconds: float = 180) -> Any:
+def wait_for(found: Callable[[], Any], what: str, seconds: float = 1800) -> Any:
     deadline = time.monotonic() + seconds
     while not (result := found()):
         assert time.monotonic() < deadline, what
@@ -75,11 +75,11 @@ def test_prometheus_reads_a_running_service_and_fires_when_it_is_broken(tmp_path
             stderr=subprocess.DEVNULL,
         ) as process:
             try:
-                with httpx.Client(base_url=f"http://{address}/api/v1", timeout=10) as asked:
+                with httpx.Client(base_url=f"http://{address}/api/v1", timeout=60) as asked:
                     _watch(asked, service.client, store)
             finally:
                 process.terminate()
-                process.wait(20)
+                process.wait()
 
 
 def _watch(asked: httpx.Client, client: httpx.Client, store: BundleStore) -> None:

@@ -1,4 +1,7 @@
-"""The real thing: `timesformer serve` as a process of its own, found by what it prints."""
+"""The real thing: `timesformer serve` as a process of its own, found by what it prints.
+
+Nothing here has a limit of its own: pytest's limit per test ends a hang.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +57,12 @@ def run_service(*flags: str, command: tuple[str, ...] = (str(TIMESFORMER),)) -> 
         reader = threading.Thread(target=lambda: log.extend(process.stdout or []), daemon=True)
         reader.start()
         try:
-            with httpx.Client(base_url=url, timeout=120) as client:
+            with httpx.Client(base_url=url, timeout=3600) as client:
                 yield Service(process, client, log)
         finally:
             process.terminate()
-            process.wait(30)
-            reader.join(10)
+            process.wait()
+            reader.join()
 
 
 def _wait_until_ready(process: subprocess.Popen[str], log: list[str]) -> str:

@@ -25,16 +25,11 @@ def minutes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def wait_until(client: httpx.Client, enough: Any) -> dict[str, str]:
-    """The states once they are `enough`; waits for as long as the jobs get on, however slowly."""
-    seen, deadline = None, 0.0
+    """Returns the states once they are `enough`."""
     while True:
-        jobs = client.get(URL).json()["jobs"]
-        states = {job["id"]: job["state"] for job in jobs}
+        states = {job["id"]: job["state"] for job in client.get(URL).json()["jobs"]}
         if enough(states):
             return states
-        if jobs != seen:
-            seen, deadline = jobs, time.monotonic() + 120
-        assert time.monotonic() < deadline, jobs
         time.sleep(0.05)
 
 
@@ -55,7 +50,6 @@ def same_windows(result: dict[str, Any], other: dict[str, Any]) -> bool:
     return seen(result) == pytest.approx(seen(other), abs=1e-4)
 
 
-@pytest.mark.timeout(1800)  # waits for as long as the jobs get on
 def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
     start_service: Any, minutes: bytes, tmp_path: Path
 ) -> None:
@@ -89,7 +83,7 @@ def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
                     accepted.append(job.json()["id"])
                 wait_until(service.client, lambda found: "running" in found.values())
                 os.kill(service.process.pid, signal.SIGKILL)
-                service.process.wait(30)
+                service.process.wait()
         with start_service(*flags) as service:
             again = service.client.post(
                 URL,
@@ -102,8 +96,7 @@ def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
             assert set(found) == set(accepted)
             results = [service.client.get(f"{URL}/{job}/result").json() for job in accepted]
             assert all(same_windows(result, results[0]) for result in results)
-            deadline = time.monotonic() + 120
-            while len(set(calls)) < len(accepted) and time.monotonic() < deadline:
+            while len(set(calls)) < len(accepted):
                 time.sleep(0.05)
     # A call that a kill parts from its note is made again, as docs and code say.
     assert len(set(calls)) == len(accepted)
@@ -116,10 +109,14 @@ def test_stopped_it_gives_back_what_runs_and_the_next_does_it(
     start_service: Any, minutes: bytes, tmp_path: Path
 ) -> None:
     with start_service("--jobs-dir", str(tmp_path)) as service:
-        job = service.client.post(URL, params={"kind": "timeline"}, content=minutes).json()
+        jobs = [
+            service.client.post(URL, params={"kind": "timeline"}, content=minutes).json()["id"]
+            for _ in range(3)
+        ]
         wait_until(service.client, lambda found: "running" in found.values())
         service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(60) == 0
+        assert service.process.wait() == 0
     with start_service("--jobs-dir", str(tmp_path)) as service:
-        wait_until(service.client, lambda found: found == {job["id"]: "done"})
-        assert service.client.get(f"{URL}/{job['id']}").json()["attempts"] == 1
+        wait_until(service.client, lambda found: found == dict.fromkeys(jobs, "done"))
+        for job in jobs:
+            assert service.client.get(f"{URL}/{job}").json()["attempts"] == 1

@@ -85,7 +85,6 @@ FEW = {"--videos": ("12", "24"), "--held-out": ("12",), "--clips": ("48",), "--s
        "--epochs": ("1",)}  # fmt: skip
 
 
-@pytest.mark.timeout(1800)  # every command loads torch, and two export
 def test_the_whole_way_from_no_data_to_a_refreshed_service(
     tmp_path: Path, start_service: StartService
 ) -> None:

@@ -29,14 +29,10 @@ def children_of(pid: int) -> set[int]:
     return {int(line) for line in found.stdout.split()}
 
 
-def left_after_a_moment(pids: set[int]) -> set[int]:
-    """Which of the processes are still there once they had time to notice and end."""
-    deadline = time.monotonic() + 10
-    while (left := {pid for pid in pids if Path(f"/proc/{pid}").exists()}) and (
-        time.monotonic() < deadline
-    ):
+def wait_for_the_end_of(pids: set[int]) -> None:
+    """Returns once none of the processes is left."""
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
         time.sleep(0.05)
-    return left
 
 
 def test_it_prints_what_to_try_and_that_no_gpu_is_used(start_service: Any) -> None:
@@ -48,57 +44,17 @@ def test_it_prints_what_to_try_and_that_no_gpu_is_used(start_service: Any) -> No
     assert any("no GPU is used" in warning["message"] for warning in warnings)
 
 
-def test_on_sigterm_it_finishes_what_runs_and_exits_with_0(start_service: Any) -> None:
-    with start_service("--decode-workers", "1") as service:
-        workers = children_of(service.process.pid)
-        content = SAMPLE_CLIP.read_bytes()
-        answers: list[int] = []
-
-        def post() -> None:
-            url = f"{service.client.base_url}/v1/classify?views=10&crops=3"
-            answers.append(httpx.post(url, content=content, timeout=60).status_code)
-
-        threads = [threading.Thread(target=post) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        while "timesformer_requests_in_progress 5.0" not in service.client.get("/metrics").text:
-            time.sleep(0.01)  # the fifth is the one that asks
-        service.process.send_signal(signal.SIGTERM)
-        for thread in threads:
-            thread.join()
-        assert service.process.wait(30) == 0
-        assert answers == [200] * 4
-        assert left_after_a_moment(workers) == set()
+PATIENT = ("--upload-timeout-s", "3600", "--min-upload-rate", "0")
+LAST = 96  # bytes that a stalled client keeps back
 
 
-def test_on_sigterm_it_is_not_ready_first_serves_on_for_the_delay_and_then_refuses(
-    start_service: Any,
-) -> None:
-    with start_service("--shutdown-delay-s", "6") as service:
-        client, content = service.client, SAMPLE_CLIP.read_bytes()
-        assert client.get("/health/ready").status_code == 200
-        service.process.send_signal(signal.SIGTERM)
-        while client.get("/health/ready").status_code != 503:
-            time.sleep(0.01)
-        assert client.get("/v2/health/ready").status_code == 503
-        assert client.get("/health/live").status_code == 200
-        assert "timesformer_ready 0.0" in client.get("/metrics").text
-        answer = client.post("/v1/classify", content=content)
-        assert answer.status_code == 200
-        assert answer.headers["connection"] == "close"
-        assert service.process.wait(60) == 0
-        with pytest.raises(httpx.ConnectError):
-            client.get("/health/live")
-
-
-PATIENT = ("--upload-timeout-s", "600", "--min-upload-rate", "0")
-
-
-def stall(service: Any, spool: Path, path: str = "/v1/classify") -> socket.socket:
-    """A client that begins an upload and goes no further; back once the service has begun too."""
+def stall(service: Any, spool: Path, content: bytes = bytes(99)) -> socket.socket:
+    """A client that sends all but the last bytes of an upload; back once the service has begun
+    too."""
     known = set(spool.rglob("*"))
     sender = socket.create_connection((service.client.base_url.host, service.client.base_url.port))
-    sender.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nabc".encode())
+    head = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    sender.sendall(head.encode() + content[:-LAST])
     while not any(found.is_file() for found in {*spool.rglob("*")} - known):
         time.sleep(0.01)
     return sender
@@ -119,7 +75,7 @@ def test_a_stalled_upload_does_not_hold_up_the_stop_beyond_the_grace(
     flags = ("--shutdown-grace-s", "1", *PATIENT, "--spool-dir", str(tmp_path))
     with start_service(*flags) as service, stall(service, tmp_path) as sender:
         service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(60) == 0
+        assert service.process.wait() == 0
         head, _, body = read_all(sender).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503 ")
         assert b"\r\nretry-after: " in head
@@ -127,20 +83,57 @@ def test_a_stalled_upload_does_not_hold_up_the_stop_beyond_the_grace(
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once(
-    start_service: Any, tmp_path: Path, second: signal.Signals
+def test_on_sigterm_it_finishes_what_runs_and_exits_with_0(
+    start_service: Any, tmp_path: Path
 ) -> None:
-    delays = ("--shutdown-delay-s", "600", "--shutdown-grace-s", "600")
-    flags = (*delays, *PATIENT, "--spool-dir", str(tmp_path))
-    with start_service(*flags) as service, stall(service, tmp_path):
+    content = SAMPLE_CLIP.read_bytes()
+    flags = ("--shutdown-grace-s", "3600", *PATIENT, "--spool-dir", str(tmp_path))
+    with (
+        start_service(*flags) as service,
+        stall(service, tmp_path, content) as first,
+        stall(service, tmp_path, content) as second,
+    ):
         workers = children_of(service.process.pid)
         service.process.send_signal(signal.SIGTERM)
-        while service.client.get("/health/ready").status_code != 503:
+        while not any('"stopping"' in line for line in service.log):
             time.sleep(0.01)
-        service.process.send_signal(second)
-        assert service.process.wait(60) == 128 + second
-        assert left_after_a_moment(workers) == set()
+        for sender in (first, second):
+            sender.sendall(content[-LAST:])
+            assert read_all(sender).startswith(b"HTTP/1.1 200 ")
+        assert service.process.wait() == 0
+        wait_for_the_end_of(workers)
+
+
+def test_after_sigterm_it_serves_on_for_the_delay_and_a_second_signal_ends_it_at_once(
+    start_service: Any, tmp_path: Path
+) -> None:
+    delays = ("--shutdown-delay-s", "600", "--shutdown-grace-s", "3600")
+    flags = (*delays, *PATIENT, "--spool-dir", str(tmp_path))
+    with start_service(*flags) as service, stall(service, tmp_path):
+        client, workers = service.client, children_of(service.process.pid)
+        assert client.get("/health/ready").status_code == 200
+        service.process.send_signal(signal.SIGTERM)
+        while client.get("/health/ready").status_code != 503:
+            time.sleep(0.01)
+        assert client.get("/v2/health/ready").status_code == 503
+        assert client.get("/health/live").status_code == 200
+        assert "timesformer_ready 0.0" in client.get("/metrics").text
+        answer = client.post("/v1/classify", content=SAMPLE_CLIP.read_bytes())
+        assert answer.status_code == 200
+        assert answer.headers["connection"] == "close"
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait() == 128 + signal.SIGINT
+        wait_for_the_end_of(workers)
+
+
+def test_when_the_delay_is_over_it_refuses_connections_and_exits_with_0(
+    start_service: Any,
+) -> None:
+    with start_service("--shutdown-delay-s", "1") as service:
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait() == 0
+        with pytest.raises(httpx.ConnectError):
+            service.client.get("/health/live")
 
 
 ENGINE_THAT_HANGS = """
@@ -188,8 +181,8 @@ def test_an_engine_that_hangs_does_not_hold_up_the_stop_for_ever(
     with hanging_service(start_service, tmp_path / "serve.py", *flags) as service:
         workers = children_of(service.process.pid)
         service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(120) == 1
-        assert left_after_a_moment(workers) == set()
+        assert service.process.wait() == 1
+        wait_for_the_end_of(workers)
     assert any("an engine does not end and is left" in line for line in service.log)
 
 
@@ -202,7 +195,7 @@ def test_a_second_signal_also_ends_a_stop_that_waits_for_the_engine(
         while not any('"stopping"' in line for line in service.log):
             time.sleep(0.01)
         service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(120) == 128 + signal.SIGTERM
+        assert service.process.wait() == 128 + signal.SIGTERM
 
 
 def test_it_says_what_its_start_took(service: Any) -> None:
@@ -225,7 +218,7 @@ def test_administration_and_metrics_may_have_a_port_of_their_own(
     flags = ("--admin-port", "0", "--api-keys-file", str(tmp_path / "keys"))
     with start_service(*flags) as service, contextlib.ExitStack() as stack:
         (line,) = [line for line in service.log if line.startswith("administration and metrics at")]
-        admin = stack.enter_context(httpx.Client(base_url=line.split()[-1], timeout=60))
+        admin = stack.enter_context(httpx.Client(base_url=line.split()[-1], timeout=3600))
         for path in ("/metrics", "/v1/admin/models"):
             assert service.client.get(path, headers=headers).status_code == 404
         assert "timesformer_ready 1.0" in admin.get("/metrics").text
@@ -238,7 +231,7 @@ def test_administration_and_metrics_may_have_a_port_of_their_own(
         answer = service.client.post("/v1/classify", content=content, headers=headers)
         assert answer.status_code == 200
         service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(60) == 0
+        assert service.process.wait() == 0
 
 
 def test_after_kill_9_no_decoder_stays_behind_and_the_next_start_clears_the_spool(
@@ -247,16 +240,10 @@ def test_after_kill_9_no_decoder_stays_behind_and_the_next_start_clears_the_spoo
     with start_service("--spool-dir", str(tmp_path)) as service:
         workers = children_of(service.process.pid)
         assert len(workers) >= 2
-        url = service.client.base_url
-        with socket.create_connection((url.host, url.port)) as sender:
-            sender.sendall(
-                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nabc"
-            )
-            while not any(path.is_file() for path in tmp_path.rglob("*")):
-                time.sleep(0.01)
+        with stall(service, tmp_path):
             os.kill(service.process.pid, signal.SIGKILL)
-            service.process.wait(10)
-        assert left_after_a_moment(workers) == set()
+            service.process.wait()
+        wait_for_the_end_of(workers)
     (left,) = tmp_path.iterdir()
     with start_service("--spool-dir", str(tmp_path)):
         (folder,) = tmp_path.iterdir()
@@ -293,7 +280,7 @@ def test_what_keeps_it_from_starting_is_said_without_a_traceback(
     flags: list[str], status: int, message: str
 ) -> None:
     run = subprocess.run(
-        [TIMESFORMER, "serve", "--port", "0", *flags], capture_output=True, text=True, timeout=300
+        [TIMESFORMER, "serve", "--port", "0", *flags], capture_output=True, text=True
     )
     assert run.returncode == status
     assert message in run.stderr

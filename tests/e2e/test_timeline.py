@@ -59,4 +59,4 @@ def test_when_the_service_stops_the_client_is_told(start_service: Any, half_an_h
             service.process.send_signal(signal.SIGTERM)
             *_, last = lines
         assert json.loads(last)["code"] == "not_ready"
-        assert service.process.wait(60) == 0
+        assert service.process.wait() == 0

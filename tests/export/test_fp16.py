@@ -26,8 +26,8 @@ from export.rewrite import rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verify import FP16, compare
-from model.config import ATTENTION_TYPES
 from model.timesformer import TimeSformer
+from tests.export.conftest import EVERY_SCHEME
 from tests.model.conftest import random_frames, random_model, tiny_config
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -161,7 +161,7 @@ def test_each_hazard_breaks_a_blanket_cast_and_not_ours(hazard: Hazard, make_cas
     assert parity.passed, parity
 
 
-@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+@pytest.mark.parametrize("attention_type", EVERY_SCHEME)
 def test_all_hazards_together_in_every_scheme(attention_type: str, make_case: Maker) -> None:
     case = make_case(attention_type, *HAZARDS)
     reference = case.reference

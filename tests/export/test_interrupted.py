@@ -124,6 +124,7 @@ def dies_at(
         yield die
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_the_store_as_it_was_and_the_next_one_cleans_up(
     dies_at: Callable[[str], int],
     checkpoint: Checkpoint,
@@ -195,6 +196,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run([mount.replace("mount", "umount"), "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(
     small_disk: Path, exported: Bundle, checkpoint: Checkpoint, video: Path, quick_export: None
 ) -> None:

@@ -17,8 +17,8 @@ from export.onnx import INPUT_NAME, OPSET, OUTPUT_NAMES, ExportError, export_onn
 from export.reference import run_reference
 from export.rewrite import InferenceTimeSformer, rewrite
 from export.runtime.onnxruntime import OnnxRuntime
-from model.config import ATTENTION_TYPES
 from model.timesformer import TimeSformer
+from tests.export.conftest import EVERY_SCHEME
 from tests.model.conftest import random_frames, random_model, tiny_config
 
 # Operators that TensorRT's parser takes in float32, none of them approximate.
@@ -35,7 +35,7 @@ class Exported(NamedTuple):
     path: Path
 
 
-@pytest.fixture(scope="module", params=ATTENTION_TYPES)
+@pytest.fixture(scope="module", params=EVERY_SCHEME)
 def exported_scheme(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Exported:

@@ -37,9 +37,9 @@ from export.rewrite import rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verify import LIMITS, compare
-from model.config import ATTENTION_TYPES
 from model.schemes import SCHEMES
 from model.timesformer import TimeSformer
+from tests.export.conftest import EVERY_SCHEME
 from tests.model.conftest import random_frames, random_model, tiny_config
 
 KINDS = tuple(FORMATS)
@@ -133,7 +133,7 @@ def evaluate(graph: onnx.ModelProto, clips: NDArray[np.uint8]) -> Outputs:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scheme", ATTENTION_TYPES)
+@pytest.mark.parametrize("scheme", EVERY_SCHEME)
 def test_answers_stay_near_the_networks_in_every_scheme(
     scheme: str, kind: str, make_case: Maker
 ) -> None:

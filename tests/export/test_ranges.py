@@ -22,7 +22,7 @@ from export.ranges import (
 )
 from export.recording import record
 from export.rewrite import rewrite
-from model.config import ATTENTION_TYPES
+from tests.export.conftest import EVERY_SCHEME
 from tests.model.conftest import random_frames, random_model, tiny_config
 
 INT8, FP8 = FORMATS["int8-qdq"], FORMATS["fp8"]
@@ -104,7 +104,7 @@ def test_rounding_is_that_of_onnx() -> None:
     ).tolist() == [1.0, 1.125, 448, -448, 2.0**-9]
 
 
-@pytest.mark.parametrize("scheme", ATTENTION_TYPES)
+@pytest.mark.parametrize("scheme", EVERY_SCHEME)
 def test_spreads_are_of_the_tensors_asked_for_and_answers_the_graphs(
     scheme: str, tmp_path: Path
 ) -> None:

@@ -99,7 +99,7 @@ def test_two_batches_are_on_their_way_at_once_and_do_not_mix(plan: Plan) -> None
     cuda = FakeCuda()
     runtime = runtime_on(cuda, plan)
     both = threading.Barrier(2)
-    cuda.before_synchronize = lambda: both.wait(10) and None
+    cuda.before_synchronize = lambda: both.wait(300) and None
     with ThreadPoolExecutor(2) as threads:
         for turn in range(20):
             batches = [clips(1 + turn % 6, seed=turn), clips(1 + turn % 4, seed=100 + turn)]

@@ -63,6 +63,6 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", KILLED], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     ) as process:
-        output, _ = process.communicate(timeout=60)  # until the last of them has closed it
+        output, _ = process.communicate()  # until the last of them has closed it
     assert process.returncode == -signal.SIGKILL
     assert int(output) != process.pid
