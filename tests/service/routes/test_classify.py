@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import os
-import signal
 import socket
 import threading
-import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,12 @@ from model.demo import STORE
 from model.scores import mean_scores
 from model.video import load_clips
 from service.errors import QueueFullError, SpoolFullError
+from service.pace import Watch
 from service.spool import SpoolFile
 from tests.export.conftest import colour_config, publish_colours, write_video
 from tests.service.conftest import Serve
 from tests.service.test_models import wait_until
+from tests.service.threaded import ThreadedDecoder
 
 URL = "/v1/classify"
 
@@ -235,53 +235,46 @@ def test_uploads_over_the_limit_are_refused_announced_or_not(
         assert spool_files(tmp_path) == []
 
 
-def test_a_slow_sender_is_cut_off(serve: Any, tmp_path: Path) -> None:
-    def trickle() -> Any:
-        for _ in range(50):
-            yield b"x"
-            time.sleep(0.1)
-
-    with serve(upload_timeout_s=0.5, spool_dir=tmp_path) as client:
-        problem(client.post(URL, content=trickle()), 408, "upload_timeout")
-        assert spool_files(tmp_path) == []
-
-
 @pytest.mark.parametrize("path", [URL, "/v1/timeline", "/v2/models/demo/infer"])
 def test_a_body_has_to_come_at_a_least_rate(
-    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    def pieces(size: int) -> Any:
-        for _ in range(30):
-            yield b"x" * size
-            time.sleep(0.1)
-
-    monkeypatch.setattr("service.pace._WINDOW_S", 1.0)
-    monkeypatch.setattr("service.pace._LONG_WINDOW_S", 1.0)
+    noted: list[int] = []
+    monkeypatch.setattr("service.pace._WINDOW_S", 0.3)
+    monkeypatch.setattr("service.pace._LONG_WINDOW_S", 0.3)
     with serve(min_upload_rate=100, spool_dir=tmp_path) as client:
-        slow = client.post(path, content=pieces(1))
-        assert slow.status_code == 408
-        assert "100 bytes a second" in slow.text
-        assert client.post(path, content=pieces(1000)).status_code in {400, 415, 422}
         with socket.create_connection((client.base_url.host, client.base_url.port), 60) as silent:
             silent.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n".encode())
-            assert b" 408 " in silent.recv(1000)
+            answer = silent.recv(2000)
+        assert answer.startswith(b"HTTP/1.1 408 ")
         assert spool_files(tmp_path) == []
+        monkeypatch.setattr(Watch, "note", lambda watch, count: noted.append(count))
+        client.post(path, content=b"x" * 1_000_000)
+        assert sum(noted) > 100_000
 
 
-def test_a_disk_that_is_slow_is_not_laid_at_the_senders_door(
-    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_time_that_the_disk_takes_is_not_the_senders(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = SpoolFile.write
+    paused: list[bool] = []
+    while_paused: list[bool] = []
+    pause, write = Watch.paused, SpoolFile.write
 
-    def slowly(file: SpoolFile) -> None:
-        time.sleep(4)
-        honest(file)
+    @contextlib.contextmanager
+    def observed(watch: Watch) -> Iterator[None]:
+        with pause(watch):
+            paused.append(True)
+            yield
+            paused.pop()
 
-    monkeypatch.setattr("service.pace._WINDOW_S", 2.0)
-    with serve(min_upload_rate=100, spool_dir=tmp_path) as client:
-        monkeypatch.setattr(SpoolFile, "write", slowly)
-        answer = client.post(URL, content=(b"x" * 700_000 for _ in range(2)))
-        assert answer.status_code in {415, 422}
+    def observe(file: SpoolFile) -> None:
+        while_paused.append(bool(paused))
+        write(file)
+
+    monkeypatch.setattr(Watch, "paused", observed)
+    monkeypatch.setattr(SpoolFile, "write", observe)
+    client.post(URL, content=(b"x" * 700_000 for _ in range(2)))
+    assert while_paused == [True, True]
 
 
 def test_what_is_announced_and_does_not_come_takes_no_room_from_others(
@@ -313,18 +306,16 @@ def test_what_is_announced_and_does_not_come_takes_no_room_from_others(
         assert b" 503 " in begin(b"").recv(1000)  # it could not fit, so it is not waited for
 
 
-def test_nothing_stays_in_the_spool(client: httpx.Client, serve: Any, tmp_path: Path) -> None:
+def test_an_upload_that_has_ended_leaves_nothing_in_the_spool(serve: Serve, tmp_path: Path) -> None:
     with serve(spool_dir=tmp_path, decode_workers=1) as client:
         address = (client.base_url.host, client.base_url.port)
         for content in (b"", b"words", b"x" * 3_000_000):
             client.post(URL, content=content)
-        with socket.create_connection(address) as gone:  # leaves in the middle of its upload
-            gone.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nabc")
-            time.sleep(0.2)
-        deadline = time.monotonic() + 10
-        while spool_files(tmp_path) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert spool_files(tmp_path) == []
+            assert spool_files(tmp_path) == []
+        with socket.create_connection(address) as leaving:
+            leaving.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\na")
+            wait_until(lambda: spool_files(tmp_path) != [])
+        wait_until(lambda: spool_files(tmp_path) == [])
 
 
 def test_a_full_disk_is_a_503_and_leaves_nothing(
@@ -348,77 +339,18 @@ def test_an_answer_that_takes_too_long_is_a_504(serve: Any, video: Path, tmp_pat
         problem(client.post(URL, content=video.read_bytes()), 504, "request_timeout")
 
 
-def test_a_full_queue_answers_503_with_retry_after(serve: Any, video: Path, tmp_path: Path) -> None:
+def test_clients_at_once_get_what_each_gets_alone(client: httpx.Client, video: Path) -> None:
     content = video.read_bytes()
-    with serve(
-        max_clips_per_request=12, max_queue_clips=12, decode_workers=4, spool_dir=tmp_path
-    ) as client:
-        answers: list[httpx.Response] = []
+    shapes = [{"views": 1}, {"views": 2}, {"crops": 3}, {"views": 2, "crops": 3}]
 
-        def post() -> None:
-            answers.append(
-                httpx.post(
-                    f"{client.base_url}{URL}", params={"views": 12}, content=content, timeout=60
-                )
-            )
+    def scores(shape: dict[str, int]) -> dict[int, float]:
+        answer = httpx.post(f"{client.base_url}{URL}", params=shape, content=content, timeout=120)
+        return {each["class_index"]: each["score"] for each in answer.json()["predictions"]}
 
-        threads = [threading.Thread(target=post) for _ in range(12)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        refused = [answer for answer in answers if answer.status_code == 503]
-        assert {answer.status_code for answer in answers} == {200, 503}
-        for answer in refused:
-            problem(answer, 503, "queue_full")
-            assert int(answer.headers["retry-after"]) >= 1
-        assert client.post(URL, content=content).status_code == 200
-
-
-def test_ten_clients_get_what_one_gets_alone_and_are_batched(
-    serve: Any, video: Path, tmp_path: Path
-) -> None:
-    """Their clips are joined, which the batch histogram shows, and nobody's answer changes."""
-    content = video.read_bytes()
-    shapes = [{"views": views, "crops": crops} for views in (1, 2, 3, 4, 5) for crops in (1, 3)]
-    with serve(decode_workers=4, spool_dir=tmp_path) as client:
-        alone = [client.post(URL, params=shape, content=content).json() for shape in shapes]
-        ran_alone = _batches(client)
-        together: dict[int, Any] = {}
-
-        def post(index: int) -> None:
-            together[index] = httpx.post(
-                f"{client.base_url}{URL}", params=shapes[index], content=content, timeout=60
-            ).json()
-
-        threads = [threading.Thread(target=post, args=(index,)) for index in range(10)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for index, answer in enumerate(alone):
-            for one, other in zip(
-                answer["predictions"], together[index]["predictions"], strict=True
-            ):
-                assert one["class_index"] == other["class_index"]
-                assert one["score"] == pytest.approx(other["score"], abs=2e-6)
-        clips = sum(shape["views"] * shape["crops"] for shape in shapes)
-        batches, in_batches = (
-            after - before for after, before in zip(_batches(client), ran_alone, strict=True)
-        )
-        assert in_batches == clips
-        assert batches < len(shapes) * 2, "requests should have shared batches"
-
-
-def _batches(client: httpx.Client) -> tuple[float, float]:
-    """How many batches ran, and how many clips were in them."""
-    lines = dict(
-        line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#"
-    )
-    return (
-        float(lines['timesformer_batch_clips_count{model="demo"}']),
-        float(lines['timesformer_batch_clips_sum{model="demo"}']),
-    )
+    alone = [scores(shape) for shape in shapes]
+    with ThreadPoolExecutor(len(shapes)) as threads:
+        together = list(threads.map(scores, shapes))
+    assert together == [pytest.approx(own, abs=2e-6) for own in alone]
 
 
 def test_errors_are_json_that_names_no_internals(client: httpx.Client) -> None:
@@ -448,50 +380,39 @@ def test_a_video_that_there_is_no_room_for_is_refused_before_it_is_read(
             assert b"retry-after: 7" in answer.lower()
 
 
-@pytest.mark.parametrize("views", [31, 400])
 def test_more_views_than_are_allowed_are_wrong_and_no_matter_of_room(
-    serve: Any, tmp_path: Path, views: int
+    serve: Serve, tmp_path: Path
 ) -> None:
-    """More than the queue holds would never fit, however often it is tried."""
+    """More than the queue holds would never fit, however often the client retries."""
     with serve(max_queue_clips=100, spool_dir=tmp_path) as client:
-        answer = client.post(URL, params={"views": views}, content=b"never read")
-        assert answer.status_code == 422
-        assert answer.json()["errors"][0]["message"] == "views x crops may be 30 at most"
+        for views in (31, 400):
+            answer = client.post(URL, params={"views": views}, content=b"never read")
+            assert answer.status_code == 422
+            assert answer.json()["errors"][0]["message"] == "views x crops may be 30 at most"
 
 
 def test_videos_that_wait_for_a_decoder_lock_nobody_out_of_an_idle_engine(
-    serve: Any, video: Path, tmp_path: Path
+    serve: Serve, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = video.read_bytes()
     limits = {"max_clips_per_request": 10, "max_queue_clips": 30, "decode_workers": 1}
-    statuses: list[int] = []
-    others = multiprocessing.active_children()
-    with serve(**limits, decode_timeout_s=300, spool_dir=tmp_path) as client:
+    gate = threading.Event()
+    begin = ThreadedDecoder.begin
 
-        def post() -> None:
-            ask = {"params": {"views": 10}, "content": content, "timeout": 300}
-            statuses.append(httpx.post(f"{client.base_url}{URL}", **ask).status_code)
+    def held(decoder: ThreadedDecoder, *given: Any) -> None:
+        assert gate.wait(120)
+        begin(decoder, *given)
 
-        def waiting() -> float:
-            waits = "timesformer_decode_waiting "
-            lines = client.get("/metrics").text.splitlines()
-            return next(float(line.split()[1]) for line in lines if line.startswith(waits))
+    def post(client: httpx.Client) -> int:
+        ask = {"params": {"views": 10}, "content": video.read_bytes(), "timeout": 300}
+        return httpx.post(f"{client.base_url}{URL}", **ask).status_code  # type: ignore[arg-type]
 
-        (decoder,) = [child for child in multiprocessing.active_children() if child not in others]
-        assert decoder.pid is not None
-        os.kill(decoder.pid, signal.SIGSTOP)
-        threads = [threading.Thread(target=post) for _ in range(4)]
+    monkeypatch.setattr(ThreadedDecoder, "begin", held)
+    with serve(**limits, spool_dir=tmp_path) as client, ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(post, client) for _ in range(4)]
         try:
-            for thread in threads:
-                thread.start()
-            deadline = time.monotonic() + 120
-            while waiting() < 3 and not statuses:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            assert statuses == [], "one was refused for clips that nobody decodes yet"
+            wait_until(lambda: "timesformer_decode_waiting 3.0" in client.get("/metrics").text)
+            assert not any(answer.done() for answer in answers)
         finally:
-            os.kill(decoder.pid, signal.SIGCONT)
-        for thread in threads:
-            thread.join()
-    # The clips of four may come faster than an engine of a busy machine takes those of one.
-    assert 200 in statuses
+            gate.set()
+        # The clips of four may come faster than an engine of a busy machine takes those of one.
+        assert 200 in [answer.result() for answer in answers]
