@@ -93,9 +93,9 @@ _BINARY = {
 _BODY = {
     "requestBody": {
         "required": True,
-        "description": f"JSON of at most {MAX_JSON_BYTES // MIB} MiB, or JSON and then the tensor's "
-        f"bytes, with the length of the JSON in the header `{HEADER_LENGTH}`. `Content-Encoding` "
-        "may be gzip or deflate.",
+        "description": f"JSON of at most {MAX_JSON_BYTES // MIB} MiB, or JSON and then the bytes "
+        f"of the tensor, with the length of the JSON in the header `{HEADER_LENGTH}`. "
+        "`Content-Encoding` may be gzip or deflate.",
         "content": {"application/json": {"schema": inlined_schema(InferRequest)}, **_BINARY},
     }
 }
