@@ -17,8 +17,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service.api import problems
 from service.auth import KeyFileError, Keyring, allow
-from service.decoder import WorkerLimits
-from service.decoding import LOSSES, DecoderPool
+from service.decoding.messages import DecoderLimits
+from service.decoding.pool import LOSS_REASONS, DecoderPool
+from service.decoding.sandbox import LAYERS
 from service.job_work import Means
 from service.jobs import Jobs
 from service.loading import store_of
@@ -30,7 +31,6 @@ from service.models import Models
 from service.network import Network
 from service.routes import admin, classify, embed, health, inference_protocol, jobs, page, timeline
 from service.routes import models as model_list
-from service.sandbox import LAYERS
 from service.settings import Settings, SettingsError
 from service.sources import Sources
 from service.spool import Spool
@@ -215,7 +215,7 @@ def _jobs(settings: Settings, metrics: Metrics, models: Models, sources: Sources
         return None
     metrics.add_jobs(settings.jobs_dir)
     folders = (settings.jobs_dir / "videos", settings.jobs_dir / "incoming")
-    limits = WorkerLimits.of(settings, folders)
+    limits = DecoderLimits.of(settings, folders)
     long = dataclasses.replace(limits.video, max_duration_s=settings.max_long_video_duration_s)
     decoders = DecoderPool(
         settings.job_workers,
@@ -230,11 +230,11 @@ def _jobs(settings: Settings, metrics: Metrics, models: Models, sources: Sources
 def _decoders(
     settings: Settings, metrics: Metrics, spool: Spool, workers: int, *, lazy: bool = False
 ) -> DecoderPool:
-    for reason in LOSSES:
+    for reason in LOSS_REASONS:
         metrics.decoder_restarts.labels(reason)  # at 0, so that the first one is seen as a rise
     return DecoderPool(
         workers,
-        WorkerLimits.of(settings, (spool.folder,)),
+        DecoderLimits.of(settings, (spool.folder,)),
         on_restart=lambda reason: metrics.decoder_restarts.labels(reason).inc(),
         lazy=lazy,
         max_waiting=_MOST_WAITING_VIDEOS,

@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.files import write_atomic
 from service.errors import ForbiddenError, TooManyRequestsError, UnauthorizedError
-from service.lingering import outlasting
 from service.turns import Priority
 
 logger = logging.getLogger(__name__)
@@ -211,7 +210,7 @@ async def admitted(request: Request, scope: Scope) -> AsyncIterator[None]:
     if scope not in key.scopes and "admin" not in key.scopes:
         raise ForbiddenError(f"This key lacks the scope `{scope}`.")
     request.state.priority, request.state.api_key = key.priority, key
-    async with outlasting(keyring.use(key)):
+    with keyring.use(key):
         yield
 
 

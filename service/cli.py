@@ -127,11 +127,6 @@ for _command in (
     cli.add_command(_command)
 
 
-def main() -> None:
-    """Entry point of the `timesformer` command."""
-    cli()
-
-
 def _settings_options(command: Command) -> Command:
     """One flag for each field of `Settings`, in its order; a removed flag explains itself."""
     from service.settings import ENV_PREFIX, REMOVED, Settings, removal
@@ -251,4 +246,4 @@ def info(variant: str | None, scheme: str | None, classes: int | None, as_json: 
 
 
 if __name__ == "__main__":
-    main()
+    cli()

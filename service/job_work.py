@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from model.video import Limits
 from service.classification import classification, embedding_of
-from service.decoder import Job
-from service.decoding import DecoderPool
+from service.decoding.messages import DecodeRequest, StreamRequest
+from service.decoding.pool import DecoderPool
 from service.job_results import Draft
 from service.models import Models
 from service.schemas import ClassifyParameters, ViewParameters
@@ -28,7 +28,6 @@ from service.schemas_timeline import (
 )
 from service.served import ServedModel
 from service.settings import Settings
-from service.streaming import StreamJob
 from service.timeline import Timeline, checked_cut, events_of, submit_patiently
 
 Kind = Literal["classify", "timeline", "embed"]
@@ -101,7 +100,9 @@ async def do(
 
 async def _look(parameters: ViewParameters, video: Path, means: Means, model: ServedModel) -> bytes:
     seen = model.bundle.config.preprocessing
-    clips = await means.decoders.decode(Job(video, seen, parameters.views, parameters.crops))
+    clips = await means.decoders.decode(
+        DecodeRequest(video, seen, parameters.views, parameters.crops)
+    )
     answer = await submit_patiently(model, clips.frames, "low")
     found: BaseModel
     if isinstance(parameters, ClassifyParameters):
@@ -124,7 +125,7 @@ async def _timeline(
     limits = Limits(
         max_pixels=settings.max_video_pixels, max_duration_s=settings.max_long_video_duration_s
     )
-    job = StreamJob(video, model.bundle.config.preprocessing, cut, limits)
+    job = StreamRequest(video, model.bundle.config.preprocessing, cut, limits)
     timeline = Timeline(model.bundle, cut, parameters)
     start = summary = b"null"
     windows = expected = 0

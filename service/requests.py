@@ -15,7 +15,7 @@ from export.bundle import Bundle
 from model.video import Clips
 from model.video.opening import CODECS
 from service.api.problems import PROBLEM_TYPE
-from service.decoder import Job
+from service.decoding.messages import DecodeRequest
 from service.errors import ClientDisconnectedError, RequestTimeoutError
 from service.forms import FILE_FIELD, SOURCE_FIELD
 from service.metrics import Metrics
@@ -233,11 +233,12 @@ async def _look(
     started = time.perf_counter()
     asked = parameters.views * parameters.crops
     # In this order: a video that waits for a decoder keeps no room before the engine.
-    async with state.decoders.turn() as decode:
+    async with state.decoders.acquire() as decode:
         with state.network.for_video(wanted, asked, urgency.priority) as lease:
-            bundle = lease.bundle
-            work = Job(upload.path, bundle.config.preprocessing, parameters.views, parameters.crops)
-            clips = await decode(work)
+            bundle, seen = lease.bundle, lease.bundle.config.preprocessing
+            clips = await decode(
+                DecodeRequest(upload.path, seen, parameters.views, parameters.crops)
+            )
             decode_s = time.perf_counter() - started
             answer = await lease.answer(clips.frames, urgency.priority, urgency.deadline)
             return bundle, clips, decode_s, answer

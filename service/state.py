@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from service.decoding import DecoderPool
+from service.decoding.pool import DecoderPool
 from service.errors import NotReadyError
 from service.jobs import Jobs
 from service.memory import Memory

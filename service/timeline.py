@@ -20,6 +20,7 @@ from export.bundle import Bundle
 from model.scores import mean_scores
 from model.video import Cut, Ended, Opened, Window, WindowError, make_cut
 from service.classification import best_scores, video_facts
+from service.decoding.messages import StreamMessage
 from service.errors import QueueFullError
 from service.schemas import ModelName
 from service.schemas_timeline import (
@@ -33,7 +34,6 @@ from service.schemas_timeline import (
 )
 from service.segments import Rule, Segment, Segmenter
 from service.served import ServedModel
-from service.streaming import Piece
 from service.turns import Answer, Priority
 
 # A long video waits for room in the queue instead of being refused in its middle.
@@ -132,7 +132,7 @@ class Timeline:
 
 
 async def events_of(
-    pieces: AsyncIterator[Piece],
+    pieces: AsyncIterator[StreamMessage],
     model: ServedModel,
     timeline: Timeline,
     ahead: int,
@@ -149,7 +149,7 @@ async def events_of(
             has been given by then.
     """
     running: deque[tuple[Window, asyncio.Future[NDArray[np.float32]]]] = deque()
-    reading: asyncio.Future[Piece] | None = asyncio.ensure_future(anext(pieces))
+    reading: asyncio.Future[StreamMessage] | None = asyncio.ensure_future(anext(pieces))
     try:
         while reading or running:
             waiting: list[asyncio.Future[Any]] = [task for _, task in list(running)[:1]]

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.config import Preprocessing
+from model.processes import die_with_parent
 from model.training.errors import DataError, RecipeError
 from model.training.remote import local_video
 from model.training.sources import Sample, VideoList
-from model.training.workers import follow_the_parent
 from model.video import Timeline, VideoError, read_frames, resize_crop, to_rgb
 from model.video.sampling import TIMELINE_FPS, frames_at
 from model.video.transforms import upright_turns
@@ -299,7 +299,7 @@ def load_batches(clips: TrainingClips, order: BatchOrder, workers: int) -> DataL
 
 
 def _start_worker(number: int) -> None:
-    follow_the_parent()
+    die_with_parent()
 
 
 def _collate(clips: list[tuple[NDArray[np.uint8], int, list[Replaced]]]) -> Batch:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import collections
 import itertools
 import multiprocessing
-import multiprocessing.process
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from model.processes import die_with_parent
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -94,19 +92,4 @@ def _alone(
 def _pool(processes: int) -> ProcessPoolExecutor:
     # Spawned, as a fork of a process with threads may inherit a lock that nobody releases.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, context, initializer=follow_the_parent)
-
-
-def follow_the_parent() -> None:
-    """To be called first in a worker. Ctrl-C reaches every process of a terminal, and is the
-    parent's to act on; a parent that is killed takes its workers along, which would otherwise wait
-    for work from each other's pipes for good, and hold its output open."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+    return ProcessPoolExecutor(processes, context, initializer=die_with_parent)

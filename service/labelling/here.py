@@ -15,8 +15,8 @@ from export.bundle import Bundle
 from model.training.remote import is_url, local_video
 from model.video import Clips, VideoError
 from service.batcher import Batcher
-from service.decoder import Job, WorkerLimits
-from service.decoding import DecoderPool
+from service.decoding.messages import DecodeRequest, DecoderLimits
+from service.decoding.pool import DecoderPool
 from service.engines import Engines, find_tensorrt
 from service.errors import InternalError, VideoRejectedError
 from service.labelling.errors import LabellingError
@@ -126,7 +126,7 @@ class Decoding:
         self._sees = bundle.config.preprocessing
         self._parameters = parameters
         self._settings = settings
-        self._pool = DecoderPool(workers, WorkerLimits.of(settings), lambda reason: None)
+        self._pool = DecoderPool(workers, DecoderLimits.of(settings), lambda reason: None)
 
     async def __aenter__(self) -> Decoding:
         await self._pool.start()
@@ -147,7 +147,7 @@ class Decoding:
         views, crops = self._parameters.views, self._parameters.crops
         try:
             async with _fetched(path) as file:
-                return await self._pool.decode(Job(file, self._sees, views, crops))
+                return await self._pool.decode(DecodeRequest(file, self._sees, views, crops))
         except VideoRejectedError as error:
             return Refused(error.code, error.detail)
         except VideoError as error:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from model.video import Limits
+from service.decoding.messages import StreamRequest
 from service.errors import QueueFullError
 from service.events import MEDIA_TYPES, EventStream, choose_format
 from service.logging import request_id
@@ -28,7 +29,6 @@ from service.schemas_timeline import (
 )
 from service.served import ServedModel
 from service.state import Running, State
-from service.streaming import StreamJob
 from service.timeline import Timeline, checked_cut, events_of
 from service.turns import Priority
 from service.uploads import Upload, receive
@@ -136,7 +136,7 @@ async def _begin(
     limits = Limits(
         max_pixels=settings.max_video_pixels, max_duration_s=settings.max_long_video_duration_s
     )
-    job = StreamJob(upload.path, model.bundle.config.preprocessing, cut, limits)
+    job = StreamRequest(upload.path, model.bundle.config.preprocessing, cut, limits)
     pieces = await stack.enter_async_context(state.streams.stream(job))
     made = Timeline(model.bundle, cut, parameters, request_id.get())
     events = events_of(pieces, model, made, model.ahead, priority)

@@ -28,8 +28,8 @@ from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import SAMPLE_CLIP, STORE
 from model.video import Clips, load_clips
 from service.app import create_app
-from service.decoder import Job
-from service.decoding import DecoderPool
+from service.decoding.messages import DecodeRequest
+from service.decoding.pool import DecoderPool
 from service.loading import find_bundle
 from service.settings import Settings, load_settings
 from tests.benchmarks.queue_simulator import (
@@ -118,7 +118,7 @@ def run_service(settings: Settings, connection: Connection) -> None:
     draw, rng = drawn_from(DECODE_S), random.Random(1)
     free: list[asyncio.Semaphore] = []
 
-    async def decode(pool: DecoderPool, job: Job) -> Clips:
+    async def decode(pool: DecoderPool, job: DecodeRequest) -> Clips:
         if not free:
             free.append(asyncio.Semaphore(DECODERS))
         async with free[0]:

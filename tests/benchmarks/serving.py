@@ -26,8 +26,8 @@ from export.runtime import load_runtime
 from model.demo import SAMPLE_CLIP, STORE
 from model.video import load_clips
 from service.app import create_app
-from service.decoder import Job
-from service.decoding import DecoderPool
+from service.decoding.messages import DecodeRequest
+from service.decoding.pool import DecoderPool
 from service.loading import find_bundle
 from service.settings import Settings, load_settings
 
@@ -108,7 +108,7 @@ def run_service(settings: Settings, decode: bool, connection: Connection) -> Non
         config = find_bundle(settings).config
         ready = load_clips(SAMPLE_CLIP, config.preprocessing)
 
-        async def hand_out(pool: DecoderPool, job: Job) -> object:
+        async def hand_out(pool: DecoderPool, job: DecodeRequest) -> object:
             return ready
 
         DecoderPool.decode = hand_out  # type: ignore[method-assign,assignment]

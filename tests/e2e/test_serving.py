@@ -29,6 +29,12 @@ def children_of(pid: int) -> set[int]:
     return {int(line) for line in found.stdout.split()}
 
 
+def descendants_of(pid: int) -> set[int]:
+    """The fork server and its decoders too."""
+    children = children_of(pid)
+    return children.union(*map(descendants_of, children))
+
+
 def wait_for_the_end_of(pids: set[int]) -> None:
     """Returns once none of the processes is left."""
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
@@ -93,7 +99,7 @@ def test_on_sigterm_it_finishes_what_runs_and_exits_with_0(
         stall(service, tmp_path, content) as first,
         stall(service, tmp_path, content) as second,
     ):
-        workers = children_of(service.process.pid)
+        processes = descendants_of(service.process.pid)
         service.process.send_signal(signal.SIGTERM)
         while not any('"stopping"' in line for line in service.log):
             time.sleep(0.01)
@@ -101,7 +107,7 @@ def test_on_sigterm_it_finishes_what_runs_and_exits_with_0(
             sender.sendall(content[-LAST:])
             assert read_all(sender).startswith(b"HTTP/1.1 200 ")
         assert service.process.wait() == 0
-        wait_for_the_end_of(workers)
+        wait_for_the_end_of(processes)
 
 
 def test_after_sigterm_it_serves_on_for_the_delay_and_a_second_signal_ends_it_at_once(
@@ -110,7 +116,7 @@ def test_after_sigterm_it_serves_on_for_the_delay_and_a_second_signal_ends_it_at
     delays = ("--shutdown-delay-s", "600", "--shutdown-grace-s", "3600")
     flags = (*delays, *PATIENT, "--spool-dir", str(tmp_path))
     with start_service(*flags) as service, stall(service, tmp_path):
-        client, workers = service.client, children_of(service.process.pid)
+        client, processes = service.client, descendants_of(service.process.pid)
         assert client.get("/health/ready").status_code == 200
         service.process.send_signal(signal.SIGTERM)
         while client.get("/health/ready").status_code != 503:
@@ -123,7 +129,7 @@ def test_after_sigterm_it_serves_on_for_the_delay_and_a_second_signal_ends_it_at
         assert answer.headers["connection"] == "close"
         service.process.send_signal(signal.SIGINT)
         assert service.process.wait() == 128 + signal.SIGINT
-        wait_for_the_end_of(workers)
+        wait_for_the_end_of(processes)
 
 
 def test_when_the_delay_is_over_it_refuses_connections_and_exits_with_0(
@@ -139,7 +145,7 @@ def test_when_the_delay_is_over_it_refuses_connections_and_exits_with_0(
 ENGINE_THAT_HANGS = """
 import threading
 from export.runtime.onnxruntime import OnnxRuntime
-from service.cli import main
+from service.__main__ import main
 
 real = OnnxRuntime.run
 
@@ -150,7 +156,7 @@ def run(engine, frames):
     threading.Event().wait()
 
 OnnxRuntime.run = run
-if __name__ == "__main__":  # decoders, which are spawned, import this too
+if __name__ == "__main__":
     main()
 """
 
@@ -179,10 +185,10 @@ def test_an_engine_that_hangs_does_not_hold_up_the_stop_for_ever(
 ) -> None:
     flags = ("--shutdown-grace-s", "1")
     with hanging_service(start_service, tmp_path / "serve.py", *flags) as service:
-        workers = children_of(service.process.pid)
+        processes = descendants_of(service.process.pid)
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait() == 1
-        wait_for_the_end_of(workers)
+        wait_for_the_end_of(processes)
     assert any("an engine does not end and is left" in line for line in service.log)
 
 
@@ -238,12 +244,12 @@ def test_after_kill_9_no_decoder_stays_behind_and_the_next_start_clears_the_spoo
     start_service: Any, tmp_path: Path
 ) -> None:
     with start_service("--spool-dir", str(tmp_path)) as service:
-        workers = children_of(service.process.pid)
-        assert len(workers) >= 2
+        processes = descendants_of(service.process.pid)
+        assert len(processes) >= 3
         with stall(service, tmp_path):
             os.kill(service.process.pid, signal.SIGKILL)
             service.process.wait()
-        wait_for_the_end_of(workers)
+        wait_for_the_end_of(processes)
     (left,) = tmp_path.iterdir()
     with start_service("--spool-dir", str(tmp_path)):
         (folder,) = tmp_path.iterdir()
@@ -253,10 +259,9 @@ def test_after_kill_9_no_decoder_stays_behind_and_the_next_start_clears_the_spoo
 
 
 def test_requests_survive_the_death_of_a_decoder(service: Any) -> None:
-    for pid in children_of(service.process.pid):
-        command = Path(f"/proc/{pid}/cmdline").read_text()
-        if "spawn_main" in command:
-            os.kill(pid, signal.SIGKILL)
+    pid = service.process.pid
+    for decoder in descendants_of(pid) - children_of(pid):
+        os.kill(decoder, signal.SIGKILL)
     content = SAMPLE_CLIP.read_bytes()
     statuses = [service.client.post("/v1/classify", content=content).status_code for _ in range(8)]
     # One that is sent a video in the moment of its death costs that video.

@@ -18,10 +18,8 @@ import uvicorn
 from hypothesis import HealthCheck, settings
 
 from service.app import create_app
-from service.decoder import Worker
 from service.listening import configuration
 from service.settings import load_settings
-from tests.service.threaded import ThreadedDecoder
 
 # Property tests try the same examples each time, however slow the machine is.
 settings.register_profile(
@@ -37,20 +35,15 @@ Serve = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 @contextlib.contextmanager
-def _serve(
-    *, decoder: type[Worker] = ThreadedDecoder, **overrides: object
-) -> Iterator[httpx.Client]:
-    """Args: decoder: `Worker` where a test needs decoders that are processes."""
+def _serve(**overrides: object) -> Iterator[httpx.Client]:
     defaults = {"device": "cpu", "decode_workers": 2, "max_batch_clips": 8, "port": 0}
     own = load_settings(**{**defaults, "shutdown_grace_s": 5, **overrides})
     server = uvicorn.Server(configuration(create_app(own), own, lifespan="on"))
     thread = threading.Thread(target=server.run)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.decoding.Worker", decoder)
-        thread.start()
+    thread.start()
+    try:
         while not server.started and thread.is_alive():
             time.sleep(0.01)
-    try:
         assert server.started, "the service did not start"
         port = server.servers[0].sockets[0].getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
@@ -62,10 +55,7 @@ def _serve(
 
 @pytest.fixture(scope="session")
 def serve() -> Serve:
-    """Starts a service with the given settings; its client is the context's value.
-
-    Its decoders are threads, except with `decoder=Worker`.
-    """
+    """Starts a service with the given settings; its client is the context's value."""
     return _serve
 
 

@@ -41,7 +41,7 @@ def worker_at(spool: Path) -> int:
                 continue
             if any(name.startswith(str(spool)) for name in opened):
                 command = (process / "cmdline").read_bytes()
-                if b"spawn_main" in command:
+                if b"multiprocessing" in command:
                     return int(process.name)
         time.sleep(0.05)
     raise AssertionError("no worker decodes")

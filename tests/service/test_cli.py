@@ -666,7 +666,7 @@ sys.meta_path.insert(0, Absent())
 
 
 def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    script = f"{WITHOUT_TORCH}\nfrom service.cli import main\nmain()"
+    script = f"{WITHOUT_TORCH}\nfrom service.__main__ import main\nmain()"
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 

@@ -23,7 +23,7 @@ from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import SAMPLE_CLIP
 from service.auth import ApiKey, new_key, write_keys
-from service.decoding import DecoderPool
+from service.decoding.pool import DecoderPool
 from tests.service.conftest import Serve
 from tests.service.test_models import wait_until
 

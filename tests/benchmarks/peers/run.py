@@ -167,7 +167,7 @@ def started(
         port = probe.getsockname()[1]
     python = str(options.python.absolute())
     command = {
-        "service": [sys.executable, "-c", "import service.cli; service.cli.main()", "serve"],
+        "service": [sys.executable, "-c", "from service.__main__ import main; main()", "serve"],
         "litserve": [python, "serve_litserve.py", str(port)],
         "bentoml": [python, "-m", "bentoml", "serve", "serve_bentoml:Peer", "--port", str(port)],
         "ray": [python, "serve_ray.py", str(port)],

@@ -20,13 +20,13 @@ from export.runtime import load_runtime
 from model.demo import STORE
 from model.scores import mean_scores
 from model.video import load_clips
+from service.decoding.process import DecoderProcess
 from service.errors import QueueFullError, SpoolFullError
 from service.pace import Watch
 from service.spool import SpoolFile
 from tests.export.conftest import colour_config, publish_colours, write_video
 from tests.service.conftest import Serve
 from tests.service.test_models import wait_until
-from tests.service.threaded import ThreadedDecoder
 
 URL = "/v1/classify"
 
@@ -368,7 +368,7 @@ def test_a_video_that_there_is_no_room_for_is_refused_before_it_is_read(
         address = (client.base_url.host, client.base_url.port)
         for place in (
             "service.batcher.Batcher.check_room",
-            "service.decoding.DecoderPool.check_room",
+            "service.decoding.pool.DecoderPool.check_room",
         ):
             with monkeypatch.context() as patch, socket.create_connection(address) as sender:
                 patch.setattr(place, full)
@@ -396,9 +396,9 @@ def test_videos_that_wait_for_a_decoder_lock_nobody_out_of_an_idle_engine(
 ) -> None:
     limits = {"max_clips_per_request": 10, "max_queue_clips": 30, "decode_workers": 1}
     gate = threading.Event()
-    begin = ThreadedDecoder.begin
+    begin = DecoderProcess.begin
 
-    def held(decoder: ThreadedDecoder, *given: Any) -> None:
+    def held(decoder: DecoderProcess, *given: Any) -> None:
         assert gate.wait(120)
         begin(decoder, *given)
 
@@ -406,7 +406,7 @@ def test_videos_that_wait_for_a_decoder_lock_nobody_out_of_an_idle_engine(
         ask = {"params": {"views": 10}, "content": video.read_bytes(), "timeout": 300}
         return httpx.post(f"{client.base_url}{URL}", **ask).status_code  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ThreadedDecoder, "begin", held)
+    monkeypatch.setattr(DecoderProcess, "begin", held)
     with serve(**limits, spool_dir=tmp_path) as client, ThreadPoolExecutor(4) as threads:
         answers = [threads.submit(post, client) for _ in range(4)]
         try:

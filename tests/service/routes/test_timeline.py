@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import pytest
 
-from service.decoder import Worker
 from service.settings import Settings
 from tests.service.long_video import worker_at, write_long_video
 
@@ -182,7 +181,7 @@ def test_an_error_after_the_start_is_an_event_with_its_code(
     serve: Any, hour: Path, tmp_path: Path
 ) -> None:
     """Here the decoder dies."""
-    with serve(spool_dir=tmp_path, decoder=Worker) as client:
+    with serve(spool_dir=tmp_path) as client:
         with client.stream("POST", URL, content=hour.read_bytes()) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -196,16 +195,6 @@ def test_an_error_after_the_start_is_an_event_with_its_code(
         text = client.get("/metrics").text
         assert 'timesformer_rejected_total{code="decoder_crashed"} 1.0' in text
         assert client.post(URL, content=hour.read_bytes()[:1000]).status_code == 422
-
-
-def test_a_decoder_without_progress_is_replaced(serve: Any, hour: Path, tmp_path: Path) -> None:
-    with serve(spool_dir=tmp_path, decode_timeout_s=10.0, decoder=Worker) as client:
-        with client.stream("POST", URL, content=hour.read_bytes()) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            os.kill(worker_at(tmp_path), signal.SIGSTOP)
-            *_, last = lines
-        assert json.loads(last)["code"] == "decoding_timeout"
 
 
 def test_a_timeline_that_does_not_begin_in_time_is_refused_with_a_status(

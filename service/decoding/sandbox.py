@@ -14,7 +14,6 @@ import ctypes
 import errno
 import os
 import platform
-import signal
 import struct
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 
 LAYERS = ("landlock", "seccomp")
 
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_NO_NEW_PRIVS = 38
 # Landlock: linux/landlock.h. Its system calls have one number on all architectures.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION_FLAG = 1
@@ -91,15 +90,6 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "kexec_file_load": (320, 294),
     "reboot": (169, 142),
 }
-
-
-def end_with(parent: int) -> None:
-    """Has the kernel kill this process as soon as its parent is gone, even if that was killed while
-    this one decodes. To the kernel the parent is the thread that started this process.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone before
-        os._exit(1)
 
 
 def enter(folders: Sequence[Path] | None) -> tuple[str, ...]:

@@ -11,25 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from model.config import Preprocessing
-from model.video import Clips, Limits, load_clips
-from service import sandbox
+from model.video import Clips, load_clips
 from service.app import tell_of_sandbox
-from service.decoder import Job, WorkerLimits
-from service.decoding import DecoderPool
+from service.decoding import sandbox
+from service.decoding.messages import DecodeRequest, DecoderLimits
+from service.decoding.pool import DecoderPool
 from service.errors import VideoRejectedError
 from service.metrics import Metrics
-from service.settings import MIB, SettingsError, load_settings
+from service.settings import SettingsError, load_settings
 from tests.service.conftest import Serve
-
-SEEN = Preprocessing(num_frames=4, image_size=32, frame_stride=4)
-LIMITS = WorkerLimits(memory_bytes=2048 * MIB, timeout_s=60.0, video=Limits())
+from tests.service.decoding.conftest import LIMITS, SEEN
 
 # Each attempt in a process that has locked itself in; prints what came of it, by name.
 _ATTEMPTS = """
 import json, os, pathlib, resource, socket, subprocess, sys, threading, urllib.request
 import numpy, av
-from service import sandbox
+from service.decoding import sandbox
 folder = pathlib.Path(sys.argv[1])
 folders = None if sys.argv[2] == "anywhere" else [folder]
 layers = sandbox.enter(folders)
@@ -100,12 +97,12 @@ def test_without_folders_it_reads_anything_and_still_does_nothing_else(tmp_path:
     assert done == _NEEDED | {"read elsewhere", "read the environment"}
 
 
-def pool_decodes(path: Path, limits: WorkerLimits) -> tuple[Clips, tuple[str, ...]]:
+def pool_decodes(path: Path, limits: DecoderLimits) -> tuple[Clips, tuple[str, ...]]:
     async def run() -> tuple[Clips, tuple[str, ...]]:
         pool = DecoderPool(1, limits, on_restart=lambda reason: None)
         await pool.start()
         try:
-            return await pool.decode(Job(path, SEEN, 1, 1)), pool.sandbox
+            return await pool.decode(DecodeRequest(path, SEEN, 1, 1)), pool.sandbox
         finally:
             pool.close()
 
