@@ -60,12 +60,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    held = Held(DecoderPool._exchange)
+    held = Held(DecoderPool._decode)
 
-    def exchange(pool: DecoderPool, *arguments: Any) -> Any:
+    def decode(pool: DecoderPool, *arguments: Any) -> Any:
         return held(pool, *arguments)
 
-    monkeypatch.setattr(DecoderPool, "_exchange", exchange)
+    monkeypatch.setattr(DecoderPool, "_decode", decode)
     yield held
     held.gate.set()
 
