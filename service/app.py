@@ -29,7 +29,7 @@ from service.middleware import REQUEST_ID_HEADER, RequestContext
 from service.mirror import Mirror
 from service.models import Models
 from service.network import Network
-from service.routes import admin, classify, embed, health, inference_protocol, jobs, page, timeline
+from service.routes import admin, health, inference_protocol, jobs, page, predict, timeline
 from service.routes import models as model_list
 from service.settings import Settings, SettingsError
 from service.sources import Sources
@@ -77,7 +77,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestContext, metrics=app.state.metrics, tracer=app.state.tracer)
     app.router.routes[:0] = inference_protocol.infer_routes
     protocol = inference_protocol.router, inference_protocol.described
-    groups = classify, embed, timeline, jobs, model_list
+    groups = predict, timeline, jobs, model_list
     for router in (*(group.router for group in groups), *protocol):
         app.include_router(router, dependencies=[Depends(allow("infer"))])
     for router in (health.router, inference_protocol.probes):
