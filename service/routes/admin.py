@@ -26,10 +26,15 @@ from service.schemas import (
 from service.state import Running, State
 from service.uploads import receive_json
 
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: PROBLEM_RESPONSES[status] for status in statuses}
+
+
 router = APIRouter(
     prefix="/v1/admin/models",
     tags=["admin"],
-    responses={status: PROBLEM_RESPONSES[status] for status in (400, 401, 403, 404, 422, 429, 503)},
+    responses=_problems(400, 401, 403, 404, 422, 429, 503),
 )
 _REFUSED: dict[int | str, dict[str, Any]] = {
     409: problem_response("The version cannot be served; store and service are as they were.")
@@ -44,7 +49,7 @@ def _own_store(state: Running) -> None:
         )
 
 
-_CHANGES = [Depends(_own_store)]
+_CHANGE: dict[str, Any] = {"responses": _REFUSED, "dependencies": [Depends(_own_store)]}
 
 
 @router.get("", summary="List models, versions and candidates", responses=_REFUSED)
@@ -59,12 +64,7 @@ async def versions(model: str, state: Running) -> AdminModel:
     return await _facts(state.models.find(model), state)
 
 
-@router.post(
-    "/{model}/versions/{version}/activate",
-    summary="Serve a version",
-    responses=_REFUSED,
-    dependencies=_CHANGES,
-)
+@router.post("/{model}/versions/{version}/activate", summary="Serve a version", **_CHANGE)
 async def activate(model: str, version: str, state: Running) -> ModelName:
     """Checks, loads and warms the version up, then lets it take over and marks it as active."""
     host = state.models.find(model)
@@ -72,12 +72,7 @@ async def activate(model: str, version: str, state: Running) -> ModelName:
     return _serving(host)
 
 
-@router.post(
-    "/{model}/rollback",
-    summary="Serve the version before",
-    responses=_REFUSED,
-    dependencies=_CHANGES,
-)
+@router.post("/{model}/rollback", summary="Serve the version before", **_CHANGE)
 async def rollback(model: str, state: Running) -> ModelName:
     """Goes back to the version that was active before."""
     host = state.models.find(model)
@@ -88,8 +83,8 @@ async def rollback(model: str, state: Running) -> ModelName:
 @router.put(
     "/{model}/candidate",
     summary="Try a version",
-    responses={**{status: PROBLEM_RESPONSES[status] for status in (408, 413)}, **_REFUSED},
-    dependencies=_CHANGES,
+    responses={**_problems(408, 413), **_REFUSED},
+    dependencies=_CHANGE["dependencies"],
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -108,12 +103,7 @@ async def try_candidate(model: str, request: Request, state: Running) -> AdminMo
     return await _facts(host, state)
 
 
-@router.delete(
-    "/{model}/candidate",
-    summary="Try no version any more",
-    responses=_REFUSED,
-    dependencies=_CHANGES,
-)
+@router.delete("/{model}/candidate", summary="Try no version any more", **_CHANGE)
 async def withdraw_candidate(model: str, state: Running) -> AdminModel:
     """Ends the trial in all replicas; what runs in the candidate is answered."""
     host = state.models.find(model)
@@ -121,12 +111,7 @@ async def withdraw_candidate(model: str, state: Running) -> AdminModel:
     return await _facts(host, state)
 
 
-@router.post(
-    "/{model}/candidate/promote",
-    summary="Serve the candidate",
-    responses=_REFUSED,
-    dependencies=_CHANGES,
-)
+@router.post("/{model}/candidate/promote", summary="Serve the candidate", **_CHANGE)
 async def promote(model: str, state: Running) -> ModelName:
     """Makes the candidate, which is loaded already, the active version."""
     host = state.models.find(model)

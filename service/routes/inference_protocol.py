@@ -7,12 +7,13 @@ tritonclient and KServe's client work with it unchanged. How bodies are written 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
@@ -76,17 +77,35 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def _path_parameters(*names: str) -> dict[str, Any]:
-    """For OpenAPI: one function answers with and without a version, so they are not arguments."""
-    return {
-        "parameters": [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            for name in names
-        ]
-    }
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
-_NAMED, _VERSIONED = _path_parameters("model"), _path_parameters("model", "version")
+def _of_model(
+    register: Callable[..., Any], path: str, summary: str, extra: dict[str, Any], **described: Any
+) -> Callable[[Endpoint], Endpoint]:
+    """Registers an endpoint for a model and for a version of a model. The path's parameters are
+    added for OpenAPI only: the endpoint reads them from the request.
+    """
+
+    def add(endpoint: Endpoint) -> Endpoint:
+        versioned = ("/models/{model}/versions/{version}", "this version of a model")
+        for place, model in (versioned, ("/models/{model}", "a model")):
+            names = re.findall(r"{(\w+)}", place)
+            parameters = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in names
+            ]
+            register(
+                place + path,
+                summary=summary.format(model),
+                openapi_extra={**extra, "parameters": parameters + extra.get("parameters", [])},
+                **described,
+            )(endpoint)
+        return endpoint
+
+    return add
+
+
 _BINARY = {
     "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
 }
@@ -108,10 +127,7 @@ _HEADER = {
 }
 
 
-def _infer_extra(path: dict[str, Any]) -> dict[str, Any]:
-    return {**_BODY, "parameters": [*path["parameters"], _HEADER, *HEADERS]}
-
-
+_NO_MODEL = _problems(401, 403, 404, 429, 503)
 probes = APIRouter(prefix="/v2", tags=["open inference protocol"])
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
@@ -138,18 +154,7 @@ async def server_metadata() -> ServerMetadata:
     )
 
 
-@router.get(
-    "/models/{model}",
-    summary="What does a model take and give?",
-    responses=_problems(401, 403, 404, 429, 503),
-    openapi_extra=_NAMED,
-)
-@router.get(
-    "/models/{model}/versions/{version}",
-    summary="What does this version of a model take and give?",
-    responses=_problems(401, 403, 404, 429, 503),
-    openapi_extra=_VERSIONED,
-)
+@_of_model(router.get, "", "What does {} take and give?", {}, responses=_NO_MODEL)
 async def model_metadata(request: Request, state: Running) -> ModelMetadata:
     """The names, datatypes and shapes of its inputs and outputs."""
     model = state.network.model(_wanted(request))
@@ -170,18 +175,7 @@ async def model_metadata(request: Request, state: Running) -> ModelMetadata:
     )
 
 
-@router.get(
-    "/models/{model}/ready",
-    summary="Can a model take requests?",
-    responses=_problems(401, 403, 404, 429, 503),
-    openapi_extra=_NAMED,
-)
-@router.get(
-    "/models/{model}/versions/{version}/ready",
-    summary="Can this version of a model take requests?",
-    responses=_problems(401, 403, 404, 429, 503),
-    openapi_extra=_VERSIONED,
-)
+@_of_model(router.get, "/ready", "Can {} take requests?", {}, responses=_NO_MODEL)
 async def model_ready(request: Request, state: Running) -> ModelReady:
     """200 if it is the one that serves."""
     return ModelReady(name=state.network.model(_wanted(request)).bundle.name)
@@ -192,25 +186,16 @@ async def model_ready(request: Request, state: Running) -> ModelReady:
 described = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
 
-@described.post(
-    "/models/{model}/infer",
-    summary="Run clips through a model",
+@_of_model(
+    described.post,
+    "/infer",
+    "Run clips through {}",
+    {**_BODY, "parameters": [_HEADER, *HEADERS]},
     response_model=InferResponse,
     responses={
         200: {"content": _BINARY},
         **_problems(400, 401, 403, 404, 408, 413, 415, 429, 503, 504),
     },
-    openapi_extra=_infer_extra(_NAMED),
-)
-@described.post(
-    "/models/{model}/versions/{version}/infer",
-    summary="Run clips through this version of a model",
-    response_model=InferResponse,
-    responses={
-        200: {"content": _BINARY},
-        **_problems(400, 401, 403, 404, 408, 413, 415, 429, 503, 504),
-    },
-    openapi_extra=_infer_extra(_VERSIONED),
 )
 async def infer(request: Request) -> Response:
     """Joins the clips with those of other clients and answers with the network's outputs."""
