@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from export.bench import Entrant, take_turns, timing
 from export.bundle import Bundle
-from export.proof import Proof, shortfall
+from export.proof import Proof, prove_or_close
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.plans import (
     Fastest,
@@ -22,7 +22,7 @@ from export.runtime.plans import (
     locked,
     write_whole,
 )
-from export.runtime.tensorrt import TensorRt, TensorRtRuntime
+from export.runtime.tensorrt import TensorRt
 
 _ROUNDS = 10
 
@@ -57,7 +57,8 @@ def measure_fastest(
         for precision in graphs:
             report(f"proving {precision}")
             try:
-                runtime = _proven(gpu, build(precision), batches[-1], proof)
+                runtime = gpu.load(build(precision), batches[-1])
+                prove_or_close([runtime], proof)
             except (PlanError, RuntimeUnavailableError) as error:
                 refused[precision] = str(error)
                 continue
@@ -85,18 +86,3 @@ def measure_fastest(
     with locked(path):
         write_whole(path, (found.model_dump_json(indent=2) + "\n").encode())
     return found
-
-
-def _proven(gpu: TensorRt, plan: Plan, largest: int, proof: Proof) -> TensorRtRuntime:
-    """The plan, loaded; what cannot serve is off the device again."""
-    runtime = gpu.load(plan, largest)
-    with contextlib.ExitStack() as closing:
-        closing.callback(runtime.close)
-        try:
-            parity = proof.judge(runtime)
-        except Exception as error:  # engines' exceptions share no base but Exception
-            raise PlanError(f"it fails on clips: {error}") from error
-        if not parity.passed:
-            raise PlanError(f"its answers are not the network's: {shortfall(parity)}")
-        closing.pop_all()
-    return runtime

@@ -4,6 +4,9 @@ ONNX Runtime on the CPU, on the bundled video's crops and a clip of noise. No to
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -11,11 +14,14 @@ from numpy.typing import NDArray
 
 from export.bundle import Bundle
 from export.manifest import ONNX_FLOAT32, Parity
-from export.runtime.interface import Outputs, Runtime
+from export.runtime.interface import Outputs, Runtime, device_name
 from export.runtime.onnxruntime import OnnxRuntime
+from export.runtime.plans import PlanError
 from export.verify import LIMITS, hold, run_in_batches
 from model.demo import SAMPLE_CLIP
 from model.video import load_clips
+
+logger = logging.getLogger(__name__)
 
 
 class Proof(NamedTuple):
@@ -41,9 +47,38 @@ class Proof(NamedTuple):
         return hold(runtime, self.clips, self.answers, LIMITS[runtime.precision])
 
 
-def shortfall(parity: Parity) -> str:
-    """How far answers are off, in words."""
-    return (
-        f"logits differ by {parity.max_difference:.3g}, cosine {parity.centred_cosine:.5f}, "
-        f"error {parity.relative_error:.3g} of their spread"
-    )
+def prove_or_close(runtimes: Sequence[Runtime], of: Bundle | Proof) -> None:
+    """Compares engines with the bundle's float32 graph; closes all of them if one differs.
+
+    Args:
+        of: the bundle, or its proof if several calls share one.
+
+    Raises:
+        PlanError: an engine fails on clips, or its answers differ by more than the gate allows.
+    """
+    with contextlib.ExitStack() as closing:
+        for runtime in runtimes:
+            closing.callback(runtime.close)
+        try:
+            proof = of if isinstance(of, Proof) else Proof.of(of)
+            parities = [proof.judge(runtime) for runtime in runtimes]
+        except Exception as error:  # engines' exceptions share no base but Exception
+            raise PlanError(f"the engine fails on clips: {error}") from error
+        for runtime, parity in zip(runtimes, parities, strict=True):
+            where = device_name(runtime)
+            if not parity.passed:
+                raise PlanError(
+                    f"the engine's answers are not the network's on {where}: logits differ by "
+                    f"{parity.max_difference:.3g}, cosine {parity.centred_cosine:.5f}, "
+                    f"error {parity.relative_error:.3g} of their spread"
+                )
+            facts = {
+                "engine": runtime.engine,
+                "engine_device": where,
+                "precision": runtime.precision,
+                "clips": parity.clips,
+                "max_difference": parity.max_difference,
+                "cosine": parity.centred_cosine,
+            }
+            logger.info("engine proven", extra=facts)
+        closing.pop_all()

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from export.bundle import Bundle
-from export.runtime import Runtime, RuntimeUnavailableError, device_name
+from export.proof import prove_or_close
+from export.runtime import Runtime, RuntimeUnavailableError
 from export.runtime.cuda import count_gpus
 from export.runtime.plans import Plan, PlanError, PlanKey, batches_up_to, find_plan
 from export.runtime.tensorrt import TensorRt, Wanted
@@ -248,38 +249,3 @@ def _load(gpu: TensorRt, plan: Plan, largest: int) -> Runtime:
         raise
     except Exception as error:  # TensorRT's bindings raise what they like
         raise RuntimeUnavailableError(f"{plan.path.name} cannot run: {error}") from error
-
-
-def prove_or_close(runtimes: Sequence[Runtime], bundle: Bundle) -> None:
-    """Compares engines with the bundle's float32 graph on the CPU; closes all if one differs.
-
-    Raises:
-        PlanError: an engine fails on clips, or its answers differ by more than the gate of the
-            export allows.
-    """
-    from export.proof import Proof, shortfall
-
-    with contextlib.ExitStack() as closing:
-        for runtime in runtimes:
-            closing.callback(runtime.close)
-        try:
-            proof = Proof.of(bundle)
-            parities = [proof.judge(runtime) for runtime in runtimes]
-        except Exception as error:  # engines' exceptions share no base but Exception
-            raise PlanError(f"the engine fails on clips: {error}") from error
-        for runtime, parity in zip(runtimes, parities, strict=True):
-            where = device_name(runtime)
-            if not parity.passed:
-                raise PlanError(
-                    f"the engine's answers are not the network's on {where}: {shortfall(parity)}"
-                )
-            facts = {
-                "engine": runtime.engine,
-                "engine_device": where,
-                "precision": runtime.precision,
-                "clips": parity.clips,
-                "max_difference": parity.max_difference,
-                "cosine": parity.centred_cosine,
-            }
-            logger.info("engine proven", extra=facts)
-        closing.pop_all()

@@ -10,6 +10,7 @@ import numpy as np
 
 from export.bundle import Bundle, BundleError, BundleStore
 from export.manifest import ONNX_FP16
+from export.proof import prove_or_close
 from export.remote_store import RemoteStore
 from export.runtime import (
     Runtime,
@@ -20,7 +21,7 @@ from export.runtime import (
 )
 from export.runtime.plans import PlanError
 from model.demo import STORE as DEMO_STORE
-from service.engines import OFF, SERVING, Engines, TensorRtState, find_gpus, prove_or_close
+from service.engines import OFF, SERVING, Engines, TensorRtState, find_gpus
 from service.settings import ALL_MODELS, Settings
 
 logger = logging.getLogger(__name__)

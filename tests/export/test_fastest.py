@@ -66,9 +66,8 @@ class Device(TensorRt):
             self.closed.append(precision)
             close()
 
-        return SimpleNamespace(
-            run=odd_run, close=noted_close, precision=precision, batches=BATCHES, slots=2
-        )
+        facts = {"engine": "tensorrt", "device": "cuda", "gpu": 0, "batches": BATCHES, "slots": 2}
+        return SimpleNamespace(run=odd_run, close=noted_close, precision=precision, **facts)
 
 
 def measure(bundle: Bundle, device: Device) -> Any:
@@ -102,7 +101,7 @@ def test_what_is_wrong_lost_or_cannot_be_built_is_left_out_and_says_why(store: B
     assert "illegal memory access" in measure(bundle, Device({"fp8": "failing"})).refused["fp8"]
     found = measure(bundle, device)
     assert found.order == ("float32",)
-    assert "its answers are not the network's: logits differ by" in found.refused["fp8"]
+    assert "answers are not the network's on cuda:0: logits differ by" in found.refused["fp8"]
     assert found.refused["fp16"] == "TensorRT gave no reason"
     assert precision_of_auto(bundle, device) == "float32"
     assert sorted(device.closed) == ["float32", "fp8"], "nothing stays on the device"
@@ -113,7 +112,7 @@ def test_with_nothing_left_it_is_an_error_and_what_was_known_stays(store: Bundle
     measure(bundle, Device({"fp8": "slow", "float32": "slow"}))
     bad = Device({"fp8": "wrong", "fp16": "lost", "float32": "lost"})
     with pytest.raises(
-        PlanError, match=r"no plan that can serve here: fp8: its answers.*GPU is lost"
+        PlanError, match=r"no plan that can serve here: fp8: the engine's answers.*GPU is lost"
     ):
         measure(bundle, bad)
     assert precision_of_auto(bundle, bad) == "fp16"

@@ -71,20 +71,6 @@ class TestTimings:
         assert config.cache.content == used
         assert bool(log.warnings) == (before in (b"damaged", b"other gpu"))
 
-    def test_a_file_that_cannot_be_read_is_as_none(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def refuse(path: Path) -> bytes:
-            raise PermissionError(path)
-
-        path = tmp_path / "timings"
-        path.touch()
-        monkeypatch.setattr(Path, "read_bytes", refuse)
-        config, log = FakeConfig(), SimpleNamespace(warnings=[])
-        reuse.use_timings(config, (path,), log)
-        assert config.cache is not None
-        assert log.warnings
-
     @pytest.mark.parametrize(
         ("others", "kept"),
         [
@@ -213,14 +199,6 @@ class TestRefit:
             self.refit(refitting(("head.bias",))[1], plan, colours)
         with pytest.raises(PlanError, match="shapes differ"):
             self.refit(refitting(fits=False)[1], plan, colours)
-
-    def test_a_damaged_plan_is_not_given_to_tensorrt(self, colours: Path, folder: Path) -> None:
-        plan = refittable(colours, folder)
-        content = bytearray(plan.path.read_bytes())
-        content[100] ^= 1
-        plan.path.write_bytes(content)
-        with pytest.raises(PlanError, match="not the plan that was built"):
-            self.refit(refitting()[1], plan, colours)
 
     def test_only_a_refittable_plan_of_the_same_network_is_refitted(
         self, colours: Path, tmp_path: Path

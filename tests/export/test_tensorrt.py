@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -153,8 +152,10 @@ class TestBuild:
         self, colours: Path, folder: Path
     ) -> None:
         first = build_plan(job(colours, folder))
+        layers_file(first.path).write_text("{}")
         again = build_plan(job(colours, folder, rebuild=True))
         assert again.facts.created > first.facts.created
+        assert not layers_file(first.path).is_file(), "it was of the other plan"
         assert build_plan(job(colours, folder)) == again
 
     def test_a_build_that_fails_leaves_the_plan_that_was_there(
@@ -171,14 +172,6 @@ class TestBuild:
         assert [plan.facts for plan in plans_in(folder)] == [first.facts]
         read_plan(first)
         assert layers_file(first.path).is_file()
-
-    def test_what_was_told_of_the_plan_that_was_there_goes_with_it(
-        self, colours: Path, folder: Path
-    ) -> None:
-        first = build_plan(job(colours, folder))
-        layers_file(first.path).write_text("{}")
-        build_plan(job(colours, folder, rebuild=True))
-        assert not layers_file(first.path).is_file()
 
     def test_two_builders_of_one_plan_build_it_once(self, colours: Path, folder: Path) -> None:
         with ThreadPoolExecutor(2) as threads:
@@ -222,11 +215,6 @@ class TestRefusals:
         del model.graph.output[1:]
         onnx.save(model, colours)
         with pytest.raises(PlanError, match="no graph of ours"):
-            build_plan(job(colours, folder))
-
-    def test_no_graph_at_all(self, colours: Path, folder: Path) -> None:
-        colours.write_bytes(b"no graph")
-        with pytest.raises(PlanError, match="cannot parse"):
             build_plan(job(colours, folder))
 
     @pytest.mark.parametrize("decomposed", [False, True])
@@ -308,12 +296,6 @@ class TestChild:
         wanted = job(colours, folder, module="crashes_once", refit_from=(source,))
         assert build_plan(wanted).path.is_file()
 
-    def test_a_machine_without_tensorrt_is_an_error_message(
-        self, colours: Path, folder: Path
-    ) -> None:
-        with pytest.raises(PlanError, match="TensorRT cannot be imported"):
-            build_plan(job(colours, folder, module="no_such_tensorrt"))
-
     def test_a_killed_build_leaves_no_plan_and_the_next_one_builds(
         self, colours: Path, folder: Path
     ) -> None:
@@ -394,8 +376,7 @@ class TestCompiling:
             trt, answering, network, wanted, log, lambda share, step: None
         )
 
-    @pytest.mark.parametrize("precision", ["float32", "fp16", "int8", "fp8"])
-    def test_it_is_told_what_was_asked_for(self, colours: Path, precision: str) -> None:
+    def test_it_is_told_what_was_asked_for(self, colours: Path) -> None:
         def answer(config: Any, log: Any) -> memoryview:
             assert config.builder_optimization_level == 1
             assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
@@ -405,8 +386,7 @@ class TestCompiling:
             assert config.num_optimization_profiles == 2
             return memoryview(b"a plan")
 
-        options = {"level": 1, "workspace_bytes": 1 << 28, "key": key(precision=precision)}
-        assert self.compiled(colours, answer, **options) == b"a plan"
+        assert self.compiled(colours, answer, level=1, workspace_bytes=1 << 28) == b"a plan"
 
     def test_no_answer_is_explained_by_the_log(self, colours: Path) -> None:
         def answer(config: Any, log: Any) -> None:
@@ -477,15 +457,3 @@ def test_the_progress_rises_through_nested_phases_and_a_lost_listener_stops_the_
     monitor = tensorrt._monitor(trt, gone, log)
     monitor.phase_start("build", None, 2)
     assert not monitor.step_complete("build", 0)
-
-
-def test_a_build_that_is_stopped_stops_the_child(colours: Path, folder: Path) -> None:
-    children = []
-
-    def stop(child: subprocess.Popen[str]) -> None:
-        children.append(child)
-        threading.Timer(0.2, child.terminate).start()
-
-    with pytest.raises(PlanError, match="SIGTERM"):
-        build_plan(job(colours, folder), on_start=stop)
-    assert children[0].poll() is not None

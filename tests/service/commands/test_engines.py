@@ -126,19 +126,6 @@ class TestBuild:
         assert "FP8 1, FP16 2" in table.stdout, "matrix products"
         assert f"{facts['path']}: something is odd" in table.stderr
 
-    def test_a_plan_that_was_built_less_hard_is_built_again_and_any_where_that_is_asked_for(
-        self, store: BundleStore
-    ) -> None:
-        def build(*options: object) -> dict[str, Any]:
-            command = ("engines", "build", "--store", store.root, "--batches", "2", "--json")
-            return dict(json.loads(timesformer(*command, *options).stdout))
-
-        assert build("--level", 1)["built"]
-        assert build("--level", 2)["built"]
-        assert not build("--level", 1)["built"]
-        again = build("--level", 1, "--rebuild")
-        assert (again["built"], again["level"]) == (True, 1)
-
     def test_by_default_it_builds_what_the_service_would(
         self, store: BundleStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -210,12 +197,6 @@ class TestBuild:
         assert "let the last of --batches be as large" in refused.stderr
         (note,) = (store.root / "colours/1/engines").glob("*.fastest")
         assert note.name == "nvidia-h200_sm90_trt1.7.fastest"
-
-    def test_a_precision_that_the_bundle_lacks_is_an_error(self, store: BundleStore) -> None:
-        answer = timesformer(
-            "engines", "build", "--store", store.root, "--precision", "fp16", code=1
-        )
-        assert "has no graph of precision fp16" in answer.stderr
 
     @pytest.mark.parametrize("batches", ["8,1", "many", "0", ""])
     def test_batches_are_rising_numbers(self, store: BundleStore, batches: str) -> None:
