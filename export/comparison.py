@@ -94,7 +94,7 @@ def compare(
     known = np.array([label in active.labels for label in labels])
     failed = {failure.path for failure in (*new.failures, *active.failures)}
     ours, theirs = (
-        _select(_in_classes(each, labels), [sample.path not in failed for sample in each.samples])
+        _in_classes(each, labels).of([sample.path not in failed for sample in each.samples])
         for each in (new, active)
     )
     if not len(ours.targets):
@@ -102,7 +102,7 @@ def compare(
     old = known[ours.targets]
 
     def pair(which: Sequence[bool]) -> Pair:
-        parts = (_select(each, which) for each in (ours, theirs))
+        parts = (each.of(which) for each in (ours, theirs))
         return Pair(*map(measure, parts, temperatures))
 
     return Comparison(pair([True] * len(old)), pair(list(old)) if old.any() else None)
@@ -113,17 +113,6 @@ def _in_classes(predictions: Predictions, labels: tuple[str, ...]) -> Prediction
     logits = np.full((*predictions.logits.shape[:2], len(labels)), -np.inf, np.float32)
     logits[..., [labels.index(label) for label in predictions.labels]] = predictions.logits
     return dataclasses.replace(predictions, logits=logits, labels=labels)
-
-
-def _select(predictions: Predictions, which: Sequence[bool]) -> Predictions:
-    chosen = np.array(which, bool)
-    samples = tuple(each for each, of in zip(predictions.samples, which, strict=True) if of)
-    return dataclasses.replace(
-        predictions,
-        logits=predictions.logits[chosen],
-        targets=predictions.targets[chosen],
-        samples=samples,
-    )
 
 
 def decide(comparison: Comparison, rule: Rule) -> Decision:

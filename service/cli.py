@@ -32,6 +32,7 @@ from service.commands.options import (
     json_option,
     local_model_options,
     print_rows,
+    view_options,
 )
 from service.commands.refresh import refresh
 from service.commands.timeline import timeline
@@ -162,15 +163,7 @@ def serve(**flags: str | None) -> None:
 
 @cli.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--top-k", default=5, show_default=True, help="Labels per video, best first.")
-@click.option("--views", default=1, show_default=True, help="Clips spread over the video.")
-@click.option(
-    "--crops",
-    type=click.Choice(["1", "3"]),
-    default="1",
-    show_default=True,
-    help="1: the centre. 3: the two ends and the centre of the long side.",
-)
+@view_options
 @click.option("--threshold", default=0.0, show_default=True, help="Leave out what scores less.")
 @local_model_options
 @json_option

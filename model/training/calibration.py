@@ -11,7 +11,6 @@ import hashlib
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from model.scores import mean_scores
 from model.training.evaluation import Predictions, measure
@@ -102,17 +101,7 @@ def _halves(predictions: Predictions) -> tuple[Predictions, Predictions]:
     order = sorted(set(groups), key=lambda group: hashlib.sha256(group.encode()).digest())
     first = set(order[::2])
     inside = np.array([group in first for group in groups])
-    return _some(predictions, inside), _some(predictions, ~inside)
-
-
-def _some(predictions: Predictions, inside: NDArray[np.bool_]) -> Predictions:
-    samples = tuple(sample for sample, of in zip(predictions.samples, inside, strict=True) if of)
-    return dataclasses.replace(
-        predictions,
-        logits=predictions.logits[inside],
-        targets=predictions.targets[inside],
-        samples=samples,
-    )
+    return predictions.of(inside), predictions.of(~inside)
 
 
 def _quality(predictions: Predictions, temperature: float) -> dict[str, float]:

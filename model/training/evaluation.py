@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,16 @@ class Predictions:
     samples: tuple[Sample, ...]
     labels: tuple[str, ...]
     failures: tuple[Failure, ...]
+
+    def of(self, which: Sequence[bool] | NDArray[np.bool_]) -> Predictions:
+        """Returns the predictions of the videos that `which` (videos,) chooses."""
+        chosen = np.asarray(which, bool)
+        return dataclasses.replace(
+            self,
+            logits=self.logits[chosen],
+            targets=self.targets[chosen],
+            samples=tuple(itertools.compress(self.samples, chosen)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from service.commands.options import json_option, read_object
+from service.commands.options import EXISTING, FILE, PATH, json_option, read_object
 
 if TYPE_CHECKING:
     from export.graphs import Precision
@@ -24,7 +24,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--name", required=True, help="Name of the bundle.")
 @click.option(
     "--store",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default="bundles",
     show_default=True,
     envvar="TIMESFORMER_STORE",
@@ -33,7 +33,7 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--config",
     "config_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="JSON with what the checkpoint does not say of its architecture, such as num_heads.",
 )
 @click.option("--num-frames", type=_COUNT, help="Frames of a clip; the time embedding is resized.")
@@ -41,14 +41,14 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--labels",
     "labels_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="Label file: one a line, or a JSON list or object.",
 )
 @click.option(
     "--verify-on",
     "videos",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="Video whose clips the export is compared on, besides the bundled one; repeatable.",
 )
 @click.option(
@@ -62,20 +62,20 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option(
     "--calibration",
-    type=click.Path(exists=True, path_type=Path),
+    type=EXISTING,
     help="Videos to measure the ranges of fp16, int8 and fp8 on: a folder, labelled or not, or a "
     "list; by default clips that are rendered.",
 )
 @click.option(
     "--training",
     "training_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="JSON with metrics of the training, to be kept in the manifest; its temperature becomes "
     "that of the bundle.",
 )
 @click.option(
     "--calibrate-on",
-    type=click.Path(exists=True, path_type=Path),
+    type=EXISTING,
     help="Source of labelled videos to fit the temperature on, with the exported float32 graph; "
     "not those of the training.",
 )

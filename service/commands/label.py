@@ -16,7 +16,8 @@ from service.commands.options import (
     SOURCE,
     classify_parameters,
     json_option,
-    store_option,
+    local_model_options,
+    view_options,
 )
 
 if TYPE_CHECKING:
@@ -30,29 +31,8 @@ _COUNT = click.IntRange(min=1)
 @click.option("--out", type=PATH, required=True, help="The table, a `.parquet`.")
 @click.option("--column", default="path", show_default=True, help="Of a list: that of the paths.")
 @click.option("--root", help="Folder or URL that relative paths in a list are relative to.")
-@click.option("--top-k", type=_COUNT, default=5, show_default=True, help="Labels per video.")
-@click.option(
-    "--views", type=_COUNT, default=1, show_default=True, help="Clips spread over the video."
-)
-@click.option(
-    "--crops",
-    type=click.Choice(["1", "3"]),
-    default="1",
-    show_default=True,
-    help="1: the centre. 3: the two ends and the centre of the long side.",
-)
-@store_option
-@click.option(
-    "--model",
-    envvar="TIMESFORMER_MODEL",
-    help="Name of the bundle; needed only when the store has more than one.",
-)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    envvar="TIMESFORMER_DEVICE",
-    help="`auto`, the default, takes the GPU if it can be used, else warns and takes the CPU.",
-)
+@view_options
+@local_model_options
 @click.option(
     "--workers",
     type=_COUNT,

@@ -60,6 +60,7 @@ EXIT_PARTLY_FAILED = 3
 
 SOURCE = Source()
 PATH = click.Path(path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 store_option = click.option(
@@ -157,6 +158,23 @@ def parameters_of(model: type[T], given: Mapping[str, object]) -> T:
         problem = error.errors()[0]
         option = "".join(f"--{str(part).replace('_', '-')}: " for part in problem["loc"][:1])
         raise click.UsageError(f"{option}{problem['msg']}") from None
+
+
+def view_options(command: Command) -> Command:
+    """How a video is looked at, and how many labels it gets."""
+    for option in (
+        click.option(
+            "--crops",
+            type=click.Choice(["1", "3"]),
+            default="1",
+            show_default=True,
+            help="1: the centre. 3: the two ends and the centre of the long side.",
+        ),
+        click.option("--views", default=1, show_default=True, help="Clips spread over the video."),
+        click.option("--top-k", default=5, show_default=True, help="Labels per video, best first."),
+    ):
+        command = option(command)
+    return command
 
 
 def local_model_options(command: Command) -> Command:
