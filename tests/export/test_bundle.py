@@ -363,14 +363,6 @@ class TestActivating:
         with pytest.raises(BundleError, match=r"cannot read .*active\.json: Is a directory"):
             store.active("colours")
 
-    def test_a_write_of_the_pointer_that_was_killed_is_not_in_the_way(
-        self, store: BundleStore
-    ) -> None:
-        publish_colours(store)
-        (store.root / "colours" / f".{ACTIVE}.tmp").write_text("{half")
-        store.activate("colours", "1")
-        assert {path.name for path in (store.root / "colours").iterdir()} == {"1", ACTIVE}
-
     def test_the_pointer_stays_small(self, store: BundleStore) -> None:
         publish_colours(store), publish_colours(store)
         for number in range(60):

@@ -42,6 +42,11 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+def test_write_keys_leaves_the_file_to_its_owner_alone(tmp_path: Path) -> None:
+    write_keys(tmp_path / "keys.json", ())
+    assert (tmp_path / "keys.json").stat().st_mode & 0o777 == 0o600
+
+
 def test_without_a_key_nothing_but_health_and_page_answers(
     serve: Any, video: Path, tmp_path: Path
 ) -> None:
