@@ -157,7 +157,7 @@ def exported(checkpoint: Checkpoint, video: Path, make_once: MakeOnce) -> Bundle
         store = BundleStore(folder)
         export_bundle(checkpoint, "tiny", store, videos=[video], training={"top1": 0.5})
 
-    return BundleStore(make_once("exported", fill)).open("tiny")
+    return BundleStore(make_once("exported", fill)).open("tiny", "1")
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +167,7 @@ def whole(checkpoint: Checkpoint, video: Path, make_once: MakeOnce) -> Bundle:
     def fill(folder: Path) -> None:
         export_bundle(checkpoint, "tiny", BundleStore(folder), videos=[video], precisions=["auto"])
 
-    return BundleStore(make_once("whole", fill)).open("tiny")
+    return BundleStore(make_once("whole", fill)).open("tiny", "1")
 
 
 @pytest.fixture
