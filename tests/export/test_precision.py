@@ -31,12 +31,15 @@ class Quantized(NamedTuple):
         return onnx.load(self.int8).graph
 
 
-@pytest.fixture(scope="module", params=["divided_space_time", "space_only"])
+@pytest.fixture(
+    scope="module",
+    params=["divided_space_time", pytest.param("space_only", marks=pytest.mark.slow)],
+)
 def quantized(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Quantized:
     folder = tmp_path_factory.mktemp("int8")
-    model = random_model(tiny_config(request.param, embed_dim=64, num_heads=4))
+    model = random_model(tiny_config(request.param, embed_dim=48, num_heads=4))
     export_onnx(rewrite(model), folder / "model.onnx")
     quantize(folder / "model.onnx", folder / "model.int8.onnx")
     return Quantized(model, folder / "model.onnx", folder / "model.int8.onnx")

@@ -385,6 +385,7 @@ def kill(store: BundleStore, videos: Path, moment: str) -> None:
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
+@pytest.mark.slow
 def test_killed_in_training_and_before_activation_it_makes_one_version(
     bad: Bundle, store: BundleStore, videos: Path
 ) -> None:
