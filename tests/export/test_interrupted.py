@@ -22,6 +22,8 @@ from export.manifest import GRAPHS, MANIFEST, ONNX_FLOAT32
 from export.pipeline import export_bundle
 from model.checkpoints import Checkpoint, save_safetensors
 
+pytestmark = pytest.mark.slow
+
 ALL: tuple[Precision, ...] = ("fp16", "int8", "fp8")
 MADE = [file for file in GRAPHS.values() if file != ONNX_FLOAT32]
 
@@ -124,7 +126,6 @@ def dies_at(
         yield die
 
 
-@pytest.mark.slow
 def test_a_killed_export_leaves_the_store_as_it_was_and_the_next_one_cleans_up(
     dies_at: Callable[[str], int],
     checkpoint: Checkpoint,
@@ -196,7 +197,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run([mount.replace("mount", "umount"), "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_really_full(
     small_disk: Path, exported: Bundle, checkpoint: Checkpoint, video: Path, quick_export: None
 ) -> None:

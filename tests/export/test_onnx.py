@@ -138,6 +138,7 @@ class TestFitForTensorRT:
         assert all(node.input[1] in constants for node in reshapes)
 
 
+@pytest.mark.slow
 def test_the_original_network_can_be_exported_too(tmp_path: Path) -> None:
     """The benchmarks measure the rewritten graph against it."""
     model = random_model(tiny_config(depth=1))

@@ -363,6 +363,7 @@ class TestExporting:
         assert products[0].inputs[0] == 255
         assert all(product.precision == "fp16" and product.output > 0 for product in products)
 
+    @pytest.mark.slow
     def test_fp16_that_overflows_is_not_published(
         self,
         checkpoint: Checkpoint,
