@@ -13,9 +13,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Literal
 
+from anyio import CancelScope
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
+from service.disconnect import until_disconnect
 from service.errors import (
     ClientDisconnectedError,
     InternalError,
@@ -84,20 +86,15 @@ class EventStream(Response):
         self._on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send_all(send))
-        # The body has been read, so the next message can only be the client's leaving.
-        leaving = asyncio.ensure_future(receive())
         try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not sending.done():
-                self._on_error(ClientDisconnectedError.code)
+            with until_disconnect(receive) as connected:
+                await self._send_all(send, connected)
+        except ClientDisconnectedError as error:
+            self._on_error(error.code)
         finally:
-            leaving.cancel()
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
             await self._stack.aclose()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, connected: CancelScope) -> None:
         start = {
             "type": "http.response.start",
             "status": self.status_code,
@@ -122,6 +119,8 @@ class EventStream(Response):
             self._on_error(ClientDisconnectedError.code)
             return
         except asyncio.CancelledError:
+            if connected.cancel_called:  # the client has disconnected
+                raise
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WORD_S):
                     await self._send_error(send, NotReadyError("The service is stopping."))

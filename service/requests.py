@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from anyio import CancelScope
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
@@ -16,7 +17,8 @@ from model.video import Clips
 from model.video.opening import CODECS
 from service.api.problems import PROBLEM_TYPE
 from service.decoding.messages import DecodeRequest
-from service.errors import ClientDisconnectedError, RequestTimeoutError
+from service.disconnect import until_disconnect
+from service.errors import RequestTimeoutError
 from service.forms import FILE_FIELD, SOURCE_FIELD
 from service.metrics import Metrics
 from service.network import GaveWayError, Wanted
@@ -250,24 +252,12 @@ async def answer_in_time(request: Request, timeout_s: float, work: Awaitable[T])
     Raises:
         RequestTimeoutError, ClientDisconnectedError: `work` was cancelled.
     """
-    # The body has been read, so the next message can only be the client's leaving.
-    leaving = asyncio.ensure_future(request.receive())
-    waiting = True
-
-    def give_up(_: object) -> None:
-        if waiting:
-            limit.reschedule(0)
-
+    scope: CancelScope | None = None
     try:
-        async with asyncio.timeout(timeout_s) as limit:
-            leaving.add_done_callback(give_up)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        with until_disconnect(request.receive, deadline) as scope:
             return await work
     except TimeoutError:
-        if not limit.expired():
+        if scope is None or not scope.cancelled_caught:
             raise
-        if leaving.done():
-            raise ClientDisconnectedError("The client went away.") from None
         raise RequestTimeoutError(f"There was no answer after {timeout_s:g} s.") from None
-    finally:
-        waiting = False
-        leaving.cancel()

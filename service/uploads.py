@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 from fastapi import Request
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
+from service.disconnect import until_disconnect
 from service.errors import BadRequestError, ClientDisconnectedError, UploadTooLargeError
 from service.forms import SOURCE_FIELD, Form
 from service.memory import Share
@@ -73,7 +74,8 @@ async def receive(
             fields = await _receive(request, file, max_bytes, watch)
             watch.complete()
             if sources is not None and (url := fields.pop(SOURCE_FIELD, None)) is not None:
-                await _unless_left(request, sources.fetch(url, file, max_bytes))
+                with until_disconnect(request.receive):
+                    await sources.fetch(url, file, max_bytes)
         file.close()
         yield Upload(file.path, file.size, fields, time.perf_counter() - started)
 
@@ -178,21 +180,6 @@ def _fields(content: object) -> dict[str, str]:
     if not all(isinstance(value, str | int | float) for value in fields.values()):
         raise BadRequestError("The values of a JSON body are strings and numbers.")
     return {name: str(value) for name, value in fields.items()}
-
-
-async def _unless_left(request: Request, work: Coroutine[Any, Any, None]) -> None:
-    """Waits for `work`, and cancels it when the client goes."""
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnectedError("The client went away.")
-        task.result()
-    finally:
-        leaving.cancel()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)  # it has the file
 
 
 def _announced_size(request: Request, limit: Limit) -> int:

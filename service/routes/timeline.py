@@ -77,7 +77,6 @@ async def timeline(
     state.models.find(query.model)  # now, so that a name that is wrong costs nobody an upload
     _refuse_if_full(state)
     stack = AsyncExitStack()
-    beginning: asyncio.Task[AsyncIterator[TimelineEvent]] | None = None
     try:
         metrics.timelines_running.inc()
         stack.callback(metrics.timelines_running.dec)
@@ -96,14 +95,10 @@ async def timeline(
         _refuse_if_full(state)
         deadline = asyncio.get_running_loop().time() + settings.timeline_timeout_s
         model = stack.enter_context(state.models.find(parameters.model).current.in_use())
-        beginning = asyncio.create_task(
-            _begin(stack, state, model, upload, parameters, urgency.priority)
-        )
+        begin = _begin(stack, state, model, upload, parameters, urgency.priority)
         async with within(urgency.deadline):
-            events = await answer_in_time(request, settings.timeline_timeout_s, beginning)
+            events = await answer_in_time(request, settings.timeline_timeout_s, begin)
     except BaseException:
-        if beginning is not None:  # it adds to the stack
-            await asyncio.gather(beginning, return_exceptions=True)
         await stack.aclose()
         raise
     return EventStream(
