@@ -158,7 +158,7 @@ def serve(**flags: str | None) -> None:
     from service.server import serve as run
     from service.settings import load_settings
 
-    run(load_settings(**{name: value for name, value in flags.items() if value is not None}))
+    run(load_settings(**flags))
 
 
 @cli.command()
@@ -186,8 +186,7 @@ def classify(
     from service.settings import load_settings
 
     parameters = classify_parameters(top_k=top_k, views=views, crops=crops, threshold=threshold)
-    given = {"store": store, "model": model, "device": device}
-    settings = load_settings(**{name: value for name, value in given.items() if value is not None})
+    settings = load_settings(store=store, model=model, device=device)
     if classify_files(files, settings, parameters, as_json):
         sys.exit(EXIT_PARTLY_FAILED)
 

@@ -427,14 +427,14 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Settings from the environment, with those given here on top.
+    """Settings from the environment, with those given here on top; None is none.
 
     Raises:
         SettingsError: names each variable that is unknown or wrong, and why.
     """
     problems = [_unknown(name) for name in _unknown_names(os.environ)]
     try:
-        settings = Settings(**overrides)
+        settings = Settings(**{key: value for key, value in overrides.items() if value is not None})
     except ValidationError as error:
         raise SettingsError("\n".join(problems + _problems(error))) from error
     if problems:

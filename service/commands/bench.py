@@ -13,9 +13,11 @@ from service.commands.options import (
     Sizes,
     device_option,
     find_bundles,
+    gpu_option,
     json_option,
     print_rows,
     store_option,
+    threads_option,
 )
 
 if TYPE_CHECKING:
@@ -53,14 +55,8 @@ _COLUMNS = [
     "default the bundle's own `engines`.",
 )
 @device_option
-@click.option("--gpu", default=0, show_default=True, help="Which GPU.")
-@click.option(
-    "--threads",
-    type=click.IntRange(min=0),
-    default=0,
-    help="On the CPU; 0: one a usable core. With 1, where no thread waits for another, processor "
-    "time is comparable, which hardly sees who else is busy.",
-)
+@gpu_option
+@threads_option
 @json_option
 def bench(
     bundle: str,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from service.commands.options import (
-    PATH,
     Sizes,
+    engines_option,
     find_bundles,
+    gpu_option,
     json_option,
     print_rows,
     store_option,
@@ -27,12 +28,6 @@ _COLUMNS = ("name", "version", "gpu", "tensorrt", "precision")
 _COUNTED = ("batches", "MiB", "layers give", "matrix products in")
 _MIB = 1024 * 1024
 
-engines_option = click.option(
-    "--engines",
-    type=PATH,
-    envvar="TIMESFORMER_ENGINES",
-    help="Folder of plans; by default each bundle's own `engines`.",
-)
 _batches_option = click.option(
     "--batches",
     type=Sizes(),
@@ -47,7 +42,6 @@ _level_option = click.option(
     show_default=True,
     help="How hard the builder tries; 5 may take an hour.",
 )
-_gpu_option = click.option("--gpu", default=0, show_default=True, help="Which GPU.")
 
 
 @click.group()
@@ -90,7 +84,7 @@ def engines() -> None:
     help="Build, and measure anew, whether or not the plan is there. Without it a plan that is "
     "there is kept if its level is no lower and, with --refittable, it is so.",
 )
-@_gpu_option
+@gpu_option
 @json_option
 def build(
     bundle: str | None,
@@ -146,7 +140,7 @@ def build(
     help="Clips at a time when it is measured: as many as the service will run.",
 )
 @_level_option
-@_gpu_option
+@gpu_option
 @json_option
 def choose(
     bundle: str | None,

@@ -111,8 +111,7 @@ def label(
     from service.labelling.videos import find_videos
     from service.settings import load_settings
 
-    given = {"store": store, "model": model, "device": device, "decode_workers": workers}
-    settings = load_settings(**{name: value for name, value in given.items() if value is not None})
+    settings = load_settings(store=store, model=model, device=device, decode_workers=workers)
     parameters = classify_parameters(top_k=top_k, views=views, crops=crops)
     output = Output(out, block, retry_errors)
     summary = label_archive(

@@ -69,6 +69,25 @@ store_option = click.option(
     envvar="TIMESFORMER_STORE",
     help="Folder of bundles; by default that of the bundled demo model.",
 )
+model_option = click.option(
+    "--model",
+    envvar="TIMESFORMER_MODEL",
+    help="Name of the bundle; needed only when the store has more than one.",
+)
+engines_option = click.option(
+    "--engines",
+    type=PATH,
+    envvar="TIMESFORMER_ENGINES",
+    help="Folder of plans; by default each bundle's own `engines`.",
+)
+gpu_option = click.option("--gpu", default=0, show_default=True, help="Which GPU.")
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    help="On the CPU; 0: one a usable core. With 1, where no thread waits for another, processor "
+    "time is comparable, which hardly sees who else is busy.",
+)
 workers_option = click.option(
     "--workers",
     type=click.IntRange(min=0),
@@ -187,11 +206,7 @@ def local_model_options(command: Command) -> Command:
             help="`auto`, the default, takes the GPU if it can be used, else warns and takes the "
             "CPU.",
         ),
-        click.option(
-            "--model",
-            envvar="TIMESFORMER_MODEL",
-            help="Name of the bundle; needed only when the store has more than one.",
-        ),
+        model_option,
         store_option,
     ):
         command = option(command)

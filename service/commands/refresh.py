@@ -16,6 +16,7 @@ from service.commands.options import (
     class_names,
     device_option,
     json_option,
+    model_option,
     print_rows,
     read_list,
     read_object,
@@ -45,11 +46,7 @@ EXIT_NOT_ACTIVATED = 4
 )
 @click.option("--from", "parent", type=PATH, help="STORE/NAME, or STORE/NAME/VERSION.")
 @click.option("--store", type=PATH, envvar="TIMESFORMER_STORE", help="Folder of bundles.")
-@click.option(
-    "--model",
-    envvar="TIMESFORMER_MODEL",
-    help="Name of the bundle; needed only when the store has more than one.",
-)
+@model_option
 @click.option(
     "--validation",
     type=SOURCE,

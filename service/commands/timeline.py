@@ -49,8 +49,7 @@ def timeline(
 
     wanted = {name: value for name, value in options.items() if value is not None}
     parameters = parameters_of(TimelineParameters, wanted)
-    given = {"store": store, "model": model, "device": device}
-    settings = load_settings(**{name: value for name, value in given.items() if value is not None})
+    settings = load_settings(store=store, model=model, device=device)
     try:
         timeline_of_file(file, settings, parameters, as_json)
     except WindowError as error:

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.engines import engines_option
 from service.commands.options import (
     EXIT_PARTLY_FAILED,
     device_option,
+    engines_option,
     find_bundles,
+    gpu_option,
     json_option,
     print_rows,
     store_option,
+    threads_option,
 )
 
 if TYPE_CHECKING:
@@ -48,10 +50,8 @@ _COLUMNS = [
 @store_option
 @engines_option
 @device_option
-@click.option("--gpu", default=0, show_default=True, help="Which GPU.")
-@click.option(
-    "--threads", type=click.IntRange(min=0), default=0, help="On the CPU; 0: one a usable core."
-)
+@gpu_option
+@threads_option
 @json_option
 def verify(
     bundle: str,
