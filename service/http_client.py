@@ -6,7 +6,10 @@ are not used, and each request has a connection of its own.
 
 The module uses httpcore2, the connections of httpx2, and not httpx2 itself: a network backend of
 one's own is public API of httpcore2 alone, and httpx2 costs more at start (240 against 60 ms,
-2.2 against 1.0 MB) for redirects, cookies and decoding, which must not happen here.
+2.2 against 1.0 MB) for redirects, cookies and decoding, which must not happen here. TLS is anyio's,
+over the backend of httpcore2: the TLS of uvloop discards the rest of a body if the host closes the
+connection while reading is paused. A MiB read by TLS costs 8 to 10 ms of CPU (12 to 14 with
+http.client in threads), a MiB without TLS 3.3 ms (1.5), both on two busy cores.
 """
 
 from __future__ import annotations
