@@ -6,16 +6,21 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
 
+from model.video import Window
+from service.decoding.messages import StreamMessage, StreamRequest
+from service.decoding.process import DecoderCrashedError, DecoderProcess
 from service.settings import Settings
 from tests.service.long_video import worker_at, write_long_video
+from tests.service.test_models import wait_until
 
 URL = "/v1/timeline"
 
@@ -26,9 +31,28 @@ def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_long_video(tmp_path_factory.mktemp("long") / "a.mp4", 60)
 
 
-@pytest.fixture(scope="module")
-def hour(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_long_video(tmp_path_factory.mktemp("hour") / "a.mp4", 3600, rate=5, side=32)
+class Hold(NamedTuple):
+    reached: threading.Event
+    """A decoder is held."""
+    released: threading.Event
+
+
+@pytest.fixture
+def hold(monkeypatch: pytest.MonkeyPatch) -> Hold:
+    """Holds each long video at its twentieth window until it is released or its decoder killed."""
+    reached, released = hold = Hold(threading.Event(), threading.Event())
+    next_message = DecoderProcess.next_message
+
+    def held(decoder: DecoderProcess, request: StreamRequest) -> StreamMessage:
+        message = next_message(decoder, request)
+        if isinstance(message, Window) and message.number == 20:
+            reached.set()
+            while not (decoder.killed or released.wait(0.02)):
+                pass
+        return message
+
+    monkeypatch.setattr(DecoderProcess, "next_message", held)
+    return hold
 
 
 def events_in(text: str) -> list[dict[str, Any]]:
@@ -43,10 +67,7 @@ def metric(client: httpx.Client, name: str) -> float:
 
 
 def wait_for(client: httpx.Client, name: str, value: float) -> None:
-    deadline = time.monotonic() + 120
-    while metric(client, name) != value:
-        assert time.monotonic() < deadline, f"{name} is {metric(client, name)}"
-        time.sleep(0.05)
+    wait_until(lambda: metric(client, name) == value)
 
 
 def test_it_sends_a_start_then_windows_and_segments_then_a_summary(
@@ -161,9 +182,10 @@ def test_more_windows_than_allowed_are_refused(
         assert again.status_code == 200
 
 
-def test_windows_come_while_the_video_is_still_decoded(serve: Any, hour: Path) -> None:
+@pytest.mark.usefixtures("hold")
+def test_windows_come_while_the_video_is_still_decoded(serve: Any, long_video: Path) -> None:
     """And a client that leaves ends it at once: decoder, upload and model are free again."""
-    with serve() as client, client.stream("POST", URL, content=hour.read_bytes()) as answer:
+    with serve() as client, client.stream("POST", URL, content=long_video.read_bytes()) as answer:
         lines = answer.iter_lines()
         seen = [json.loads(next(lines)) for _ in range(5)]
         assert [event["event"] for event in seen[:2]] == ["start", "window"]
@@ -178,14 +200,16 @@ def test_windows_come_while_the_video_is_still_decoded(serve: Any, hour: Path) -
 
 
 def test_an_error_after_the_start_is_an_event_with_its_code(
-    serve: Any, hour: Path, tmp_path: Path
+    serve: Any, long_video: Path, hold: Hold, tmp_path: Path
 ) -> None:
     """Here the decoder dies."""
     with serve(spool_dir=tmp_path) as client:
-        with client.stream("POST", URL, content=hour.read_bytes()) as answer:
+        with client.stream("POST", URL, content=long_video.read_bytes()) as answer:
             lines = answer.iter_lines()
             next(lines)
+            assert hold.reached.wait(120)
             os.kill(worker_at(tmp_path), signal.SIGKILL)
+            hold.released.set()
             *_, last = lines
         event = json.loads(last)
         assert event["event"] == "error"
@@ -194,33 +218,44 @@ def test_an_error_after_the_start_is_an_event_with_its_code(
         assert event["request_id"] == answer.headers["x-request-id"]
         text = client.get("/metrics").text
         assert 'timesformer_rejected_total{code="decoder_crashed"} 1.0' in text
-        assert client.post(URL, content=hour.read_bytes()[:1000]).status_code == 422
+        assert client.post(URL, content=b"words").status_code == 422
 
 
+@pytest.mark.parametrize("own", [False, True])
 def test_a_timeline_that_does_not_begin_in_time_is_refused_with_a_status(
-    serve: Any, hour: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Any, video: Path, monkeypatch: pytest.MonkeyPatch, own: bool
 ) -> None:
-    monkeypatch.setattr(Settings, "timeline_timeout_s", 0.05)
+    def never(decoder: DecoderProcess, request: StreamRequest) -> StreamMessage:
+        while not decoder.killed:
+            time.sleep(0.02)
+        raise DecoderCrashedError("decoder_crashed", "The video was abandoned.")
+
+    monkeypatch.setattr(DecoderProcess, "next_message", never)
+    headers = {"X-Request-Timeout": "0.3"} if own else {}
+    monkeypatch.setattr(Settings, "timeline_timeout_s", 120 if own else 0.3)
     with serve() as client:
-        answer = client.post(URL, content=hour.read_bytes())
-        assert answer.status_code == 504
-        assert answer.json()["code"] == "request_timeout"
+        answer = client.post(URL, content=video.read_bytes(), headers=headers)
+        code = "deadline_exceeded" if own else "request_timeout"
+        assert (answer.status_code, answer.json()["code"]) == (504, code)
         wait_for(client, "timesformer_timelines_running", 0)
         assert metric(client, "timesformer_spool_bytes") == 0
 
 
+@pytest.mark.usefixtures("hold")
+@pytest.mark.parametrize("own", [False, True])
 def test_a_timeline_may_take_no_longer_than_its_limit(
-    serve: Any, hour: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Any, long_video: Path, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for limit in (8.0, 60.0):  # a machine that is busy may not begin within the first
-        monkeypatch.setattr(Settings, "timeline_timeout_s", limit)
+    for limit in (1, 10, 60):  # a machine that is busy may not begin within the first
+        headers = {"X-Request-Timeout": str(limit)} if own else {}
+        monkeypatch.setattr(Settings, "timeline_timeout_s", 300 if own else limit)
         with serve() as client:
-            answer = client.post(URL, content=hour.read_bytes())
+            answer = client.post(URL, content=long_video.read_bytes(), headers=headers)
         if answer.status_code == 200:
             break
-    events = events_in(answer.text)
-    assert events[-1]["event"] == "error"
-    assert events[-1]["code"] == "request_timeout"
+    last = events_in(answer.text)[-1]
+    code = "deadline_exceeded" if own else "request_timeout"
+    assert (last["event"], last["code"]) == ("error", code)
 
 
 def test_a_time_that_the_request_gives_itself_holds_for_its_upload_too(
@@ -236,33 +271,13 @@ def test_a_time_that_the_request_gives_itself_holds_for_its_upload_too(
     assert b'"code":"deadline_exceeded"' in answer
 
 
-def test_a_timeline_that_does_not_begin_in_the_requests_own_time_is_refused(
-    serve: Any, hour: Path
-) -> None:
-    with serve() as client:  # whose decoder has yet to be started
-        answer = client.post(URL, content=hour.read_bytes(), headers={"X-Request-Timeout": "0.2"})
-        assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
-        wait_for(client, "timesformer_timelines_running", 0)
-
-
-def test_a_timeline_ends_when_the_requests_own_time_is_over(serve: Any, hour: Path) -> None:
-    for limit in ("8", "60"):  # a machine that is busy may not begin within the first
-        with serve() as client:
-            answer = client.post(
-                URL, content=hour.read_bytes(), headers={"X-Request-Timeout": limit}
-            )
-        if answer.status_code == 200:
-            break
-    last = events_in(answer.text)[-1]
-    assert (last["event"], last["code"]) == ("error", "deadline_exceeded")
-
-
+@pytest.mark.usefixtures("hold")
 def test_while_too_many_wait_more_are_refused(
-    serve: Any, hour: Path, video: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Any, long_video: Path, video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Settings, "timeline_workers", 1)
     with serve() as client, ThreadPoolExecutor(1) as threads:
-        with client.stream("POST", URL, content=hour.read_bytes()) as running:
+        with client.stream("POST", URL, content=long_video.read_bytes()) as running:
             lines = running.iter_lines()
             next(lines)
             waiting = threads.submit(
