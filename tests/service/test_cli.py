@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -30,10 +30,15 @@ from model.checkpoints import load_checkpoint, save_safetensors
 from model.config import ATTENTION_TYPES, VARIANTS
 from model.cost import cost
 from service.cli import cli
-from tests.export.conftest import publish_colours, write_video
+from tests.export.conftest import (
+    one_export_of_each_network,
+    publish_colours,
+    write_video,
+)
 from tests.model.conftest import random_model, tiny_config
 
 TIMESFORMER = Path(sys.executable).with_name("timesformer")
+__all__ = ["one_export_of_each_network"]
 NEED_RAY = {"service.labelling.cluster", "service.ray_serve"}
 
 
@@ -86,11 +91,6 @@ def failure(*arguments: object, code: int = 1) -> str:
     assert line.startswith("Error: ")
     assert result.stdout == ""
     return line
-
-
-def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    command = [TIMESFORMER, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **more)
 
 
 # ---- export -----------------------------------------------------------------------------------
@@ -175,18 +175,23 @@ class TestExport:
         self, weights: Path, tmp_path: Path
     ) -> None:
         arguments = ("export", weights, "--name", "tiny", "--store", tmp_path / "a store", *SIZE)
+        store = BundleStore(tmp_path / "a store")
         first = timesformer(*arguments)
         assert "activate:" not in first.stdout
+        assert first.stderr.splitlines()[0] == f"reading {weights} ..."
+        assert first.stderr.splitlines()[-1] == "publishing ..."
+        assert first.stdout.startswith("model.onnx: logits within ")
+        assert f"published tiny version 1 in {store.root}/tiny/1\n" in first.stdout
         second = timesformer(*arguments)
         assert "published tiny version 2" in second.stdout
-
-        store = BundleStore(tmp_path / "a store")
         assert store.active("tiny") == "1"
         hints = dict(line.split(": ", 1) for line in second.stdout.splitlines() if ": " in line)
         timesformer(*shlex.split(hints["activate"])[1:])
         assert store.active("tiny") == "2"
         serve = cli.commands["serve"].make_context("serve", shlex.split(hints["serve it"])[2:])
         assert (serve.params["store"], serve.params["model"]) == (str(store.root), "tiny")
+        timesformer(*arguments, "--activate")
+        assert store.active("tiny") == "3"
 
     @pytest.mark.usefixtures("quick_export")
     def test_int8_is_exported_on_request_and_served_on_request(
@@ -207,29 +212,12 @@ class TestExport:
         assert timesformer(*classify).stdout != exact
 
     @pytest.mark.usefixtures("quick_export")
-    def test_activate_makes_it_the_active_one(self, weights: Path, tmp_path: Path) -> None:
-        arguments = ("export", weights, "--name", "tiny", "--store", tmp_path / "store", *SIZE)
-        timesformer(*arguments), timesformer(*arguments, "--activate")
-        assert BundleStore(tmp_path / "store").active("tiny") == "2"
-
-    @pytest.mark.usefixtures("quick_export")
     def test_config_says_what_the_file_does_not(self, weights: Path, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"sampling": "uniform", "note": "ours"}')
         store = tmp_path / "store"
         config = ("--config", tmp_path / "config.json")
         timesformer("export", weights, "--name", "tiny", "--store", store, *SIZE, *config)
         assert BundleStore(store).open("tiny").config.preprocessing.sampling == "uniform"
-
-    @pytest.mark.usefixtures("quick_export")
-    def test_steps_go_to_stderr_and_stdout_names_the_result(
-        self, weights: Path, tmp_path: Path
-    ) -> None:
-        store = tmp_path / "store"
-        result = timesformer("export", weights, "--name", "tiny", "--store", store, *SIZE)
-        assert result.stderr.splitlines()[0] == f"reading {weights} ..."
-        assert result.stderr.splitlines()[-1] == "publishing ..."
-        assert result.stdout.startswith("model.onnx: logits within ")
-        assert f"published tiny version 1 in {store}/tiny/1\n" in result.stdout
 
     @pytest.mark.parametrize(
         ("checkpoint", "message"),
@@ -468,15 +456,14 @@ class TestClassify:
         blue = write_video(tmp_path / "blue.mp4", "blue")
         broken = tmp_path / "broken.mp4"
         broken.write_bytes(b"no video")
-        process = run("classify", "--json", "--store", store.root, red, broken, blue)
+        options = ("--json", "--store", store.root, "--device", "cpu")
+        result = timesformer("classify", *options, red, broken, blue, code=3)
 
-        assert process.returncode == 3
-        answers = [json.loads(line) for line in process.stdout.splitlines()]
+        answers = [json.loads(line) for line in result.stdout.splitlines()]
         assert [answer["file"] for answer in answers] == [str(red), str(broken), str(blue)]
         assert answers[0]["predictions"][0]["label"] == "red"
         assert answers[1]["error"]["code"] == "undecodable_video"
         assert answers[2]["predictions"][0]["label"] == "blue"
-        assert "Traceback" not in process.stderr
 
     def test_needs_no_torch(self, store: BundleStore, red: Path) -> None:
         process = without_torch("classify", "--json", "--store", store.root, red)
@@ -590,7 +577,7 @@ def test_every_command_and_every_option_says_what_it_is_for() -> None:
         f"{name} {parameter.name}"
         for name, command in all_commands(cli, "timesformer")
         for parameter in command.params
-        if isinstance(parameter, click.Option) and not parameter.help
+        if isinstance(parameter, click.Option) and not (parameter.help or parameter.hidden)
     ]
     silent += [name for name, command in all_commands(cli, "timesformer") if not command.help]
     assert silent == []
@@ -624,31 +611,24 @@ def test_interrupted_it_stops_without_a_traceback(store: BundleStore, red: Path)
         assert process.stdout is not None
         assert process.stdout.readline()  # each answer is seen as soon as it is there
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
 
 
 def test_a_reader_that_has_seen_enough_is_no_traceback(store: BundleStore, red: Path) -> None:
-    for options in (["--json"], []):
-        command = [TIMESFORMER, "classify", *options, "--store", store.root, *[red] * 5000]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            process.stdout.readline()
-            process.stdout.close()
-            errors = process.stderr.read()
-        assert process.returncode == 1
-        assert "Traceback" not in errors
-        assert "BrokenPipe" not in errors
-
-
-def test_errors_are_one_line_and_code_1_as_a_process_too(tmp_path: Path) -> None:
-    process = run("bundles", "rollback", "x", "--store", tmp_path)
-    assert (process.returncode, process.stdout) == (1, "")
-    assert process.stderr == f"Error: {tmp_path} has no bundle named x\n"
+    command = [TIMESFORMER, "classify", "--json", "--store", store.root, *[red] * 5000]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
 
 
 # ---- without torch ----------------------------------------------------------------------------
@@ -668,7 +648,7 @@ sys.meta_path.insert(0, Absent())
 def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
     script = f"{WITHOUT_TORCH}\nfrom service.__main__ import main\nmain()"
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_serving_imports_where_torch_is_not_installed() -> None:
@@ -678,7 +658,7 @@ def test_serving_imports_where_torch_is_not_installed() -> None:
     modules += ["export.bundle", "export.verify", "export.runtime", "model.demo", "model.cost"]
     assert "service.app" in modules
     script = WITHOUT_TORCH + "".join(f"import {module}\n" for module in modules)
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
 
 
 def test_help_needs_neither_torch_nor_an_engine() -> None:
@@ -693,7 +673,7 @@ for command in ("serve", "classify", "export", "bundles", "info"):
     assert CliRunner().invoke(cli, [command, "--help"]).exit_code == 0
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
 
 
 def test_exporting_without_torch_says_what_to_install(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from export.bundle import BundleStore
 from export.runtime import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from model.training import remote
+from service.batcher import Batcher
 from service.cli import cli
 from service.labelling.rows import Row
+from service.turns import Answer
 from tests.export.conftest import publish_colours
 
-TIMESFORMER = Path(sys.executable).with_name("timesformer")
 Label = Callable[..., Result]
 
 
@@ -91,14 +92,25 @@ def test_the_answer_is_that_of_classify(label: Label, store: BundleStore, out: P
 
 
 def test_batches_are_filled_across_videos(label: Label, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    real = OnnxRuntime.run
+    sizes: list[int] = []
+    submitted = 0
+    enough = threading.Event()
+    run, submit = OnnxRuntime.run, Batcher.submit
+
+    async def counted(batcher: Batcher, frames: NDArray[np.uint8]) -> Answer:
+        nonlocal submitted
+        submitted += 1
+        if submitted == 5:
+            enough.set()
+        return await submit(batcher, frames)
 
     def slow(self: OnnxRuntime, frames: NDArray[np.uint8]) -> Outputs:
         sizes.append(len(frames))
-        time.sleep(0.3)  # as a network takes; meanwhile the next videos are decoded
-        return real(self, frames)
+        if submitted:
+            assert enough.wait(120)  # the next videos are decoded while the network runs
+        return run(self, frames)
 
+    monkeypatch.setattr(Batcher, "submit", counted)
     monkeypatch.setattr(OnnxRuntime, "run", slow)
     monkeypatch.setenv("TIMESFORMER_MAX_BATCH_CLIPS", "4")
     label("--workers", 2)
@@ -145,34 +157,41 @@ def test_what_is_done_is_not_done_again(
     assert asked == []
 
 
+KILLED_AFTER_THREE_BLOCKS = """
+import os, signal
+from service.cli import main
+from service.labelling.table import LabelTable
+
+blocks, flush = [], LabelTable.flush
+
+def flush_and_die(table):
+    flush(table)
+    blocks.append(table)
+    if len(blocks) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+LabelTable.flush = flush_and_die
+main()
+"""
+
+
 def test_a_killed_run_loses_one_block_at_most(
-    store: BundleStore, archive: Path, out: Path, tmp_path: Path
+    label: Label, store: BundleStore, archive: Path, out: Path, tmp_path: Path
 ) -> None:
-    """kill -9, as soon as some blocks are there; the second run does the rest."""
     videos = tmp_path / "many"
     videos.mkdir()
-    for number in range(120):
+    for number in range(20):
         (videos / f"{number}.mp4").write_bytes((archive / "blue-0.mp4").read_bytes())
-    command = [str(TIMESFORMER), "label", str(videos), "--out", str(out), "--workers", "1"]
-    command += ["--store", str(store.root), "--device", "cpu", "--block", "5", "--json"]
-    parts = out.with_name("labels.parquet.parts")
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while len(list(parts.glob("[0-9]*.parquet"))) < 3:
-        assert run.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
-    kept = sum(pq.read_metadata(part).num_rows for part in parts.glob("[0-9]*.parquet"))
-    assert 15 <= kept < 120
+    command = [sys.executable, "-c", KILLED_AFTER_THREE_BLOCKS, "label", str(videos)]
+    command += ["--out", str(out), "--store", str(store.root), "--device", "cpu", "--block", "5"]
+    run = subprocess.run([*command, "--workers", "1"], capture_output=True, timeout=240)
+    assert run.returncode == -signal.SIGKILL, run.stderr
     assert not out.exists()
 
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    facts = json.loads(done.stdout)
-    assert facts["labelled"] == 120 - kept
-    assert len(rows(out)) == facts["videos"] == 120
-    assert not parts.exists()
+    facts = json.loads(label("--block", 5, "--json", source=videos).stdout)
+    assert facts["labelled"] == 5
+    assert len(rows(out)) == facts["videos"] == 20
+    assert not out.with_name("labels.parquet.parts").exists()
 
 
 def test_another_model_does_not_go_into_the_same_table(
