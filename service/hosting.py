@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 
 from export.bundle import Bundle, BundleError, Candidate
@@ -260,6 +261,7 @@ class ModelHost:
 
     async def _load(self, bundle: Bundle) -> ServedModel:
         loaded = await asyncio.to_thread(load_model, bundle, self._settings, self._engines)
+        _warn_of_large_requests(bundle, self._settings)
         return ServedModel(loaded, self._settings, self._metrics)
 
     def _take_over(self, model: ServedModel) -> None:
@@ -396,6 +398,18 @@ class ModelHost:
 
     def _queue_age_s(self) -> float:
         return self._current.batcher.queue_age_s() if self._current else 0.0
+
+
+def _warn_of_large_requests(bundle: Bundle, settings: Settings) -> None:
+    """Logs a warning if the memory for clips is smaller than the largest request."""
+    config, most = bundle.config, settings.max_clips_per_request
+    largest = most * math.prod((config.num_frames, config.image_size, config.image_size, 3))
+    if largest > settings.max_tensor_bytes:
+        logger.warning(
+            "requests with TIMESFORMER_MAX_CLIPS_PER_REQUEST clips get 413, because they are "
+            "larger than TIMESFORMER_MAX_TENSOR_BYTES",
+            extra={"model": bundle.name, "clips": most, "bytes": largest},
+        )
 
 
 def _level(tensorrt: TensorRtState) -> int:
