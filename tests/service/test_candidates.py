@@ -216,23 +216,23 @@ def test_one_whose_engine_fails_is_taken_out_and_every_request_is_answered(
         assert metric(admin.client, 'timesformer_candidate_refused{model="colours"}') == 0
 
 
-@pytest.mark.parametrize("version", ["1", "9", "2"])
 def test_one_that_cannot_be_used_is_refused_and_nothing_changes(
-    run: Any, store: BundleStore, red: bytes, version: str
+    run: Any, store: BundleStore, red: bytes
 ) -> None:
     spoil(store, "colours", "2")
     with run() as admin:
         admin.attempt("3", "canary", 1)
-        refused = admin.attempt(version, "canary", 1)
-        assert (refused.status_code, refused.json()["code"]) == (409, "bundle_refused")
+        for version in ("1", "9", "2"):
+            refused = admin.attempt(version, "canary", 1)
+            assert (refused.status_code, refused.json()["code"]) == (409, "bundle_refused")
         assert store.candidate("colours").version == "3"
         assert admin.version(red) == "3"
 
 
-@pytest.mark.parametrize("share", [0, 1.1, -1, "many"])
-def test_a_share_is_more_than_nothing_and_at_most_all(run: Any, share: Any) -> None:
+def test_a_share_is_more_than_nothing_and_at_most_all(run: Any) -> None:
     with run() as admin:
-        assert admin.attempt("2", "canary", share).status_code == 422
+        for share in (0, 1.1, -1, "many"):
+            assert admin.attempt("2", "canary", share).status_code == 422
 
 
 def test_a_version_that_looks_at_videos_in_another_way_is_a_canary_but_no_shadow(

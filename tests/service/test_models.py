@@ -24,6 +24,7 @@ from service.metrics import Metrics
 from service.settings import MIB, load_settings
 from tests.export.conftest import publish_colours
 
+SWAPS = 12
 DEMO = BundleStore(STORE).open("demo")
 
 
@@ -65,43 +66,7 @@ def metric(client: httpx.Client, line: str) -> float:
     return float(found[0].split()[-1]) if found else 0.0
 
 
-def test_an_activated_version_takes_over_under_load_and_nothing_is_lost_or_mixed(
-    serve: Any, store: BundleStore, video: Path, tmp_path: Path
-) -> None:
-    content = video.read_bytes()
-    swaps = 6
-    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
-        answers: list[httpx.Response] = []
-        done = threading.Event()
-
-        def load() -> None:
-            with httpx.Client(base_url=client.base_url, timeout=60) as own:
-                while not done.is_set():
-                    answers.append(own.post("/v1/classify", content=content))
-
-        threads = [threading.Thread(target=load) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for turn in range(swaps):
-            version = "2" if turn % 2 == 0 else "1"
-            store.activate("demo", version)
-            wait_until(lambda version=version: serving(client) == version)
-        done.set()
-        for thread in threads:
-            thread.join()
-        assert {answer.status_code for answer in answers} == {200}
-        versions = set()
-        for answer in (response.json() for response in answers):
-            version = answer["model"]["version"]
-            versions.add(version)
-            assert all(item["label"].startswith(f"{version}: ") for item in answer["predictions"])
-        assert versions == {"1", "2"}
-        assert metric(client, 'timesformer_swaps_total{model="demo",result="done"}') == swaps
-        info = [row for row in client.get("/metrics").text.splitlines() if "model_info{" in row]
-        assert len(info) == 1, "only what serves now is in the metrics"
-
-
-def test_fifty_swaps_under_load_lose_nothing_and_no_answer_is_of_another_version_than_it_says(
+def test_swaps_under_load_lose_nothing_and_each_answer_is_of_the_version_that_it_names(
     serve: Any, tmp_path: Path
 ) -> None:
     store = BundleStore(tmp_path / "store")
@@ -129,7 +94,7 @@ def test_fifty_swaps_under_load_lose_nothing_and_no_answer_is_of_another_version
         done = threading.Event()
 
         def load() -> None:
-            with httpx.Client(base_url=client.base_url, timeout=60) as own:
+            with httpx.Client(base_url=client.base_url, timeout=120) as own:
                 while not done.is_set():
                     answers.append(own.post("/v2/models/colours/infer", **request))
 
@@ -137,16 +102,18 @@ def test_fifty_swaps_under_load_lose_nothing_and_no_answer_is_of_another_version
         for thread in threads:
             thread.start()
         try:
-            for turn in range(50):
+            for turn in range(SWAPS):
                 version = "2" if turn % 2 == 0 else "1"
                 store.activate("colours", version)
-                wait_until(lambda version=version: serving(client) == version, seconds=60)
+                wait_until(lambda version=version: serving(client) == version)
         finally:
             done.set()
             for thread in threads:
                 thread.join()
-        assert metric(client, 'timesformer_swaps_total{model="colours",result="done"}') == 50
+        assert metric(client, 'timesformer_swaps_total{model="colours",result="done"}') == SWAPS
         assert metric(client, 'timesformer_swaps_total{model="colours",result="refused"}') == 0
+        info = [row for row in client.get("/metrics").text.splitlines() if "model_info{" in row]
+        assert len(info) == 1, "only the version that serves now is in the metrics"
     assert {answer.status_code for answer in answers} == {200}
     seen = set()
     for answer in (response.json() for response in answers):
@@ -220,17 +187,16 @@ def test_a_version_that_cannot_run_is_refused_once_and_the_old_one_stays(
         assert metric(client, 'timesformer_active_bundle_refused{model="demo"}') == 0
 
 
-@pytest.mark.parametrize(
-    "pointer", ["{", json.dumps({"version": "9", "previous": []}), json.dumps({"version": 1})]
-)
-def test_a_damaged_pointer_changes_nothing(
-    serve: Any, store: BundleStore, tmp_path: Path, pointer: str
-) -> None:
+def test_a_damaged_pointer_changes_nothing(serve: Any, store: BundleStore, tmp_path: Path) -> None:
     refused = 'timesformer_swaps_total{model="demo",result="refused"}'
     with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
-        (store.root / "demo" / ACTIVE).write_text(pointer)
-        wait_until(lambda: metric(client, refused) >= 1)  # half a file may be met before the whole
-        assert serving(client) == "1"
+        for pointer in ("{", {"version": "9", "previous": []}, {"version": 1}):
+            before = metric(client, refused)
+            text = pointer if isinstance(pointer, str) else json.dumps(pointer)
+            (store.root / "demo" / ACTIVE).write_text(text)
+            # Half a file may be met before the whole.
+            wait_until(lambda before=before: metric(client, refused) > before)
+            assert serving(client) == "1"
         (store.root / "demo" / ACTIVE).unlink()
         store.activate("demo", "2")
         wait_until(lambda: serving(client) == "2")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -122,11 +121,11 @@ PATHS = pytest.mark.parametrize("path", ["/v1/classify", "/v1/embed", INFER])
 
 
 @PATHS
-@pytest.mark.parametrize("text", ["", "soon", "-1", "0", "0.0", "nan", "1e3", "1 s", "9" * 30])
-def test_a_timeout_that_is_no_time_is_refused(client: httpx.Client, path: str, text: str) -> None:
-    answer = post(client, path, X_Request_Timeout=text)
-    assert answer.status_code == 400
-    assert "X-Request-Timeout" in answer.text
+def test_a_timeout_that_is_no_time_is_refused(client: httpx.Client, path: str) -> None:
+    for text in ("", "soon", "-1", "0", "0.0", "nan", "1e3", "1 s", "9" * 30):
+        answer = post(client, path, X_Request_Timeout=text)
+        assert answer.status_code == 400, text
+        assert "X-Request-Timeout" in answer.text
 
 
 @PATHS
@@ -149,7 +148,7 @@ def test_the_protocols_priority_is_one_of_three(client: httpx.Client, parameters
     assert "parameters.priority" in answer.json()["error"]
 
 
-@PATHS
+@pytest.mark.parametrize("path", ["/v1/classify", INFER])
 def test_what_is_late_in_the_queue_is_never_run(
     serve: Serve, pool: ThreadPoolExecutor, engine: Held, path: str, tmp_path: Path
 ) -> None:
@@ -197,7 +196,7 @@ def test_what_is_late_before_a_decoder_is_free_is_never_decoded(
         assert list(tmp_path.rglob("timesformer-upload-*")) == []
 
 
-@PATHS
+@pytest.mark.parametrize("path", ["/v1/classify", INFER])
 def test_a_client_that_leaves_takes_its_clips_out_of_the_queue(
     serve: Serve, pool: ThreadPoolExecutor, engine: Held, path: str, tmp_path: Path
 ) -> None:
@@ -217,22 +216,21 @@ def test_a_client_that_leaves_takes_its_clips_out_of_the_queue(
         assert len(engine.calls) == ran + 1
 
 
-@pytest.mark.parametrize("path", ["/v1/classify", "/v1/embed"])
 def test_a_client_that_leaves_before_a_decoder_is_free_costs_no_decoding(
-    serve: Serve, pool: ThreadPoolExecutor, decoder: Held, path: str, tmp_path: Path
+    serve: Serve, pool: ThreadPoolExecutor, decoder: Held, tmp_path: Path
 ) -> None:
     with serve(spool_dir=tmp_path, decode_workers=1) as client:
         decoder.gate.clear()
-        first = pool.submit(post, client, path)
+        first = pool.submit(post, client, "/v1/classify")
         wait_until(lambda: len(decoder.calls) == 1)
-        leaving = raw(client, path, SAMPLE_CLIP.read_bytes())
+        leaving = raw(client, "/v1/classify", SAMPLE_CLIP.read_bytes())
         wait_until(lambda: value(client, "timesformer_decode_waiting") == 1)
         leaving.close()
         wait_until(lambda: value(client, "timesformer_decode_waiting") == 0)
         decoder.gate.set()
         assert first.result().status_code == 200
-        time.sleep(0.05)
-        assert len(decoder.calls) == 1
+        assert post(client, "/v1/embed").status_code == 200
+        assert len(decoder.calls) == 2, "the last one's, after which the other's would have come"
 
 
 def test_a_higher_priority_overtakes_what_waits(
