@@ -140,10 +140,12 @@ def resident_bytes(pid: int) -> int:
 
 
 def children(pid: int) -> list[tuple[int, str]]:
+    """The processes below this one, with their states."""
     listed = subprocess.run(
         ["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True
     )
-    return [(int(line.split()[0]), line.split()[1]) for line in listed.stdout.splitlines()]
+    found = [(int(line.split()[0]), line.split()[1]) for line in listed.stdout.splitlines()]
+    return [*found, *(below for child, _ in found for below in children(child))]
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import httpx
 from export.bundle import BundleStore
 from model.demo import SAMPLE_CLIP, STORE
 from tests.e2e.conftest import Service, run_service
+from tests.e2e.test_serving import children_of, descendants_of
 
 # The versions of the store: one network, but so that their scores differ.
 TEMPERATURES = {"1": None, "2": 2.0, "3": 3.0}
@@ -182,15 +183,15 @@ def decoder_killed(service: Service, folder: Path, options: argparse.Namespace) 
     killed = 0
     ends = time.monotonic() + options.seconds
     while time.monotonic() < ends:
-        listed = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(service.process.pid)],
-            capture_output=True,
-            text=True,
-        )
-        decoders = [line.split()[0] for line in listed.stdout.splitlines() if "spawn_main" in line]
+        children = children_of(service.process.pid)
+        decoders = descendants_of(service.process.pid) - children  # of the fork server
+        for pid in children:  # and, after a crash, spawned
+            with contextlib.suppress(OSError):
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    decoders.add(pid)
         if decoders:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(decoders[killed % len(decoders)]), signal.SIGKILL)
+                os.kill(sorted(decoders)[killed % len(decoders)], signal.SIGKILL)
                 killed += 1
         time.sleep(1)
     return f"{killed} decoders killed"
