@@ -75,10 +75,12 @@ class Server(NamedTuple):
         return below(self.process.pid)
 
 
-@pytest.fixture
-def start_server(video: Path, tmp_path: Path) -> Callable[..., AbstractContextManager[Server]]:
+@pytest.fixture(scope="session")
+def start_server(
+    video: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., AbstractContextManager[Server]]:
     """Starts a `Server`; the arguments are variables of its environment."""
-    script = tmp_path / "server.py"
+    script = tmp_path_factory.mktemp("server") / "server.py"
     script.write_text(_SERVER)
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -36,53 +36,54 @@ signal.signal(signal.SIGUSR1, report)
 """
 
 
-def test_decoder_imports_only_what_decoding_needs(
-    tmp_path: Path, start_server: StartServer
-) -> None:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, start_server: StartServer) -> Iterator[Server]:
+    """A server whose decoders name their modules on standard error at SIGUSR1."""
+    folder = tmp_path_factory.mktemp("spy")
+    (folder / "sitecustomize.py").write_text(_SPY)
+    with start_server(stderr=subprocess.PIPE, PYTHONPATH=str(folder)) as server:
+        yield server
+
+
+def test_decoder_imports_only_what_decoding_needs(server: Server) -> None:
     scripts = tomllib.loads(_PYPROJECT.read_text())["project"]["scripts"]
     assert scripts["timesformer"] == "service.__main__:main", "what the server of this test imports"
-    (tmp_path / "sitecustomize.py").write_text(_SPY)
-    with start_server(stderr=subprocess.PIPE, PYTHONPATH=str(tmp_path)) as server:
-        assert server.process.stderr is not None
-        for pid in server.decoders:
-            os.kill(pid, signal.SIGUSR1)
-            modules = set(server.process.stderr.readline().split())
-            packages = {name.partition(".")[0] for name in modules}
-            assert {"av", "numpy", "orjson", "model", "service"} <= packages
-            ours = {
-                name for name in modules if name.split(".")[0] in ("export", "model", "service")
-            }
-            assert {name for name in ours if not name.startswith("model.video")} == {
-                "model",
-                "model.config",
-                "model.processes",
-                "service",
-                "service.decoding",
-                "service.decoding.child",
-                "service.decoding.messages",
-                "service.decoding.sandbox",
-                "service.errors",
-            }
-            assert not packages & {"click", "fastapi", "opentelemetry", "prometheus_client"}
-            assert not packages & {"asyncio", "onnxruntime", "pydantic", "starlette", "torch"}
-            assert len(modules) < 320, " ".join(sorted(modules))
+    assert server.process.stderr is not None
+    for pid in server.decoders:
+        os.kill(pid, signal.SIGUSR1)
+        modules = set(server.process.stderr.readline().split())
+        packages = {name.partition(".")[0] for name in modules}
+        assert {"av", "numpy", "orjson", "model", "service"} <= packages
+        ours = {name for name in modules if name.split(".")[0] in ("export", "model", "service")}
+        assert {name for name in ours if not name.startswith("model.video")} == {
+            "model",
+            "model.config",
+            "model.processes",
+            "service",
+            "service.decoding",
+            "service.decoding.child",
+            "service.decoding.messages",
+            "service.decoding.sandbox",
+            "service.errors",
+        }
+        assert not packages & {"click", "fastapi", "opentelemetry", "prometheus_client"}
+        assert not packages & {"asyncio", "onnxruntime", "pydantic", "starlette", "torch"}
+        assert len(modules) < 320, " ".join(sorted(modules))
 
 
-def test_decoders_are_forked_from_a_process_with_one_thread(start_server: StartServer) -> None:
-    with start_server() as server:
-        parents = {_status(pid)["PPid"] for pid in server.decoders}
-        (fork_server,) = parents
-        assert fork_server != str(server.process.pid)
-        assert _status(int(fork_server))["Threads"] == "1"
-        # Without it numpy starts threads, which OpenBLAS 0.3 stops, but need not stop, at a fork.
-        assert b"OPENBLAS_NUM_THREADS=1" in Path(f"/proc/{fork_server}/environ").read_bytes()
+def test_decoders_are_forked_from_a_process_with_one_thread(server: Server) -> None:
+    parents = {_status(pid)["PPid"] for pid in server.decoders}
+    (fork_server,) = parents
+    assert fork_server != str(server.process.pid)
+    assert _status(int(fork_server))["Threads"] == "1"
+    # Without it numpy starts threads, which OpenBLAS 0.3 stops, but need not stop, at a fork.
+    assert b"OPENBLAS_NUM_THREADS=1" in Path(f"/proc/{fork_server}/environ").read_bytes()
 
 
-def test_decoder_holds_no_file_but_its_pipe(start_server: StartServer) -> None:
-    with start_server() as server:
-        for pid in server.decoders:
-            names = {entry.name for entry in Path(f"/proc/{pid}/fd").iterdir()}
-            assert len(names - {"0", "1", "2"}) == 1
+def test_decoder_holds_no_file_but_its_pipe(server: Server) -> None:
+    for pid in server.decoders:
+        names = {entry.name for entry in Path(f"/proc/{pid}/fd").iterdir()}
+        assert len(names - {"0", "1", "2"}) == 1
 
 
 def test_busy_decoders_end_with_a_server_that_is_killed(start_server: StartServer) -> None:
