@@ -136,9 +136,10 @@ def _settings_options(command: Command) -> Command:
         if value is not None:
             raise click.UsageError(removal(flag.opts[0]))
 
-    for name in REMOVED:
+    for name, advice in REMOVED.items():
+        flag = f"--{name.replace('_', '-')}"
         command = click.option(
-            f"--{name.replace('_', '-')}", hidden=True, expose_value=False, callback=refuse
+            flag, hidden=True, expose_value=False, callback=refuse, help=f"Removed: {advice}."
         )(command)
     for name, field in reversed(Settings.model_fields.items()):
         choices = [value for value in get_args(field.annotation) if isinstance(value, str)]
