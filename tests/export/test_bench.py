@@ -71,6 +71,7 @@ def int8(exported: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 class TestBundle:
+    @pytest.mark.slow
     def test_everything_is_measured_beside_each_other_with_how_far_it_is_off(
         self, int8: Bundle
     ) -> None:

@@ -33,8 +33,7 @@ from export.runtime.plans import (
 )
 from export.runtime.tensorrt import log_of
 from export.tensorrt import BuildJob, build_plan, find_built, layer_types, parse, structure
-from model.config import ATTENTION_TYPES
-from tests.export.conftest import write_colour_graph
+from tests.export.conftest import EVERY_SCHEME, write_colour_graph
 from tests.model.conftest import random_model, tiny_config
 
 RTX = "tensorrt_rtx_bindings"
@@ -96,7 +95,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class TestBuild:
-    @pytest.mark.parametrize("scheme", ATTENTION_TYPES)
+    @pytest.mark.parametrize("scheme", EVERY_SCHEME)
     def test_a_network_of_each_scheme_becomes_a_plan(
         self, scheme: str, tmp_path: Path, folder: Path
     ) -> None:
