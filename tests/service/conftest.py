@@ -46,7 +46,7 @@ def _serve(**overrides: object) -> Iterator[httpx.Client]:
             time.sleep(0.01)
         assert server.started, "the service did not start"
         port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             yield client
     finally:
         server.should_exit = True

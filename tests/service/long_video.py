@@ -30,7 +30,7 @@ def write_long_video(path: Path, seconds: int, rate: int = 10, side: int = 64) -
 
 def worker_at(spool: Path) -> int:
     """The decoder process that has a file in this folder open."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for process in Path("/proc").glob("[0-9]*"):
             if int(process.name) == os.getpid():

@@ -7,7 +7,6 @@ import base64
 import hashlib
 import re
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -23,6 +22,7 @@ from model.demo import STORE
 from service.app import create_admin_app, create_app
 from service.settings import SettingsError, load_settings
 from tests.service.conftest import Serve
+from tests.service.test_models import wait_until
 
 
 def test_it_is_alive_and_ready_and_says_what_runs_it(client: httpx.Client) -> None:
@@ -189,10 +189,7 @@ def test_an_engine_that_fails_for_a_while_is_ready_again_though_nobody_asks_it(
             assert answer.status_code == 500
         assert ready() == (503, False)
         down.clear()
-        deadline = time.monotonic() + 60
-        while ready() != (200, True):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: ready() == (200, True))
 
 
 def test_the_page_runs_its_own_script_and_nothing_from_elsewhere(client: httpx.Client) -> None:

@@ -230,7 +230,7 @@ def test_answers_go_to_stdout_also_while_a_bar_is_on_the_terminal(
             stdout=subprocess.PIPE,
             stderr=stderr,
             env={**os.environ, "TERM": "xterm"},
-            timeout=60,
+            timeout=240,
             check=False,
         )
         shown = os.read(terminal, 100_000).decode()

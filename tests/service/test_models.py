@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,19 +164,38 @@ def test_a_rollback_is_followed_too(serve: Any, store: BundleStore, tmp_path: Pa
         wait_until(lambda: serving(client) == "1")
 
 
+@pytest.fixture
+def await_three_looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Waits until the watch has read the store three times more."""
+    looks: list[str] = []
+    history = BundleStore.history
+
+    def counted(store: BundleStore, name: str) -> list[str]:
+        looks.append(name)
+        return history(store, name)
+
+    def wait() -> None:
+        before = len(looks)
+        wait_until(lambda: len(looks) >= before + 3)
+
+    monkeypatch.setattr(BundleStore, "history", counted)
+    return wait
+
+
 def test_a_version_that_cannot_run_is_refused_once_and_the_old_one_stays(
     serve: Any,
     store: BundleStore,
     video: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    await_three_looks: Callable[[], None],
 ) -> None:
     publish(store, graph=b"no graph at all")  # whole by its hashes, and of no use
     refused = 'timesformer_swaps_total{model="demo",result="refused"}'
     with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
         store.activate("demo", "3")
         wait_until(lambda: metric(client, refused) == 1)
-        time.sleep(0.5)
+        await_three_looks()
         assert metric(client, refused) == 1, "it should be tried once, not for ever"
         assert caplog.text.count("swap refused") == 1
         assert serving(client) == "1"
@@ -215,7 +235,11 @@ def test_a_version_damaged_on_the_disk_is_refused(
 
 
 def test_a_version_that_the_disk_does_not_give_is_refused_once_and_the_old_one_stays(
-    serve: Any, store: BundleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Any,
+    store: BundleStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    await_three_looks: Callable[[], None],
 ) -> None:
     refused, asked = 'timesformer_swaps_total{model="demo",result="refused"}', []
 
@@ -228,7 +252,7 @@ def test_a_version_that_the_disk_does_not_give_is_refused_once_and_the_old_one_s
         (store.root / "demo" / ACTIVE).write_text('{"version": "2", "previous": ["1"]}')
         wait_until(lambda: metric(client, refused) == 1)
         read = len(asked)
-        time.sleep(0.5)
+        await_three_looks()
         assert len(asked) == read, "it is not hashed again and again"
         assert serving(client) == "1"
         assert metric(client, 'timesformer_active_bundle_refused{model="demo"}') == 1

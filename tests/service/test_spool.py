@@ -108,7 +108,7 @@ def test_files_of_a_killed_server_go_and_those_of_a_living_one_stay(tmp_path: Pa
     folders = [server.stdout.readline().strip() for server in servers if server.stdout]
     try:
         servers[0].send_signal(signal.SIGKILL)
-        servers[0].wait(10)
+        servers[0].wait(60)
         spool = Spool(tmp_path)
         found = {path.name for path in tmp_path.iterdir()}
         assert found == {"foreign", folders[1], spool.folder.name}

@@ -85,15 +85,16 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def test_it_waits_until_the_serving_engine_has_nothing_to_do(bundle: Bundle) -> None:
-    go_on = threading.Event()
+    entered, go_on = threading.Event(), threading.Event()
 
     def slow(frames: np.ndarray) -> Outputs:
+        entered.set()
         assert go_on.wait(60)
         return Engine().run(frames)
 
     async def scenario(serving: ServedModel, trial: Trial, shadow: Engine) -> None:
         asked = asyncio.ensure_future(serving.batcher.submit(clips(3)))
-        await asyncio.sleep(0.05)
+        await until(entered.is_set)
         offer(trial, 1)
         await asyncio.sleep(0.2)
         assert shadow.ran == []

@@ -159,7 +159,7 @@ def test_what_is_done_is_not_done_again(
 
 KILLED_AFTER_THREE_BLOCKS = """
 import os, signal
-from service.cli import main
+from service.__main__ import main
 from service.labelling.table import LabelTable
 
 blocks, flush = [], LabelTable.flush

@@ -27,6 +27,7 @@ from service.job_store import JobStore
 from service.settings import SettingsError, load_settings
 from service.webhooks import Webhooks, sign, wait_after
 from tests.service.long_video import write_long_video
+from tests.service.test_models import wait_until
 from tests.service.web_server import Handler, web_server
 
 URL = "/v1/jobs"
@@ -46,10 +47,14 @@ def client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[htt
 
 
 def eventually(ask: Callable[[], Any], wanted: Callable[[Any], bool]) -> Any:
-    deadline = time.monotonic() + 120
-    while not wanted(found := ask()):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.05)
+    found = None
+
+    def is_wanted() -> bool:
+        nonlocal found
+        found = ask()
+        return wanted(found)
+
+    wait_until(is_wanted)
     return found
 
 
