@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -55,6 +58,52 @@ def make_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         return made
 
     return make
+
+
+class Program(NamedTuple):
+    """The one field of the exporter's answer that `export_onnx` reads."""
+
+    model_proto: Any
+
+
+@pytest.fixture(scope="session")
+def one_export_of_each_network(make_once: MakeOnce) -> Iterator[None]:
+    """Runs torch's exporter once per run for each network, which takes 4 to 12 s of CPU.
+
+    The networks are those with the same modules, configuration and weights. Coverage does not trace
+    the exporter, because tracing doubles that time.
+    """
+    import onnx
+    import torch
+
+    export = torch.onnx.export
+
+    def export_once(model: Any, *inputs: Any, **options: Any) -> Program:
+        def fill(folder: Path) -> None:
+            trace = sys.gettrace()
+            sys.settrace(None)
+            try:
+                program = export(model, *inputs, **options)
+                onnx.save(program.model_proto, folder / "model.onnx")
+            finally:
+                sys.settrace(trace)
+
+        return Program(onnx.load(make_once(f"graph-{_digest(model)}", fill) / "model.onnx"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", export_once)
+        yield
+
+
+def _digest(model: Any) -> str:
+    """Returns a hash of the network's modules, configuration and weights."""
+    code = type(model).forward.__code__  # a test may patch it
+    digest = hashlib.sha256(f"{model!r} {model.config!r} {code.co_qualname}".encode())
+    digest.update(code.co_code)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import resource
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -193,50 +190,7 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
     return _full_disk
 
 
-class Program(NamedTuple):
-    """The one field of the exporter's answer that `export_onnx` reads."""
-
-    model_proto: onnx.ModelProto
-
-
 @pytest.fixture(scope="session", autouse=True)
-def one_export_of_each_network(make_once: MakeOnce) -> Iterator[None]:
-    """Runs torch's exporter once per run for each network, which takes 4 to 12 s of CPU.
-
-    The networks are those with the same modules, configuration and weights. Coverage does not trace
-    the exporter, because tracing doubles that time.
-    """
-    export = torch.onnx.export
-
-    def export_once(model: torch.nn.Module, *inputs: Any, **options: Any) -> Program:
-        def fill(folder: Path) -> None:
-            trace = sys.gettrace()
-            sys.settrace(None)
-            try:
-                program = export(model, *inputs, **options)
-                onnx.save(program.model_proto, folder / "model.onnx")
-            finally:
-                sys.settrace(trace)
-
-        return Program(onnx.load(make_once(f"graph-{_digest(model)}", fill) / "model.onnx"))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", export_once)
-        yield
-
-
-def _digest(model: torch.nn.Module) -> str:
-    """Returns a hash of the network's modules, configuration and weights."""
-    code = type(model).forward.__code__  # a test may patch it
-    digest = hashlib.sha256(f"{model!r} {model.config!r} {code.co_qualname}".encode())
-    digest.update(code.co_code)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+def one_thread(one_export_of_each_network: None) -> None:
     """Networks this small take longer on several."""
     torch.set_num_threads(1)

@@ -30,15 +30,11 @@ from model.checkpoints import load_checkpoint, save_safetensors
 from model.config import ATTENTION_TYPES, VARIANTS
 from model.cost import cost
 from service.cli import cli
-from tests.export.conftest import (
-    one_export_of_each_network,
-    publish_colours,
-    write_video,
-)
+from tests.export.conftest import publish_colours, write_video
 from tests.model.conftest import random_model, tiny_config
 
 TIMESFORMER = Path(sys.executable).with_name("timesformer")
-__all__ = ["one_export_of_each_network"]
+pytestmark = pytest.mark.usefixtures("one_export_of_each_network")
 NEED_RAY = {"service.labelling.cluster", "service.ray_serve"}
 
 
