@@ -3,9 +3,8 @@ eager and compiled, its plain export in ONNX Runtime, Hugging Face transformers 
 
     python -m tests.benchmarks.against BUNDLE [--precision all] [--batches 1,2,4] [--rounds 7]
 
-Prints what `timesformer bench` prints, and besides: the share of the limit, which is what the same
-engine takes in the same rounds for the network's matrix products alone; and what a start takes, in
-a process of its own. Speed-ups are over the plain export. A program that is not installed is named.
+Prints what `timesformer bench` prints. Speed-ups are over the plain export. The report names each
+program that is not installed.
 """
 
 from __future__ import annotations
@@ -20,19 +19,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from export.artefacts import LeftOut
-from export.bench import Entrant, Quartiles, Turn, speed_up, take_turns
+from export.bench import Entrant, take_turns
 from export.bundle import Bundle
 from export.clips import verification_clips
 from export.measure import choose_artefacts, open_entrant, rows_of
 from export.runtime.cores import usable_cores
-from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import SAMPLE_CLIP
-from tests.benchmarks.limit import products_alone
-from tests.benchmarks.startup import StartupError, measure
 from tests.benchmarks.yardsticks import NAIVE, open_yardsticks
 
 # What decides how fast a CPU multiplies.
@@ -44,7 +36,7 @@ _PACKAGES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the figures as JSON, or a line for each engine and batch and for each start."""
+    """Prints the figures as JSON, or a line for each engine and batch."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precision", default="float32", help="or all")
@@ -61,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(facts))
         return
     print(facts["machine"], facts["versions"], f"{facts['threads']} threads")
-    for table in ("engines", "starts", "left_out"):
+    for table in ("engines", "left_out"):
         for row in facts[table]:
             print("  ".join(f"{name} {_short(value)}" for name, value in row.items()))
 
@@ -79,40 +71,22 @@ def compare(bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
         largest=batches[-1],
         threads=threads,
     )
-    left_out, starts, machine = list(found.left_out), [], machine_facts()
-    for each in found.artefacts:
-        common = {"gpu": options.gpu, "threads": threads, "engines": options.engines}
-        try:
-            start = measure(bundle.path, each, largest=batches[-1], **common)
-            starts.append({"engine": each.name, **start._asdict()})
-        except StartupError as error:
-            left_out.append(LeftOut(f"start of {each.name}", str(error)))
+    left_out, machine = list(found.left_out), machine_facts()
     clips = verification_clips(bundle.config, [SAMPLE_CLIP])
     with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as folder:
-        entrants: list[Entrant] = []
-        limits: dict[str, Entrant] = {}
-        for each in found.artefacts:
-            entrant, runtime = open_entrant(bundle, each, held)
-            entrants.append(entrant)
-            try:
-                cuda = runtime.device == "cuda"
-                limits[entrant.name] = open_limit(each.graph, entrant.name, cuda, threads, held)
-            except Exception as error:  # no shapes, an engine's own
-                left_out.append(LeftOut(f"limit of {entrant.name}", str(error)))
+        entrants = [open_entrant(bundle, each, held)[0] for each in found.artefacts]
         for other in open_yardsticks(bundle, Path(folder), cuda=found.cuda, threads=threads):
-            (left_out if isinstance(other, LeftOut) else entrants).append(other)  # type: ignore[arg-type]
+            if isinstance(other, Entrant):
+                entrants.append(other)
+            else:
+                left_out.append(other)
         entrants.sort(key=lambda each: each.name != NAIVE)
-        turns = take_turns([*entrants, *limits.values()], clips, batches, options.rounds)
+        turns = take_turns(entrants, clips, batches, options.rounds)
         rows = rows_of(bundle, entrants, batches, turns, clips)
-    work = {each.name: each.multiply_adds for each in entrants}
     engines = []
     for row in rows:
         facts = {**row._asdict(), **row.timing._asdict()}
         del facts["timing"]
-        limit, mine = limits.get(row.engine), work[row.engine]
-        if limit and limit.multiply_adds and mine:
-            both = turns[row.engine, row.batch], turns[limit.name, row.batch]
-            facts["of_limit"] = share_of_limit(*both, mine, limit.multiply_adds)
         engines.append(facts)
     return {
         "machine": machine,
@@ -121,31 +95,8 @@ def compare(bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
         "rounds": options.rounds,
         "speed_up_over": entrants[0].name,
         "engines": engines,
-        "starts": starts,
         "left_out": [each._asdict() for each in left_out],
     }
-
-
-def open_limit(
-    graph: Path, name: str, cuda: bool, threads: int, held: contextlib.ExitStack
-) -> Entrant:
-    """Loads the matrix products of a graph; `held` closes them."""
-    limit = products_alone(graph)
-    engine = OnnxRuntime(limit.graph, cuda=cuda, threads=threads)
-    held.callback(engine.close)
-
-    def run(frames: NDArray[np.uint8]) -> None:
-        engine.run(np.zeros(len(frames), np.uint8))
-
-    return Entrant(f"matrix products alone, {name}", run, limit.multiply_adds)
-
-
-def share_of_limit(
-    of: Sequence[Turn], limit: Sequence[Turn], multiply_adds: int, limit_multiply_adds: int
-) -> Quartiles:
-    """Multiply-adds a second, as a share of those of the limit in the same rounds."""
-    work = multiply_adds / limit_multiply_adds
-    return Quartiles(*(value * work for value in speed_up(of, limit)))
 
 
 def machine_facts() -> dict[str, Any]:
