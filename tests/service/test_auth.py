@@ -49,7 +49,7 @@ def test_without_a_key_nothing_but_health_and_page_answers(
 ) -> None:
     keys = write(tmp_path / "keys.json")
     with serve(api_keys_file=tmp_path / "keys.json", spool_dir=tmp_path) as client:
-        for path in ("/health/live", "/health/ready", "/metrics", "/"):
+        for path in ("/health/live", "/health/ready", "/v2/health/ready", "/metrics", "/"):
             assert client.get(path).status_code == 200
         wrong = [{}, bearer("nonsense"), {"Authorization": "Bearer"}, {"X-API-Key": "é".encode()}]
         for headers in wrong:
@@ -60,6 +60,12 @@ def test_without_a_key_nothing_but_health_and_page_answers(
                 assert answer.status_code == 401
                 assert answer.json()["code"] == "unauthorized"
                 assert answer.headers["www-authenticate"] == "Bearer"
+            for answer in (
+                client.get("/v2/models/demo", headers=headers),
+                client.post("/v2/models/demo/infer", headers=headers, content=b"{}"),
+            ):
+                assert answer.status_code == 401
+                assert "API key" in answer.json()["error"]
         content = video.read_bytes()
         for headers in (bearer(keys["infer"]), {"X-API-Key": keys["infer"]}, bearer(keys["admin"])):
             assert client.post("/v1/classify", headers=headers, content=content).status_code == 200

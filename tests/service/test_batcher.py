@@ -6,7 +6,6 @@ Invariants for any order of events are in `test_batcher_properties.py`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +22,7 @@ from service.errors import (
     QueueFullError,
 )
 from service.network import Network, Wanted
-from service.turns import PRIORITIES, Answer, Priority, Request, Turns
+from service.turns import Answer, Priority, Request, Turns
 from tests.service.stepped import Frames, Stepped, SteppedEngine, clips, virtual
 
 
@@ -252,15 +251,6 @@ async def test_a_batch_that_starts_before_the_late_one_is_told_leaves_it_out_all
 
 
 @virtual
-async def test_what_is_late_already_is_refused() -> None:
-    stepped = Stepped(SteppedEngine())
-    task = submit(stepped, 1, deadline=stepped.loop.now)
-    await stepped.turn()
-    assert isinstance(task.exception(), DeadlineExceededError)
-    assert stepped.batcher.waiting == 0
-
-
-@virtual
 async def test_what_cannot_be_done_in_time_is_refused_at_once_and_says_when_it_could() -> None:
     engine = SteppedEngine()
     stepped = Stepped(engine)
@@ -382,23 +372,6 @@ async def test_batches_fill_the_sizes_that_the_engine_was_built_for(
 
 
 @virtual
-async def test_an_idle_engine_takes_what_waits_while_another_runs() -> None:
-    engines = SteppedEngine(), SteppedEngine()
-    stepped = Stepped(*engines)
-    await occupy(stepped)
-    other = submit(stepped, 1)
-    await stepped.turn()
-    assert stepped.batcher.running == (1, 1)
-    await stepped.step(1)
-    assert logits(other) == [1]
-    third = submit(stepped, 2)
-    await stepped.step(1)
-    assert logits(third) == [2]
-    assert engines[1].ran == [[1], [2]]
-    await stepped.finish()
-
-
-@virtual
 async def test_an_engine_that_fails_on_what_another_can_do_is_taken_out_and_loses_nothing() -> None:
     broken, sound = SteppedEngine(fails=lambda batch: True), SteppedEngine()
     events = Dropped()
@@ -413,21 +386,6 @@ async def test_an_engine_that_fails_on_what_another_can_do_is_taken_out_and_lose
     await stepped.finish()
     assert [logits(task) for task in more] == [[value] for value in range(8)]
     assert len(broken.ran) == ran
-
-
-@virtual
-async def test_clips_that_no_engine_can_do_are_nobodys_fault_but_theirs() -> None:
-    engines = [SteppedEngine(fails=lambda batch: 13 in batch) for _ in range(2)]
-    stepped = Stepped(*engines)
-    for _ in range(5):
-        poisoned = submit(stepped, 13)
-        await stepped.finish()
-        assert isinstance(poisoned.exception(), InternalError)
-    good = [submit(stepped, value) for value in range(4)]
-    await stepped.finish()
-    assert [logits(task) for task in good] == [[0], [1], [2], [3]]
-    assert all(engine.ran for engine in engines)
-    assert not any(worker.removed for worker in stepped.batcher._workers)
 
 
 @virtual
@@ -541,23 +499,6 @@ async def test_room_is_kept_for_clips_that_are_being_decoded_and_given_back() ->
 
 
 @virtual
-async def test_what_is_being_decoded_locks_nobody_out_of_an_idle_engine() -> None:
-    stepped = Stepped(SteppedEngine(), max_queue=26)
-    with contextlib.ExitStack() as decoding:
-        for _ in range(9):
-            decoding.enter_context(stepped.batcher.reserved(26))
-        for priority in PRIORITIES:
-            stepped.batcher.check_room(26, priority)
-        with pytest.raises(QueueFullError):
-            stepped.batcher.check_room(27)
-        await occupy(stepped)
-        submit(stepped, 1, priority="high")
-        await stepped.turn()
-        with pytest.raises(QueueFullError):
-            stepped.batcher.check_room(1)
-
-
-@virtual
 async def test_what_other_classes_decode_counts_no_further_than_their_share() -> None:
     # The shares of 26 are 16, 8 and 2.
     stepped = Stepped(SteppedEngine(), max_queue=26)
@@ -575,26 +516,6 @@ async def test_what_other_classes_decode_counts_no_further_than_their_share() ->
             stepped.batcher.check_room(15, "high")
             with pytest.raises(QueueFullError):
                 stepped.batcher.check_room(16, "high")
-
-
-@virtual
-async def test_a_class_below_its_share_may_decode_though_others_fill_the_queue() -> None:
-    stepped = Stepped(SteppedEngine(), max_queue=13)
-    await occupy(stepped)
-    for value in range(13):
-        submit(stepped, value)
-    await stepped.turn()
-    with stepped.batcher.reserved(6, "high") as release:
-        stepped.batcher.check_room(2, "high")
-        for clips, priority in ((3, "high"), (1, "normal"), (2, "low")):
-            with pytest.raises(QueueFullError):
-                stepped.batcher.check_room(clips, priority)
-        release()
-        high = submit(stepped, *range(60, 66), priority="high")
-        await stepped.turn()
-    assert stepped.batcher.waiting == 13
-    await stepped.finish()
-    assert logits(high) == list(range(60, 66))
 
 
 @virtual
@@ -627,11 +548,3 @@ async def test_when_to_come_again_takes_what_is_being_decoded_into_account() -> 
     with stepped.batcher.reserved(8), pytest.raises(QueueFullError) as refusal:
         stepped.batcher.check_room(1)
     assert int(refusal.value.headers["Retry-After"]) == 5
-
-
-@virtual
-async def test_room_is_given_back_when_decoding_fails() -> None:
-    stepped = Stepped(SteppedEngine(), max_batch=1, max_queue=4)
-    with pytest.raises(ValueError, match="broken"), stepped.batcher.reserved(4):
-        raise ValueError("broken video")
-    stepped.batcher.check_room(4)

@@ -22,7 +22,7 @@ from service.errors import (
     QueueFullError,
 )
 from service.turns import MOST_BETWEEN, PRIORITIES, WEIGHTS, Priority
-from tests.service.stepped import Stepped, SteppedEngine, clips, values_of, virtual
+from tests.service.stepped import Stepped, SteppedEngine, clips, virtual
 
 REFUSALS = (DeadlineExceededError, DeadlineUnreachableError, QueueFullError)
 
@@ -317,24 +317,3 @@ async def test_nobody_waits_for_more_than_a_bounded_number_of_clips_however_many
     for task in tasks:
         task.cancel()
     await stepped.finish()
-
-
-@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=10), max_batch=st.integers(1, 8))
-@settings(max_examples=40)
-@virtual
-async def test_a_request_of_one_clip_starts_with_the_second_batch_at_the_latest_if_turns_allow(
-    sizes: list[int], max_batch: int
-) -> None:
-    engine = SteppedEngine()
-    stepped = Stepped(engine, max_batch=max_batch, max_queue=1000)
-    tasks = [asyncio.ensure_future(stepped.batcher.submit(clips(*[0] * own))) for own in sizes]
-    await stepped.turn()
-    tasks.append(asyncio.ensure_future(stepped.batcher.submit(clips(7))))
-    await stepped.finish()
-    before = [value for batch in engine.ran for value in batch].index(7)
-    assert before <= len(sizes), "each of those before it had more than one turn"
-    await asyncio.gather(*tasks)
-
-
-def test_values_survive_the_way_into_clips_and_back() -> None:
-    assert values_of(clips(0, 255, 256, 65_535)) == [0, 255, 256, 65_535]
