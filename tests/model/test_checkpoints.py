@@ -27,7 +27,7 @@ from model.checkpoints import (
     save_safetensors,
 )
 from model.checkpoints.layouts import PUBLISHED_SCHEMES
-from model.config import ATTENTION_TYPES, ModelConfig
+from model.config import ATTENTION_TYPES
 from model.timesformer import TimeSformer
 from tests.model.conftest import random_frames, random_model, tiny_config
 
@@ -181,15 +181,6 @@ def test_a_plain_state_dict_is_recognised_by_its_tensors(tmp_path: Path, scheme:
 def test_classes_without_names_have_no_labels(tmp_path: Path) -> None:
     save_huggingface(random_model(tiny_config()), tmp_path / "folder")
     assert load_checkpoint(tmp_path / "folder").labels is None
-
-
-def test_pytorch_weights_of_a_folder_are_read(tmp_path: Path) -> None:
-    model = random_model(tiny_config())
-    save_huggingface(model, tmp_path / "folder")
-    weights = tmp_path / "folder" / "model.safetensors"
-    torch.save(load_file(weights), tmp_path / "folder" / "pytorch_model.bin")
-    weights.unlink()
-    _assert_same(load_checkpoint(tmp_path / "folder").state, _state(model))
 
 
 def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
@@ -809,8 +800,3 @@ def test_hub_names_bring_weights_config_labels_and_preprocessing_or_are_refused(
         for file in ("config.json", "preprocessor_config.json", weights):
             wanted.add(f"someone/{name}/{file}")
     assert set(handler.fetched) == wanted
-
-
-def test_a_model_config_is_enough_for_every_kind() -> None:
-    """What `--config` takes is what `to_dict` gives."""
-    assert ModelConfig.from_dict(tiny_config().to_dict()) == tiny_config()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from model.config import ATTENTION_TYPES, VARIANTS, ConfigError, ModelConfig, Preprocessing
+from model.config import VARIANTS, ConfigError, ModelConfig, Preprocessing
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -30,11 +30,6 @@ def test_replace_reaches_into_preprocessing() -> None:
     config = ModelConfig().replace(num_frames=16, depth=3)
     assert (config.num_frames, config.preprocessing.num_frames, config.depth) == (16, 16, 3)
     assert config.image_size == 224
-
-
-def test_derived_sizes() -> None:
-    config = ModelConfig()
-    assert (config.grid, config.head_dim, config.mlp_dim) == (14, 64, 3072)
 
 
 @pytest.mark.parametrize("dim", [11, 13, 48, 76, 192])
@@ -76,7 +71,3 @@ def test_a_config_of_no_model_is_refused(fields: dict[str, object], message: str
 def test_preprocessing_is_checked_when_made_directly() -> None:
     with pytest.raises(ConfigError, match="num_frames is 0"):
         Preprocessing(num_frames=0)
-
-
-def test_there_are_five_schemes() -> None:
-    assert len(ATTENTION_TYPES) == 5

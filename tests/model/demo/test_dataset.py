@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("torch")
-
 import av
+import pytest
 
 from model.demo.dataset import write_demo_set
 from model.demo.render import LABELS

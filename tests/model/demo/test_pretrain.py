@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from model.config import ATTENTION_TYPES, VARIANTS  # noqa: E402
-from model.demo import clips, pretrain  # noqa: E402
-from model.demo.clips import Rendered  # noqa: E402
-from model.timesformer import TimeSformer  # noqa: E402
+from model.config import ATTENTION_TYPES, VARIANTS
+from model.demo import clips, pretrain
+from model.demo.clips import Rendered
+from model.timesformer import TimeSformer
 
 SMALL = VARIANTS["demo"].replace(image_size=32, embed_dim=64, depth=2, num_heads=2)
 SHORT = pretrain.Pretraining(steps=40, clips=12, batch=8, warm_up=5)

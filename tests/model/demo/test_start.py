@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from model.config import VARIANTS  # noqa: E402
-from model.demo.start import start_as_motion_energy  # noqa: E402
-from model.timesformer import TimeSformer  # noqa: E402
+from model.config import VARIANTS
+from model.demo.start import start_as_motion_energy
+from model.timesformer import TimeSformer
 
 
 def network_that_starts(scheme: str) -> tuple[TimeSformer, torch.Tensor]:

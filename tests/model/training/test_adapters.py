@@ -5,21 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-
-from torch import nn  # noqa: E402
-
-from model.checkpoints import load_checkpoint  # noqa: E402
-from model.config import ATTENTION_TYPES, VARIANTS  # noqa: E402
-from model.timesformer import TimeSformer  # noqa: E402
-from model.training import checkpoint  # noqa: E402
-from model.training.adapters import adapt, is_adapter, merged  # noqa: E402
-from model.training.errors import RecipeError  # noqa: E402
-from model.training.optimisation import freeze  # noqa: E402
-from model.training.run import CHECKPOINTS, WEIGHTS  # noqa: E402
-from tests.model.conftest import random_frames, random_model, tiny_config  # noqa: E402
-from tests.model.training.test_loop import first_model, run  # noqa: E402
+from model.checkpoints import load_checkpoint
+from model.config import ATTENTION_TYPES, VARIANTS
+from model.timesformer import TimeSformer
+from model.training import checkpoint
+from model.training.adapters import adapt, is_adapter, merged
+from model.training.errors import RecipeError
+from model.training.optimisation import freeze
+from model.training.run import CHECKPOINTS, WEIGHTS
+from tests.model.conftest import random_frames, random_model, tiny_config
+from tests.model.training.test_loop import first_model, run
 
 
 def adapted(model: TimeSformer) -> TimeSformer:

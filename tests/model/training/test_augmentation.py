@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-torch = pytest.importorskip("torch")
-
-from torch import Tensor  # noqa: E402
-
-from model.training.augmentation import _OPERATIONS, Augmentation, augment  # noqa: E402
-from model.training.errors import RecipeError  # noqa: E402
+from model.training.augmentation import _OPERATIONS, Augmentation, augment
+from model.training.errors import RecipeError
 
 CLASSES = 4
 

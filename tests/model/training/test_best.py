@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-torch = pytest.importorskip("torch")
-
-from safetensors.torch import load_file  # noqa: E402
-
-from model.training import checkpoint  # noqa: E402
-from model.training.errors import RecipeError, StoppedError  # noqa: E402
-from model.training.job import Machine, Step  # noqa: E402
-from model.training.log import read_log  # noqa: E402
-from model.training.loop import LOG  # noqa: E402
-from model.training.recipe import Recipe  # noqa: E402
-from model.training.run import CHECKPOINTS, REPORT, WEIGHTS  # noqa: E402
-from model.training.sources import read_videos  # noqa: E402
-from tests.model.training.test_loop import run, same_result  # noqa: E402
+from model.training import checkpoint
+from model.training.errors import RecipeError, StoppedError
+from model.training.job import Machine, Step
+from model.training.log import read_log
+from model.training.loop import LOG
+from model.training.recipe import Recipe
+from model.training.run import CHECKPOINTS, REPORT, WEIGHTS
+from model.training.sources import read_videos
+from tests.model.training.test_loop import run, same_result
 
 # Colours are learned soon, and no share of right answers is better than all.
 RECIPE = Recipe().replace(

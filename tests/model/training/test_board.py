@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("torch")
-
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model.training.board import Board

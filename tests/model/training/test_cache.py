@@ -14,25 +14,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-torch = pytest.importorskip("torch")
-
-from safetensors.torch import load_file  # noqa: E402
-
-from model.config import Preprocessing  # noqa: E402
-from model.timesformer import TimeSformer  # noqa: E402
-from model.training import cache as caching  # noqa: E402
-from model.training.cache import Draws, open_cache  # noqa: E402
-from model.training.data import Replaced, View, view_clip  # noqa: E402
-from model.training.errors import DataError, RecipeError  # noqa: E402
-from model.training.job import Job, Machine  # noqa: E402
-from model.training.log import read_log  # noqa: E402
-from model.training.loop import LOG, train  # noqa: E402
-from model.training.recipe import PRESETS  # noqa: E402
-from model.training.run import WEIGHTS  # noqa: E402
-from model.training.sources import Sample, VideoList, read_videos  # noqa: E402
-from tests.model.conftest import tiny_config  # noqa: E402
-from tests.model.training.conftest import write_video  # noqa: E402
+from model.config import Preprocessing
+from model.timesformer import TimeSformer
+from model.training import cache as caching
+from model.training.cache import Draws, open_cache
+from model.training.data import Replaced, View, view_clip
+from model.training.errors import DataError, RecipeError
+from model.training.job import Job, Machine
+from model.training.log import read_log
+from model.training.loop import LOG, train
+from model.training.recipe import PRESETS
+from model.training.run import WEIGHTS
+from model.training.sources import Sample, VideoList, read_videos
+from tests.model.conftest import tiny_config
+from tests.model.training.conftest import write_video
 
 SEES = Preprocessing(num_frames=2, image_size=16, frame_stride=4)
 REPOSITORY = Path(__file__).parents[3]

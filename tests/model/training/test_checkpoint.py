@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from model.training.checkpoint import KEPT, load_newest, save  # noqa: E402
-from model.training.errors import CheckpointError  # noqa: E402
+from model.training.checkpoint import KEPT, load_newest, save
+from model.training.errors import CheckpointError
 
 
 def state(number: int) -> dict[str, object]:
@@ -53,3 +53,16 @@ def test_where_none_is_intact_training_does_not_begin_again_in_silence(tmp_path:
     save(tmp_path, 1, state(1)).write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         load_newest(tmp_path)
+
+
+def test_save_on_a_full_disk_is_an_error_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """A limit on the size of files fails a write as a full disk does."""
+    save(tmp_path, 1, state(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="make room"):
+            save(tmp_path, 2, state(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.ckpt"]

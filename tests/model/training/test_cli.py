@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
-torch = pytest.importorskip("torch")
-
-from model.checkpoints import load_checkpoint, save_safetensors  # noqa: E402
-from model.demo import STORE  # noqa: E402
-from model.training.sources import read_videos  # noqa: E402
-from model.training.start import fine_tuned_model, shared_classes  # noqa: E402
-from service.cli import cli  # noqa: E402
-from tests.model.conftest import random_model, tiny_config  # noqa: E402
+from model.checkpoints import load_checkpoint, save_safetensors
+from model.demo import STORE
+from model.training.sources import read_videos
+from model.training.start import fine_tuned_model, shared_classes
+from service.cli import cli
+from tests.model.conftest import random_model, tiny_config
 
 TINY = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_frames": 2,
         "image_size": 16, "frame_stride": 4}  # fmt: skip
@@ -175,20 +170,6 @@ def test_weights_without_labels_keep_a_head_of_as_many_classes(tmp_path: Path) -
     assert not fine_tuned_model(checkpoint, "ab")[1]
 
 
-def test_a_run_from_urls_and_a_cache_of_clips(colours: Path, tmp_path: Path) -> None:
-    """What was decoded for one run is read by the next."""
-    pytest.importorskip("fsspec")
-    options = ("--variant", "demo", "--epochs", 2, "--batch-size", 4, "--cached-views", 2,
-               "--cache", tmp_path / "cache")  # fmt: skip
-    for name in ("first", "second"):
-        command = training(tmp_path, f"file://{colours}", "--out", tmp_path / name, *options)
-        result = timesformer(*command)
-        assert ("video 8 of 8, decoded for the cache" in result.stderr) == (name == "first")
-        assert "step 4 of 4, epoch 2.00" in result.stderr
-    command = training(tmp_path, colours, "--out", tmp_path / "third", *options[:-4])
-    assert "--cached-views" in timesformer(*command, *options[-2:], code=1).stderr
-
-
 def test_a_hold_out_by_group(colours: Path, tmp_path: Path) -> None:
     rows = [
         f"{sample.path},{sample.label},take {index % 4}"
@@ -224,25 +205,3 @@ def test_what_is_wrong_is_one_line(
     assert message in result.stderr
     assert "Error: " in result.stderr
     assert result.stdout == ""
-
-
-@pytest.mark.slow
-def test_sigterm_ends_the_command_with_a_saved_step(colours: Path, tmp_path: Path) -> None:
-    options = ("--variant", "demo", "--epochs", 5000, "--batch-size", 2)
-    command = training(tmp_path, colours, "--out", tmp_path / "run", *options)
-    program = Path(sys.executable).with_name("timesformer")
-    with subprocess.Popen(
-        [program, *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline().startswith("step 1 of 20000")
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate()
-    assert process.returncode == 1
-    assert "the same command goes on from there" in errors
-    assert "Traceback" not in errors
-    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1

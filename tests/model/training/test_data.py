@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from av.video.frame import VideoFrame
 
-torch = pytest.importorskip("torch")
-
-from model.config import Preprocessing  # noqa: E402
-from model.training.data import (  # noqa: E402
+from model.config import Preprocessing
+from model.training.data import (
     BatchOrder,
     TrainingClips,
     View,
@@ -20,10 +19,10 @@ from model.training.data import (  # noqa: E402
     training_clip,
     training_frames,
 )
-from model.training.errors import DataError  # noqa: E402
-from model.training.sources import Sample, VideoList, read_videos  # noqa: E402
-from model.video import Timeline, crop_frame, read_frames  # noqa: E402
-from tests.model.training.conftest import write_video  # noqa: E402
+from model.training.errors import DataError
+from model.training.sources import Sample, VideoList, read_videos
+from model.video import Timeline, crop_frame, read_frames
+from tests.model.training.conftest import write_video
 
 SEES = Preprocessing(num_frames=4, image_size=16, frame_stride=4)
 LABELS = np.array([0, 0, 0, 0, 0, 0, 1])

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from model.training.errors import RecipeError  # noqa: E402
-from model.training.optimisation import (  # noqa: E402
+from model.training.errors import RecipeError
+from model.training.optimisation import (
     Average,
     Optimisation,
     build_optimizer,
@@ -17,8 +16,8 @@ from model.training.optimisation import (  # noqa: E402
     rate,
     set_rate,
 )
-from model.training.recipe import PRESETS, Recipe  # noqa: E402
-from tests.model.conftest import random_frames, random_model, tiny_config  # noqa: E402
+from model.training.recipe import PRESETS, Recipe
+from tests.model.conftest import random_frames, random_model, tiny_config
 
 
 def test_the_paper_s_recipe() -> None:

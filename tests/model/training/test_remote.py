@@ -119,7 +119,6 @@ def test_remote_videos_are_checked_and_evaluated_as_local_ones(
 
 
 def test_training_replaces_a_video_that_is_not_there(site: str) -> None:
-    pytest.importorskip("torch")
     from model.training.data import Draw, TrainingClips, View
 
     samples = tuple(Sample(f"{site}/red/{name}.mp4", 0, name) for name in ("0", "9"))
@@ -130,7 +129,6 @@ def test_training_replaces_a_video_that_is_not_there(site: str) -> None:
 
 
 def test_a_cache_is_not_filled_with_an_outage(site: str, colours: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
     from model.training.cache import Draws, open_cache
     from model.training.data import View
 

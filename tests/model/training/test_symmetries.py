@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-torch = pytest.importorskip("torch")
-
-from torch import Tensor  # noqa: E402
-
-from model.training.augmentation import Augmentation, augment  # noqa: E402
-from model.training.errors import RecipeError  # noqa: E402
-from model.training.recipe import PRESETS  # noqa: E402
+from model.training.augmentation import Augmentation, augment
+from model.training.errors import RecipeError
+from model.training.recipe import PRESETS
 
 LABELS = ("left", "right", "up", "down", "still")
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0), "still": (0, 0)}

@@ -8,29 +8,26 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-torch = pytest.importorskip("torch")
-
-from safetensors.torch import load_file  # noqa: E402
-
-from model.training import checkpoint  # noqa: E402
-from model.training.errors import RecipeError, StoppedError  # noqa: E402
-from model.training.job import Machine  # noqa: E402
-from model.training.log import read_log  # noqa: E402
-from model.training.loop import LOG, train  # noqa: E402
-from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Run  # noqa: E402
-from model.training.shares import share  # noqa: E402
-from model.training.sources import read_videos  # noqa: E402
-from tests.model.training.conftest import Painter, flat, write_video  # noqa: E402
-from tests.model.training.test_cli import training  # noqa: E402
-from tests.model.training.test_loop import RECIPE, first_model, interrupted_at, job  # noqa: E402
+from model.training import checkpoint
+from model.training.errors import RecipeError, StoppedError
+from model.training.job import Machine
+from model.training.log import read_log
+from model.training.loop import LOG, train
+from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Run
+from model.training.shares import share
+from model.training.sources import read_videos
+from tests.model.training.conftest import Painter, flat, write_video
+from tests.model.training.test_cli import training
+from tests.model.training.test_loop import RECIPE, first_model, interrupted_at, job
 
 REPOSITORY = Path(__file__).parents[3]
 PROGRAM = "tests.model.training.together"
@@ -262,19 +259,3 @@ def test_a_process_that_is_lost_ends_the_others_with_a_clear_error(
     found = checkpoint.load_newest(tmp_path / CHECKPOINTS)
     assert found is not None
     assert found[0] == 2
-
-
-def test_sigterm_to_torchrun_saves_the_step(videos: Path, tmp_path: Path) -> None:
-    endless = {**SHARED, "epochs": 100_000.0}
-    with torchrun(*together(videos, tmp_path, recipe=endless)) as process:
-        deadline = time.monotonic() + PATIENCE_S
-        while not (tmp_path / LOG).exists() or len(read_log(tmp_path / LOG)) < 5:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        _, errors = finish(process, code=1)
-    assert "the same command goes on from there" in errors
-    found = checkpoint.load_newest(tmp_path / CHECKPOINTS)
-    assert found is not None
-    assert found[0] == events(tmp_path, "step")[-1]["step"]

@@ -286,7 +286,3 @@ def test_damage_is_never_mistaken_for_a_picture(
             # What is left out may be the damage itself: then this is better than the reference.
             better = numbers_in(clips) == numbers_in(sound)
             assert better or np.array_equal(clips.frames, reference.frames)
-
-
-def test_drawn_numbers_are_read_back() -> None:
-    assert [number_in(draw(number)) for number in (0, 1, 85, 170, 255)] == [0, 1, 85, 170, 255]
