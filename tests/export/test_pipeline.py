@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -16,7 +15,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from export.bundle import Bundle, BundleError, BundleStore
@@ -35,7 +33,6 @@ from export.manifest import (
 )
 from export.onnx import ExportError, export_onnx
 from export.pipeline import VerificationError, export_bundle
-from export.precision import round_weight
 from export.reference import run_reference
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verify import LIMITS, Limits
@@ -55,20 +52,11 @@ FullDisk = Callable[[int], AbstractContextManager[None]]
 
 
 class TestTheBundle:
-    def test_answers_as_the_checkpoint_does(self, exported: Bundle, checkpoint: Checkpoint) -> None:
-        config = checkpoint.config
-        clips = np.random.default_rng(1).integers(
-            0, 256, (3, config.num_frames, config.image_size, config.image_size, 3), dtype=np.uint8
-        )
-        expected = run_reference(checkpoint.build(), clips)
-        actual = OnnxRuntime(exported.file(ONNX_FLOAT32), cuda=False).run(clips)
-        np.testing.assert_allclose(actual.logits, expected.logits, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(actual.embedding, expected.embedding, rtol=0, atol=1e-5)
-
     def test_is_sound_and_holds_these_files(self, exported: Bundle) -> None:
         exported.verify()
         found = {path.name for path in exported.path.iterdir()}
         assert found == {LABELS, MANIFEST, ONNX_FLOAT32, REPORT, WEIGHTS}
+        assert exported.file(LABELS).read_text().splitlines() == list(exported.manifest.labels)
 
     def test_its_weights_load_again_bit_for_bit(
         self, exported: Bundle, checkpoint: Checkpoint
@@ -137,12 +125,82 @@ class TestTheBundle:
         assert 0 < parity.max_difference < 1e-5 < parity.limit
         assert parity.top1_agreement == 1
 
-    def test_its_label_file_has_a_line_a_class(self, exported: Bundle) -> None:
-        assert exported.file(LABELS).read_text().splitlines() == list(exported.manifest.labels)
+
+class TestEveryPrecision:
+    """The bundle of all precisions, which one export with `auto` has made."""
+
+    def test_auto_publishes_all_graphs_and_their_order(self, whole: Bundle) -> None:
+        whole.verify()
+        manifest = whole.manifest
+        assert manifest.rejected == {}
+        assert manifest.verification.keys() == set(GRAPHS.values())
+        assert {path.name for path in whole.path.glob("*.onnx")} == set(GRAPHS.values())
+        assert manifest.fastest["gpu"].order == ("fp8", "int8", "fp16", "float32")
+        on_cpu = manifest.fastest["cpu"]
+        assert on_cpu.milliseconds is not None
+        first, second = (on_cpu.milliseconds[precision] for precision in on_cpu.order)
+        assert 0 < first <= second
+        assert set(on_cpu.order) == {"float32", "int8"}
+
+    @pytest.mark.parametrize(
+        ("file", "least"), [(ONNX_FP16, 0.9995), (ONNX_INT8, 0.995), (ONNX_INT8_QDQ, 0.995)]
+    )
+    def test_a_rounded_graph_is_near_the_network_and_not_equal(
+        self, whole: Bundle, file: str, least: float
+    ) -> None:
+        exact, rounded = (whole.manifest.verification[name] for name in (ONNX_FLOAT32, file))
+        assert exact.cosine_limit is rounded.limit is None
+        assert rounded.centred_cosine is not None
+        assert least <= rounded.centred_cosine < 0.9999999
+        assert rounded.max_difference > 3 * exact.max_difference
+
+    def test_products_are_published_with_their_precision_and_numbers(self, whole: Bundle) -> None:
+        halves = whole.manifest.products[ONNX_FP16]
+        assert halves[0].name == "patch_embed/MatMul"
+        assert halves[0].inputs[0] == 255
+        assert all(product.precision == "fp16" and product.output > 0 for product in halves)
+        eights = whole.manifest.products[ONNX_FP8]
+        assert {"fp8"} <= {product.precision for product in eights} <= {"fp8", "fp16"}
+        for product in eights:
+            kept = product.precision == "fp16" and product.error is not None
+            assert kept == bool(product.reason)
 
 
 @pytest.mark.usefixtures("quick_export")
 class TestExporting:
+    def test_precisions_are_calibrated_on_the_videos_given_and_steps_reported(
+        self, checkpoint: Checkpoint, store: BundleStore, video: Path, tmp_path: Path
+    ) -> None:
+        steps: list[str] = []
+        (tmp_path / "taken").mkdir()
+        for colour in ("green", "blue"):
+            write_video(tmp_path / "taken" / f"{colour}.mp4", colour)
+        bundle = export_bundle(
+            *(checkpoint, "tiny", store),
+            videos=[video],
+            precisions=["fp8"],
+            calibration=tmp_path / "taken",
+            report=steps.append,
+        )
+        bundle.verify()
+        assert steps[:4] == [
+            "preparing the clips to calibrate on",
+            "writing the weights",
+            "exporting to ONNX",
+            "measuring ranges on 6 clips",
+        ]
+        assert steps[-3:] == [
+            "verifying model.onnx on 4 clips",
+            "verifying model.fp8.onnx on 4 clips",
+            "publishing",
+        ]
+        assert bundle.manifest.verification.keys() == {ONNX_FLOAT32, ONNX_FP8}
+        calibration = bundle.manifest.calibration
+        assert calibration is not None
+        assert (calibration.source, calibration.clips) == ("taken", 2)
+        agreement = calibration.agreement[ONNX_FP8]
+        assert calibration.methods[ONNX_FP8] == max(agreement, key=agreement.__getitem__)
+
     def test_the_parent_is_what_was_active(
         self, checkpoint: Checkpoint, store: BundleStore, video: Path
     ) -> None:
@@ -207,67 +265,6 @@ class TestExporting:
         with pytest.raises(DataError, match="nothing to judge"):
             export_bundle(checkpoint, "tiny", store, videos=[video], calibrate_on=alone)
 
-    def test_steps_are_told_as_they_begin(
-        self, checkpoint: Checkpoint, store: BundleStore, video: Path
-    ) -> None:
-        steps: list[str] = []
-        export_bundle(checkpoint, "tiny", store, videos=[video], report=steps.append)
-        assert steps == [
-            "writing the weights",
-            "exporting to ONNX",
-            "verifying model.onnx on 4 clips",
-            "publishing",
-        ]
-
-    def test_int8_is_two_graphs_verified_and_published_beside_float32(
-        self, checkpoint: Checkpoint, store: BundleStore, video: Path
-    ) -> None:
-        steps: list[str] = []
-        bundle = export_bundle(
-            checkpoint, "tiny", store, videos=[video], precisions=["int8"], report=steps.append
-        )
-        bundle.verify()
-        assert steps[3] == "rounding to INT8"
-        graphs = {ONNX_FLOAT32, ONNX_INT8, ONNX_INT8_QDQ}
-        assert bundle.manifest.verification.keys() == graphs
-        exact = bundle.manifest.verification[ONNX_FLOAT32]
-        for file in (ONNX_INT8, ONNX_INT8_QDQ):
-            rounded = bundle.manifest.verification[file]
-            assert exact.cosine_limit is rounded.limit is None
-            assert rounded.centred_cosine is not None
-            assert 0.995 <= rounded.centred_cosine < 0.999999
-            assert rounded.max_difference > 10 * exact.max_difference
-        assert {path.name for path in bundle.path.glob("*.onnx")} == graphs
-
-    def test_fp8_is_published_with_what_it_was_calibrated_on_and_what_stayed_fp16(
-        self, checkpoint: Checkpoint, store: BundleStore, video: Path, tmp_path: Path
-    ) -> None:
-        (tmp_path / "taken").mkdir()
-        for colour in ("green", "blue"):
-            write_video(tmp_path / "taken" / f"{colour}.mp4", colour)
-        bundle = export_bundle(
-            checkpoint,
-            "tiny",
-            store,
-            videos=[video],
-            precisions=["fp8"],
-            calibration=tmp_path / "taken",
-        )
-        bundle.verify()
-        manifest = bundle.manifest
-        assert manifest.verification.keys() == {ONNX_FLOAT32, ONNX_FP8}
-        assert manifest.calibration is not None
-        assert (manifest.calibration.source, manifest.calibration.clips) == ("taken", 2)
-        agreement = manifest.calibration.agreement[ONNX_FP8]
-        assert manifest.calibration.methods[ONNX_FP8] == max(agreement, key=agreement.__getitem__)
-        products = manifest.products[ONNX_FP8]
-        assert {product.precision for product in products} <= {"fp8", "fp16"}
-        assert any(product.precision == "fp8" for product in products)
-        for product in products:
-            assert (product.precision == "fp16" and product.error is not None) == bool(
-                product.reason
-            )
-
     @pytest.mark.slow
     def test_fp8_keeps_as_many_products_as_it_must_to_pass(
         self, store: BundleStore, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -286,18 +283,6 @@ class TestExporting:
         products = bundle.manifest.products[ONNX_FP8]
         assert sum(product.precision == "fp8" for product in products) > len(products) / 4
         assert any("FP8 there alone" in str(product.reason) for product in products)
-
-    def test_auto_holds_what_passes_and_says_what_is_fastest(self, whole: Bundle) -> None:
-        whole.verify()
-        manifest = whole.manifest
-        assert manifest.rejected == {}
-        assert manifest.verification.keys() == set(GRAPHS.values())
-        assert manifest.fastest["gpu"].order == ("fp8", "int8", "fp16", "float32")
-        on_cpu = manifest.fastest["cpu"]
-        assert on_cpu.milliseconds is not None
-        first, second = (on_cpu.milliseconds[precision] for precision in on_cpu.order)
-        assert 0 < first <= second
-        assert set(on_cpu.order) == {"float32", "int8"}
 
     def test_auto_leaves_out_what_fails_where_the_same_by_name_is_an_error(
         self,
@@ -334,70 +319,6 @@ class TestExporting:
         bundle = export_bundle(checkpoint, "tiny", store, videos=[video], precisions=["auto"])
         assert bundle.manifest.rejected.keys() == {ONNX_INT8_QDQ, ONNX_FP8}
         assert bundle.manifest.fastest["gpu"].order == ("fp16", "float32")
-
-    def test_fp16_is_verified_and_published_with_what_its_products_reach(
-        self, checkpoint: Checkpoint, store: BundleStore, video: Path, tmp_path: Path
-    ) -> None:
-        steps: list[str] = []
-        (tmp_path / "videos").mkdir()
-        write_video(tmp_path / "videos" / "green.mp4", "green")
-        bundle = export_bundle(
-            checkpoint,
-            "tiny",
-            store,
-            videos=[video],
-            precisions=["fp16"],
-            calibration=tmp_path / "videos",
-            report=steps.append,
-        )
-        bundle.verify()
-        assert steps[0] == "preparing the clips to calibrate on"
-        assert steps[3:5] == ["measuring ranges on 5 clips", "rounding to FP16"]
-        assert bundle.manifest.verification.keys() == {ONNX_FLOAT32, ONNX_FP16}
-        parity = bundle.manifest.verification[ONNX_FP16]
-        assert parity.centred_cosine is not None
-        assert parity.centred_cosine >= 0.9995
-        assert parity.max_difference > bundle.manifest.verification[ONNX_FLOAT32].max_difference
-        products = bundle.manifest.products[ONNX_FP16]
-        assert products[0].name == "patch_embed/MatMul"
-        assert products[0].inputs[0] == 255
-        assert all(product.precision == "fp16" and product.output > 0 for product in products)
-
-    @pytest.mark.slow
-    def test_fp16_that_overflows_is_not_published(
-        self,
-        checkpoint: Checkpoint,
-        store: BundleStore,
-        video: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        state = dict(checkpoint.state)
-        weight = state["blocks.0.mlp.fc2.weight"].clone()
-        weight[4] = 3e4
-        state["blocks.0.mlp.fc2.weight"] = weight
-        too_large = dataclasses.replace(checkpoint, state=state)
-        monkeypatch.setattr("export.fp16.LARGEST", math.inf)  # as if nothing could
-        monkeypatch.setattr("export.pipeline.export_onnx", export_onnx)
-        with pytest.raises(VerificationError, match=r"model\.fp16\.onnx differs .* by nan"):
-            export_bundle(too_large, "tiny", store, videos=[video], precisions=["fp16"])
-        assert store.versions("tiny") == []
-
-    def test_int8_whose_answers_are_off_is_not_published(
-        self,
-        checkpoint: Checkpoint,
-        store: BundleStore,
-        video: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        def scale_one_channel_wrongly(weight: NDArray) -> tuple[NDArray, NDArray]:
-            values, scale = round_weight(weight)
-            scale[0] *= 3
-            return values, scale
-
-        monkeypatch.setattr("export.precision.round_weight", scale_one_channel_wrongly)
-        with pytest.raises(VerificationError, match=r"model\.int8\.onnx .* where 0\.995 is needed"):
-            export_bundle(checkpoint, "tiny", store, videos=[video], precisions=["int8"])
-        assert store.versions("tiny") == []
 
     def test_a_full_disk_is_an_error_of_ours_and_the_store_is_as_it_was(
         self, checkpoint: Checkpoint, store: BundleStore, video: Path, full_disk: FullDisk
