@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 from export.bundle import ACTIVE, Bundle, BundleError, BundleStore, sha256_of
 from export.manifest import LABELS, MANIFEST, ONNX_FLOAT32, WEIGHTS
 
-from .conftest import COLOURS, PASSED, colour_manifest, publish_colours
+from .conftest import PASSED, publish_colours
 
 FullDisk = Callable[[int], AbstractContextManager[None]]
 
@@ -107,11 +106,6 @@ class TestPublishing:
 
     def test_a_published_bundle_can_be_read_by_other_users(self, store: BundleStore) -> None:
         assert publish_colours(store).path.stat().st_mode & 0o777 == 0o755
-
-    def test_labels_of_any_script_come_back(self, store: BundleStore) -> None:
-        labels = ("跑步", "Füße [still]", "кот")
-        publish_colours(store, labels=labels)
-        assert store.open("colours", "1").manifest.labels == labels
 
     def test_publishing_alone_activates_nothing(self, store: BundleStore) -> None:
         publish_colours(store)
@@ -232,14 +226,6 @@ class TestSeveralProcesses:
         assert store.versions("colours") == [str(number) for number in range(1, 14)]
         assert all(process.returncode == 0 for process in processes)
 
-    def test_a_writer_waits_for_another(self, store: BundleStore) -> None:
-        bundle = publish_colours(store)
-        with store._lock("colours"):
-            process = republish(bundle, 1)
-            time.sleep(0.5)
-            assert store.versions("colours") == ["1"]
-        assert process.communicate()[0].split() == ["staged", "2"]
-
 
 class TestActivating:
     def test_the_active_version_is_what_opens(self, store: BundleStore) -> None:
@@ -292,6 +278,8 @@ class TestActivating:
             store.activate("x", "1")
         with pytest.raises(BundleError, match=r"no version \.\./1 of colours"):
             store.activate("colours", "../1")
+        with pytest.raises(BundleError, match="has no bundle named x"):
+            store.rollback("x")
 
     def test_rolling_back_goes_through_what_was_active(self, store: BundleStore) -> None:
         for _ in range(3):
@@ -302,10 +290,6 @@ class TestActivating:
         with pytest.raises(BundleError, match="no earlier active version"):
             store.rollback("colours")
         assert store.active("colours") == "1"
-
-    def test_a_name_that_is_not_there_has_nothing_to_roll_back(self, store: BundleStore) -> None:
-        with pytest.raises(BundleError, match="has no bundle named x"):
-            store.rollback("x")
 
     def test_rolling_back_to_a_damaged_bundle_is_refused(self, store: BundleStore) -> None:
         first = publish_colours(store)
@@ -423,16 +407,9 @@ class TestManifest:
         with pytest.raises(BundleError, match=r"colours version 1 has no model\.fp16\.onnx"):
             bundle.file("model.fp16.onnx")
 
-    def test_the_model_config_is_in_it(self, store: BundleStore) -> None:
-        config = publish_colours(store).config
-        assert (config.num_classes, config.num_frames, config.image_size) == (3, 4, 16)
-        assert colour_manifest().labels == COLOURS
-
 
 def test_a_store_that_is_not_there_is_empty(store: BundleStore) -> None:
-    assert store.names() == []
-    assert store.versions("colours") == []
-    assert store.active("colours") is None
+    assert (store.names(), store.versions("colours"), store.active("colours")) == ([], [], None)
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
@@ -449,25 +426,16 @@ def test_a_store_that_may_not_be_read_is_an_error_in_one_sentence(store: BundleS
 def test_a_manifest_from_before_a_field_was_added_is_read(store: BundleStore) -> None:
     bundle = publish_colours(store)
     manifest = json.loads((bundle.path / MANIFEST).read_text())
-    added = (
-        "centred_cosine",
-        "embedding_cosine",
-        "softmax_divergence",
-        "top5_agreement",
-        "low_margin_clips",
-        "low_margin_agreement",
-        "cosine_limit",
-    )
     parity = manifest["verification"][ONNX_FLOAT32]
-    for fields, names in (
-        (manifest, ("network_cost", "graph_cost", "temperature")),
-        (parity, added),
-    ):
-        for name in names:
-            del fields[name]
+    added = ("network_cost", "graph_cost", "temperature")
+    of_8_bits = ("centred_cosine", "embedding_cosine", "softmax_divergence", "cosine_limit")
+    of_labels = ("top5_agreement", "low_margin_clips", "low_margin_agreement")
+    for name in added:
+        del manifest[name]
+    for name in of_8_bits + of_labels:
+        del parity[name]
     (bundle.path / MANIFEST).write_text(json.dumps(manifest))
 
     old = store.open("colours", "1")
     old.verify()
-    assert old.manifest.network_cost is None
-    assert old.manifest.temperature == 1.0
+    assert (old.manifest.network_cost, old.manifest.temperature) == (None, 1.0)

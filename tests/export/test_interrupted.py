@@ -4,7 +4,6 @@ the store is as it was, byte for byte, and the next export goes well."""
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -182,34 +181,3 @@ def test_a_full_disk_is_one_error_and_leaves_the_store_as_it_was(
         assert leftovers(filled) == []
         filled.open("tiny").verify()
     check_next_export(checkpoint, filled, video)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 2 MB that is really full when it is."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    options = ["-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if not mount or os.geteuid() or subprocess.run([mount, *options], check=False).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield folder
-    subprocess.run([mount.replace("mount", "umount"), "--lazy", str(folder)], check=True)
-
-
-def test_a_disk_that_is_really_full(
-    small_disk: Path, exported: Bundle, checkpoint: Checkpoint, video: Path, quick_export: None
-) -> None:
-    store = BundleStore(small_disk / "store")
-    shutil.copytree(exported.path.parent, store.root / "tiny")
-    store.activate("tiny", exported.version)
-    before = contents(store)
-    ballast = small_disk / "ballast"
-    for room in (50_000, 300_000, 500_000):
-        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
-        with pytest.raises(BundleError, match=r"cannot write .* nothing has changed"):
-            export_bundle(checkpoint, "tiny", store, videos=[video], precisions=ALL)
-        assert contents(store) == before
-        assert leftovers(store) == []
-        ballast.unlink()
-    check_next_export(checkpoint, store, video)
