@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -172,6 +173,21 @@ def quick_export(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the checkpoint's graph is copied, not made again: seconds less a test."""
     graph = exported.file(ONNX_FLOAT32)
     monkeypatch.setattr("export.pipeline.export_onnx", lambda model, path: shutil.copy(graph, path))
+
+
+class VirtualClock:
+    """Time for `export.bench`, which passes only as a test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 0.0
+        now = SimpleNamespace(perf_counter=self.read, process_time=self.read)
+        monkeypatch.setattr("export.bench.time", now)
+
+    def read(self) -> float:
+        return self.seconds
+
+    def advance(self, seconds: float) -> None:
+        self.seconds += seconds
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from export.bundle import Bundle, BundleError
 from export.manifest import ONNX_FLOAT32, ONNX_INT8
 from export.measure import measure_bundle
 from export.precision import quantize
+from tests.export.conftest import VirtualClock
 
 CLIPS = np.zeros((2, 4, 16, 16, 3), np.uint8)
 
@@ -31,12 +31,15 @@ class TestTurns:
             ("a", 1): 3, ("b", 1): 3, ("a", 4): 3, ("b", 4): 3
         }  # fmt: skip
 
-    def test_a_turn_goes_on_until_its_time_is_up(self) -> None:
-        slow = Entrant("slow", lambda frames: time.sleep(0.02), None)
+    def test_take_turns_repeats_a_call_until_the_turn_is_over(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = VirtualClock(monkeypatch)
+        slow = Entrant("slow", lambda frames: clock.advance(0.02), None)
         turns = take_turns([slow], CLIPS, (1,), 1, turn_seconds=0.05)
         (turn,) = turns["slow", 1]
-        assert 1 < len(turn.seconds) <= 3
-        assert sum(turn.seconds) >= 0.05
+        assert turn.seconds == pytest.approx((0.02, 0.02, 0.02))
+        assert turn.cpu == pytest.approx(0.02)
 
 
 class TestFigures:

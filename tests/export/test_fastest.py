@@ -4,7 +4,6 @@ GPU is made up: plans are the bundle's graphs in ONNX Runtime, some of them slow
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +19,15 @@ from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import Gpu, PlanError, engines_folder, locked
 from export.runtime.tensorrt import TensorRt
 
-from .conftest import COLOURS, PASSED, colour_manifest, write_colour_graph
+from .conftest import COLOURS, PASSED, VirtualClock, colour_manifest, write_colour_graph
 
 BATCHES = (1, 4)
 GRAPHS = {"float32": ONNX_FLOAT32, "fp16": ONNX_FP16, "fp8": ONNX_FP8}
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    Device.clock = VirtualClock(monkeypatch)
 
 
 def publish(store: BundleStore, divisor: float = 64) -> Bundle:
@@ -40,6 +44,8 @@ def publish(store: BundleStore, divisor: float = 64) -> Bundle:
 class Device(TensorRt):
     """Its plans are `Precision`s; `odd` says what is the matter with some."""
 
+    clock: VirtualClock
+
     def __init__(self, odd: dict[str, str], version: str = "11.4") -> None:
         self.cuda: Any = SimpleNamespace(gpu=Gpu("NVIDIA H200", "9.0"))
         self.module: Any = SimpleNamespace(__version__=version)
@@ -53,10 +59,10 @@ class Device(TensorRt):
         if odd == "lost":
             raise RuntimeUnavailableError("the GPU is lost")
         runtime = OnnxRuntime(graph, cuda=False, precision=precision)
-        run, close = runtime.run, runtime.close
+        run, close, clock = runtime.run, runtime.close, self.clock
 
         def odd_run(frames: Any) -> Any:
-            time.sleep(0.05 if odd == "slow" else 0)
+            clock.advance(0.05 if odd == "slow" else 0.01)
             if odd == "failing":
                 raise CudaError("an illegal memory access was encountered")
             answers = run(frames)

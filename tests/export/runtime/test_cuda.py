@@ -192,7 +192,17 @@ class TestTogether:
 
 
 class TestWithoutAGpu:
-    def test_no_driver(self, bindings: FakeBindings) -> None:
+    def test_a_driver_or_gpu_that_fails_is_named(
+        self, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            bindings, "cudaSetDevice", lambda _: (Status.OUT_OF_LUCK,), raising=False
+        )
+        with pytest.raises(RuntimeUnavailableError, match="GPU 1 cannot be used: cudaSetDevice"):
+            Cuda(1)
+        monkeypatch.setattr(bindings, "cudaGetDeviceCount", lambda: (Status.NO_DRIVER, None))
+        with pytest.raises(RuntimeUnavailableError, match="cudaGetDeviceCount: no driver"):
+            count_gpus()
         bindings.driver = 0
         with pytest.raises(RuntimeUnavailableError, match="there is no NVIDIA driver"):
             count_gpus()
@@ -204,24 +214,6 @@ class TestWithoutAGpu:
         bindings.gpus = 0
         with pytest.raises(RuntimeUnavailableError, match="no GPU can be seen"):
             Cuda()
-
-    def test_a_driver_that_fails(
-        self, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(
-            bindings, "cudaGetDeviceCount", lambda: (Status.NO_DRIVER, None), raising=False
-        )
-        with pytest.raises(RuntimeUnavailableError, match="cudaGetDeviceCount: no driver"):
-            count_gpus()
-
-    def test_a_gpu_that_fails(
-        self, bindings: FakeBindings, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(
-            bindings, "cudaSetDevice", lambda index: (Status.OUT_OF_LUCK,), raising=False
-        )
-        with pytest.raises(RuntimeUnavailableError, match="GPU 1 cannot be used: cudaSetDevice"):
-            Cuda(1)
 
     def test_no_bindings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "cuda.bindings", None)

@@ -201,7 +201,7 @@ class TestPlans:
         def build(precision: str) -> Plan:
             return build_plan(BuildJob.of(here.wanted(bundle, precision, BATCHES)))
 
-        found = measure_fastest(bundle, here, BATCHES, build, rounds=2)
+        found = measure_fastest(bundle, here, BATCHES, LARGEST, build, rounds=2)
         assert found.milliseconds.keys() | found.refused.keys() == set(PRECISIONS)
         assert found.milliseconds.keys() >= {"float32", "fp16"}
         assert here.wanted(bundle, "auto", BATCHES).key.precision == found.order[0]

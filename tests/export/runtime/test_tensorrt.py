@@ -17,7 +17,7 @@ from export.runtime.cuda import Cuda
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.plans import Plan, PlanFacts, PlanKey
 from export.runtime.tensorrt import TensorRt, TensorRtRuntime
-from tests.export.runtime.fake_cuda import FakeCuda, MisuseError, fake_tensorrt
+from tests.export.runtime.fake_cuda import FakeCuda, fake_tensorrt
 
 BATCHES = (1, 4, 6)
 
@@ -118,15 +118,6 @@ def test_many_threads_may_run_it(plan: Plan) -> None:
         list(threads.map(lambda frames: check(runtime, frames), batches))
 
 
-def test_closing_frees_all_that_it_took(plan: Plan) -> None:
-    cuda = FakeCuda()
-    runtime = runtime_on(cuda, plan)
-    runtime.run(clips(2))
-    assert len(cuda.leaks()) > 10
-    runtime.close()
-    assert cuda.leaks() == []
-
-
 @pytest.mark.parametrize("call", ["allocate", "pinned", "stream", "event", "begin_capture"])
 def test_a_device_that_fails_while_loading_is_an_error_and_leaves_nothing(
     plan: Plan, call: str
@@ -185,47 +176,6 @@ def test_a_plan_of_other_profiles_than_it_says_is_refused(plan: Plan) -> None:
     )
     with pytest.raises(RuntimeUnavailableError, match="it has 3 profiles"):
         runtime_on(FakeCuda(), Plan(plan.path, facts))
-
-
-class TestTheFakeItself:
-    """It would notice."""
-
-    def test_reading_before_waiting_gives_poison(self) -> None:
-        cuda = FakeCuda()
-        cuda.use()
-        stream, array = cuda.stream(), cuda.pinned((4,), np.uint8)
-        address = cuda.allocate(4)
-        array[:] = 7
-        cuda.to_device(address, array, stream)
-        assert set(cuda.memory(address)) == {0xAB}
-        cuda.synchronize(stream)
-        assert set(cuda.memory(address)) == {7}
-
-    def test_use_after_free_double_free_and_a_thread_without_a_device(self) -> None:
-        cuda = FakeCuda()
-        with pytest.raises(MisuseError, match="no device"):
-            cuda.stream()
-        cuda.use()
-        stream, array = cuda.stream(), cuda.pinned((4,), np.uint8)
-        address = cuda.allocate(4)
-        cuda.to_device(address, array, stream)
-        cuda.free(address)
-        with pytest.raises(MisuseError, match="was freed"):
-            cuda.synchronize(stream)
-        with pytest.raises(MisuseError, match="freed twice"):
-            cuda.free(address)
-        with pytest.raises(MisuseError, match="not pinned"):
-            cuda.to_device(address, np.zeros(4, np.uint8), stream)
-
-    def test_work_without_an_order_is_interleaved(self) -> None:
-        cuda = FakeCuda()
-        cuda.use()
-        one, other, seen = cuda.stream(), cuda.stream(), []
-        for name, stream in (("a", one), ("b", other)):
-            for _ in range(2):
-                cuda.give(stream, lambda name=name: seen.append(name))
-        cuda.synchronize(one)
-        assert seen[:3] == ["a", "b", "a"]
 
 
 def test_a_machine_without_a_gpu_is_an_error_that_says_what_is_missing() -> None:

@@ -10,13 +10,12 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.plans import Plan
 from export.runtime.tensorrt import TensorRtRuntime
-from tests.export.runtime.fake_cuda import FakeCuda, MisuseError, fake_gpus
+from tests.export.runtime.fake_cuda import FakeCuda, fake_gpus
 from tests.export.runtime.test_tensorrt import check, clips, plan, runtime_on
 
 __all__ = ["plan"]  # a fixture
@@ -101,28 +100,3 @@ def test_a_load_that_fails_on_one_leaves_nothing_on_either(plan: Plan) -> None:
     check(loaded, clips(1))
     loaded.close()
     assert first.leaks() == []
-
-
-class TestTheFakeItself:
-    """It would notice."""
-
-    def test_a_call_by_a_thread_that_is_on_the_other_gpu(self, gpus: tuple[FakeCuda, ...]) -> None:
-        first, second = gpus
-        first.use()
-        second.use()
-        with pytest.raises(MisuseError, match="allocate on GPU 0 by a thread that is on GPU 1"):
-            first.allocate(4)
-        second.allocate(4)
-
-    def test_a_handle_of_the_other_gpu(self, gpus: tuple[FakeCuda, ...]) -> None:
-        first, second = gpus
-        first.use()
-        stream, event, address = first.stream(), first.event(), first.allocate(4)
-        second.use()
-        array = second.pinned((4,), np.uint8)
-        with pytest.raises(MisuseError, match=r"stream .* not of this device"):
-            second.to_device(address, array, stream)
-        with pytest.raises(MisuseError, match=r"event .* not of this device"):
-            second.record(event, second.stream())
-        with pytest.raises(MisuseError, match="never was"):
-            second.free(address)
