@@ -48,6 +48,7 @@ def test_the_models_are_listed_with_what_they_are(client: httpx.Client) -> None:
     assert model["architecture"]["attention_type"] == "divided_space_time"
     assert model["device"] == "cpu"
     assert 0 < model["parameters"] < 2_000_000
+    assert model["temperature"] == manifest.temperature
 
 
 def test_a_request_keeps_the_id_that_its_client_gave(client: httpx.Client) -> None:

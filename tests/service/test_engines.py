@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from export.bundle import Bundle, BundleStore, Candidate
@@ -379,11 +378,6 @@ def test_a_machine_without_a_gpu_says_what_is_missing(
     assert re.search("precision fp8 needs TensorRT: .*(cuda-bindings|driver)", caplog.text)
     with pytest.raises(RuntimeUnavailableError, match="set the precision to auto"):
         load_model(store.open("demo"), settings)
-
-
-def test_on_the_cpu_the_service_says_that_tensorrt_is_off(client: httpx.Client) -> None:
-    assert state(client) == ("onnxruntime", "off: the CPU is to be used")
-    assert metric(client, 'timesformer_tensorrt{model="demo",state="off"}') == 1
 
 
 def test_labelling_uses_a_plan_that_is_there_and_reports_why_none_serves(

@@ -55,3 +55,17 @@ def test_a_second_video_is_refused_as_it_begins() -> None:
 def test_a_boundary_that_is_too_long_is_the_clients_fault() -> None:
     with pytest.raises(BadRequestError, match="cannot be read"):
         Form(b"b" * 300, bytearray().extend)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"nonsense", "cannot be read"),
+        (b"--b--\r\n", "0 parts"),
+        (FILE + b"abc", "ends before"),
+        (FIELD[2:] + b"y" * 2000 + END, "longer than"),
+    ],
+)
+def test_a_form_that_is_malformed_is_refused_with_the_reason(body: bytes, message: str) -> None:
+    with pytest.raises(BadRequestError, match=message):
+        parse(body, 100)

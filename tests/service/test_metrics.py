@@ -28,8 +28,10 @@ def samples(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]
     }
 
 
-def test_counters_that_alerts_watch_are_there_before_anything_happens(serve: Any) -> None:
-    with serve() as client:
+def test_an_idle_service_reports_all_that_alerts_watch(serve: Any, tmp_path: Path) -> None:
+    """Counters, queues and disks are there before the first request."""
+    limits = {"max_queue_clips": 77, "decode_workers": 3}
+    with serve(jobs_dir=tmp_path / "jobs", spool_dir=tmp_path, **limits) as client:
         found = samples(client)
     for result in ("done", "refused"):
         assert found["timesformer_swaps_total", (*DEMO, ("result", result))] == 0
@@ -38,11 +40,6 @@ def test_counters_that_alerts_watch_are_there_before_anything_happens(serve: Any
     for code in codes():
         assert found["timesformer_rejected_total", (("code", code),)] == 0
     assert found["timesformer_active_bundle_refused", DEMO] == 0
-
-
-def test_with_jobs_their_counters_and_their_disk_are_there_too(serve: Any, tmp_path: Path) -> None:
-    with serve(jobs_dir=tmp_path) as client:
-        found = samples(client)
     for kind in PARAMETERS:
         for state in set(STATES) - {"queued", "running"}:
             labels = (("kind", kind), ("state", state))
@@ -51,17 +48,15 @@ def test_with_jobs_their_counters_and_their_disk_are_there_too(serve: Any, tmp_p
         assert found["timesformer_webhooks_total", (("result", result),)] == 0
     for state in STATES:
         assert found["timesformer_jobs", (("state", state),)] == 0
-    assert found["timesformer_disk_free_bytes", (("volume", "jobs"),)] > 0
-
-
-def test_an_idle_service_says_how_much_it_could_take(serve: Any) -> None:
-    with serve(max_queue_clips=77, decode_workers=3) as client:
-        found = samples(client)
     assert found["timesformer_queue_limit_clips", DEMO] == 77
     assert found["timesformer_queue_age_seconds", DEMO] == 0
     assert found["timesformer_decoders", ()] == 3
     assert found["timesformer_decoders_busy", ()] == 0
     assert found["timesformer_decode_waiting", ()] == 0
+    size = shutil.disk_usage(tmp_path).total
+    for volume in ("spool", "jobs", "store"):
+        assert found["timesformer_disk_free_bytes", (("volume", volume),)] > 0
+    assert found["timesformer_disk_size_bytes", (("volume", "spool"),)] == size
 
 
 def test_what_was_sent_and_what_the_engine_did_is_counted(
@@ -80,15 +75,6 @@ def test_what_was_sent_and_what_the_engine_did_is_counted(
     assert found["timesformer_batch_seconds_count", DEMO] == batches > 0
     for stage in ("upload", "decode", "queue", "inference", "total"):
         assert found["timesformer_stage_seconds_count", (*DEMO, ("stage", stage))] == 1
-
-
-def test_the_disks_of_spool_and_store_are_reported(serve: Any, tmp_path: Path) -> None:
-    with serve(spool_dir=tmp_path) as client:
-        found = samples(client)
-    size = shutil.disk_usage(tmp_path).total
-    assert found["timesformer_disk_size_bytes", (("volume", "spool"),)] == size
-    assert 0 < found["timesformer_disk_free_bytes", (("volume", "spool"),)] <= size
-    assert found["timesformer_disk_size_bytes", (("volume", "store"),)] > 0
 
 
 def test_a_folder_that_is_gone_does_not_take_the_other_metrics_along(tmp_path: Path) -> None:

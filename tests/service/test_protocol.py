@@ -92,18 +92,6 @@ def test_what_follows_a_chunked_body_without_end_is_refused_while_it_is_read(
         assert b" 431 " in read_until_closed(connection)[:40]
 
 
-def test_chunks_that_come_in_pieces_are_no_such_fields(impatient: httpx.Client) -> None:
-    """Nor are the few that a client may send there."""
-    with connected(impatient) as connection:
-        connection.sendall(HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
-        for _ in range(40):
-            for piece in (b"fa0\r\n", b"x" * 2000, b"x" * 2000, b"\r\n"):
-                connection.sendall(piece)
-                time.sleep(0.001)
-        connection.sendall(b"0\r\nX-Digest: 1\r\n\r\n")
-        assert read_until_closed(connection).startswith(b"HTTP/1.1 422 ")
-
-
 @pytest.mark.parametrize("rest", [b"\r\n", b"\r\n\r\n\r\n"])
 def test_empty_lines_after_an_answer_keep_no_connection(
     impatient: httpx.Client, rest: bytes

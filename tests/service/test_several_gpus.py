@@ -212,16 +212,6 @@ class TestOnnxRuntime:
         with pytest.raises(RuntimeUnavailableError, match="device 0 fell off"):
             load_model(store.open("demo"), load_settings(**facts, device="cuda"))
 
-    def test_the_service_serves_on_both(
-        self, broken: dict[int, str], serve: Serve, store: BundleStore, video: Path, tmp_path: Path
-    ) -> None:
-        settings = {"store": store.root, "gpu": "0,1", "device": "cuda", "tensorrt": "off"}
-        with serve(**settings, spool_dir=tmp_path) as client:
-            assert devices(client) == {"cuda:0": True, "cuda:1": True}
-            ready = client.get("/health/ready").json()
-            assert (ready["engine"], ready["device"]) == ("onnxruntime", "cuda")
-            label(client, video)
-
 
 class TestWhichGpus:
     def test_one_that_is_not_there_is_an_error_that_names_the_variable(

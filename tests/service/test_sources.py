@@ -59,15 +59,11 @@ def test_it_is_off_by_default(client: httpx.Client) -> None:
     assert "TIMESFORMER_SOURCE_HOSTS" in answer.json()["detail"]
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["http://127.0.0.1/", "http://169.254.169.254/", "http://[::1]/", "https://evil.example/", "x"],
-)
-def test_hosts_that_are_not_listed_are_refused(serve: Any, url: str) -> None:
+def test_hosts_that_are_not_listed_are_refused(serve: Any) -> None:
     with serve(source_hosts="videos.example.org", source_http=True) as client:
-        answer = client.post(URL, json={"source_url": url})
-    assert answer.status_code == 422
-    assert answer.json()["code"] == "source_refused"
+        for url in ("http://169.254.169.254/", "https://evil.example/", "x"):
+            answer = client.post(URL, json={"source_url": url})
+            assert (answer.status_code, answer.json()["code"]) == (422, "source_refused")
 
 
 def test_a_listed_host_with_a_private_address_is_refused(serve: Any) -> None:
@@ -82,19 +78,25 @@ def test_a_listed_host_with_a_private_address_is_refused(serve: Any) -> None:
     assert asked == []
 
 
-def test_a_redirect_is_not_followed(serve: Any) -> None:
+def test_a_redirect_is_not_followed_and_of_a_url_only_the_host_is_logged(
+    serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
     asked: list[str] = []
 
     def answer(handler: Handler) -> None:
         asked.append(handler.path)
-        handler.say(302, Location=f"http://{host}/private")
+        handler.say(302, Location=f"http://{host}/?signature=s3cret")
 
     with web_server(answer) as host, serve(**open_to(host)) as client:
-        reply = client.post(URL, json={"source_url": f"http://{host}/"})
-    assert reply.status_code == 422
-    assert reply.json()["code"] == "source_failed"
+        reply = client.post(URL, json={"source_url": f"http://{host}/key?signature=s3cret"})
+    assert (reply.status_code, reply.json()["code"]) == (422, "source_failed")
     assert "redirect" in reply.json()["detail"]
-    assert asked == ["/"]
+    assert asked == ["/key?signature=s3cret"]
+    assert "s3cret" not in reply.text
+    lines = [str(vars(record)) for record in caplog.records]
+    assert any("service" in line for line in lines)
+    assert "s3cret" not in "".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -168,21 +170,6 @@ def test_when_the_client_leaves_the_reading_ends(serve: Any) -> None:
             )
             assert begun.wait(60)
         assert over.wait(60)
-
-
-def test_no_log_and_no_answer_has_more_of_a_url_than_its_host(
-    serve: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    with (
-        web_server(lambda handler: handler.say(302, Location="/?signature=s3cret")) as host,
-        serve(**open_to(host)) as client,
-    ):
-        reply = client.post(URL, json={"source_url": f"http://{host}/key?signature=s3cret"})
-    assert "s3cret" not in reply.text
-    lines = [str(vars(record)) for record in caplog.records]
-    assert any("service" in line for line in lines)
-    assert "s3cret" not in "".join(lines)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import SAMPLE_CLIP
 from service.auth import ApiKey, new_key, write_keys
-from service.decoding.pool import DecoderPool
 from tests.service.conftest import Serve
 from tests.service.test_models import wait_until
 
@@ -53,18 +52,6 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
         return held(runtime, frames)
 
     monkeypatch.setattr(OnnxRuntime, "run", run)
-    yield held
-    held.gate.set()
-
-
-@pytest.fixture
-def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    held = Held(DecoderPool._decode)
-
-    def decode(pool: DecoderPool, *arguments: Any) -> Any:
-        return held(pool, *arguments)
-
-    monkeypatch.setattr(DecoderPool, "_decode", decode)
     yield held
     held.gate.set()
 
@@ -137,16 +124,13 @@ def test_the_protocols_priority_is_one_of_three(client: httpx.Client, parameters
     assert "parameters.priority" in answer.json()["error"]
 
 
-@pytest.mark.parametrize("path", ["/v1/classify", INFER])
 def test_what_is_late_in_the_queue_is_never_run(
-    serve: Serve, pool: ThreadPoolExecutor, engine: Held, path: str, tmp_path: Path
+    serve: Serve, pool: ThreadPoolExecutor, engine: Held, tmp_path: Path
 ) -> None:
     with serve(spool_dir=tmp_path, watch_interval_s=0) as client:
         first = occupy(client, pool, engine)
-        late = post(client, path, X_Request_Timeout="1.5")
-        assert late.status_code == 504
-        if path != INFER:
-            assert late.json()["code"] == "deadline_exceeded"
+        late = post(client, "/v1/classify", X_Request_Timeout="1.5")
+        assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
         assert value(client, 'timesformer_rejected_total{code="deadline_exceeded"}') == 1
         assert value(client, 'timesformer_dropped_total{reason="deadline"}') == 1
         assert value(client, "timesformer_queue_clips{") == 0
@@ -157,30 +141,13 @@ def test_what_is_late_in_the_queue_is_never_run(
         assert len(engine.calls) == ran + 1, "only the last one was run"
 
 
-def test_what_is_late_before_a_decoder_is_free_is_never_decoded(
-    serve: Serve, pool: ThreadPoolExecutor, decoder: Held, tmp_path: Path
-) -> None:
-    with serve(spool_dir=tmp_path, decode_workers=1) as client:
-        decoder.gate.clear()
-        first = pool.submit(post, client, "/v1/classify")
-        wait_until(lambda: len(decoder.calls) == 1)
-        late = post(client, "/v1/classify", X_Request_Timeout="1.0")
-        assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
-        decoder.gate.set()
-        assert first.result().status_code == 200
-        assert post(client, "/v1/classify").status_code == 200
-        assert len(decoder.calls) == 2
-        assert list(tmp_path.rglob("timesformer-upload-*")) == []
-
-
-@pytest.mark.parametrize("path", ["/v1/classify", INFER])
 def test_a_client_that_leaves_takes_its_clips_out_of_the_queue(
-    serve: Serve, pool: ThreadPoolExecutor, engine: Held, path: str, tmp_path: Path
+    serve: Serve, pool: ThreadPoolExecutor, engine: Held, tmp_path: Path
 ) -> None:
     with serve(spool_dir=tmp_path, watch_interval_s=0) as client:
         first = occupy(client, pool, engine)
-        request = tensor(1) if path == INFER else {"content": SAMPLE_CLIP.read_bytes()}
-        leaving = raw(client, path, request["content"], **request.get("headers", {}))
+        request = tensor(1)
+        leaving = raw(client, INFER, request["content"], **request["headers"])
         wait_until(lambda: value(client, "timesformer_queue_clips{") == 1)
         leaving.close()
         wait_until(lambda: value(client, "timesformer_queue_clips{") == 0)
@@ -191,23 +158,6 @@ def test_a_client_that_leaves_takes_its_clips_out_of_the_queue(
         assert first.result().status_code == 200
         assert client.post(INFER, **tensor(3)).status_code == 200
         assert len(engine.calls) == ran + 1
-
-
-def test_a_client_that_leaves_before_a_decoder_is_free_costs_no_decoding(
-    serve: Serve, pool: ThreadPoolExecutor, decoder: Held, tmp_path: Path
-) -> None:
-    with serve(spool_dir=tmp_path, decode_workers=1) as client:
-        decoder.gate.clear()
-        first = pool.submit(post, client, "/v1/classify")
-        wait_until(lambda: len(decoder.calls) == 1)
-        leaving = raw(client, "/v1/classify", SAMPLE_CLIP.read_bytes())
-        wait_until(lambda: value(client, "timesformer_decode_waiting") == 1)
-        leaving.close()
-        wait_until(lambda: value(client, "timesformer_decode_waiting") == 0)
-        decoder.gate.set()
-        assert first.result().status_code == 200
-        assert post(client, "/v1/embed").status_code == 200
-        assert len(decoder.calls) == 2, "the last one's, after which the other's would have come"
 
 
 def test_clips_are_not_received_where_none_may_wait(

@@ -318,6 +318,7 @@ def test_two_decoders_work_side_by_side_and_the_third_video_waits(video: Path) -
         tasks.pop().cancel()
         assert [len(clips.frames) for clips in await asyncio.gather(*tasks)] == [1, 2, 3]
         assert pool.waiting == 0
+        assert sum(decoder.decoded for decoder in pool._decoders) == 3, "a cancelled one is not"
 
     assert with_pool(body, workers=2) == []
 

@@ -54,29 +54,6 @@ def test_a_form_gets_what_the_raw_body_gets(client: httpx.Client, video: Path) -
     np.testing.assert_allclose(form.json()["embedding"], raw.json()["embedding"], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "parameters", [{"views": "0"}, {"crops": "2"}, {"views": "11", "crops": "3"}, {"top_k": "3"}]
-)
-def test_wrong_parameters_are_named(
-    client: httpx.Client, video: Path, parameters: dict[str, str]
-) -> None:
-    content = video.read_bytes()
-    for answer in (
-        client.post(URL, params=parameters, content=content),
-        client.post(URL, files={"file": content}, data=parameters),
-    ):
-        assert answer.status_code == 422
-        assert answer.json()["code"] == "invalid_parameters"
-        assert answer.json()["errors"][0]["field"] in {*parameters, "views"}
-
-
-def test_what_is_no_video_is_refused(client: httpx.Client) -> None:
-    answer = client.post(URL, content=b"words")
-    assert answer.status_code == 422
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert answer.json()["code"] == "undecodable_video"
-
-
 def test_its_numbers_are_float32_in_their_shortest_form() -> None:
     vector = mean_embedding(np.array([[0.1, 1e-8, -3.0], [0.3, 3e-8, -3.0]], np.float32))
     assert vector == [0.2, 2e-8, -3.0]
