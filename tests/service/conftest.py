@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import httpx
 import numpy as np
+import orjson
 import pytest
 import uvicorn
 from hypothesis import HealthCheck, settings
@@ -51,6 +54,32 @@ def _serve(**overrides: object) -> Iterator[httpx.Client]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def send(
+    client: httpx.Client,
+    path: str,
+    content: bytes = b"",
+    length: int | None = None,
+    method: str = "POST",
+    **headers: str,
+) -> socket.socket:
+    """Sends a request, of `length` or whole, and leaves its connection to the caller."""
+    connection = socket.create_connection((client.base_url.host, client.base_url.port), 60)
+    size = len(content) if length is None else length
+    lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {size}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + content)
+    return connection
+
+
+def tensor(frames: np.ndarray, **parameters: int) -> dict[str, Any]:
+    """An inference request of `/v2` with these clips, as keywords of httpx."""
+    item = {"name": "frames", "datatype": "UINT8", "shape": frames.shape}
+    item["parameters"] = {"binary_data_size": frames.nbytes}
+    head = orjson.dumps({"inputs": [item], "parameters": parameters})
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    return {"content": head + frames.tobytes(), "headers": headers}
 
 
 @pytest.fixture(scope="session")

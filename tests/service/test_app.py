@@ -99,11 +99,6 @@ def test_metrics_say_which_bundle_runs_on_what(client: httpx.Client) -> None:
     assert "timesformer_ready 1.0" in text
 
 
-def test_refusals_are_counted_by_their_code(client: httpx.Client) -> None:
-    client.post("/v1/classify", content=b"words")
-    assert 'timesformer_rejected_total{code="undecodable_video"}' in client.get("/metrics").text
-
-
 def test_a_defect_of_ours_is_a_500_problem_with_its_id_and_a_log(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import stat
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from service.auth import ApiKey, KeyFileError, Keyring, new_key, read_keys, writ
 from service.cli import cli
 from service.errors import TooManyRequestsError
 from service.settings import SettingsError, load_settings
+from tests.service.conftest import send
 from tests.service.test_models import publish, store, wait_until  # noqa: F401 - a fixture
 
 
@@ -117,11 +117,7 @@ def test_leaving_makes_no_room_for_more_than_a_key_may_run_at_once(
         stopped = Path(f"/proc/{decoder.pid}")
         os.kill(decoder.pid, signal.SIGSTOP)
         content = video.read_bytes()
-        head = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
-        head += f"Authorization: Bearer {keys['infer']}\r\n\r\n"
-        address = (client.base_url.host, client.base_url.port)
-        with socket.create_connection(address, 60) as leaving:
-            leaving.sendall(head.encode() + content)
+        with send(client, "/v1/classify", content, **bearer(keys["infer"])):
             wait_until(lambda: "decoders_busy 1.0" in client.get("/metrics").text, 120)
             refused = client.post("/v1/classify", content=content, headers=bearer(keys["infer"]))
             assert refused.status_code == 429
@@ -203,13 +199,9 @@ def test_a_body_is_not_waited_for_before_the_key(
 ) -> None:
     keys = write(tmp_path / "keys.json")
     with serve(api_keys_file=tmp_path / "keys.json", spool_dir=tmp_path) as client:
-        address = (client.base_url.host, client.base_url.port)
-        with socket.create_connection(address, timeout=60) as sender:
-            key = f"X-API-Key: {keys[scope]}\r\n" if scope else ""
-            sender.sendall(
-                f"PUT /v1/admin/models/demo/candidate HTTP/1.1\r\nHost: x\r\n{key}"
-                f"Content-Length: 100000000\r\n\r\n".encode()
-            )
+        key = bearer(keys[scope]) if scope else {}
+        url = "/v1/admin/models/demo/candidate"
+        with send(client, url, length=100_000_000, method="PUT", **key) as sender:
             assert sender.recv(100).split()[1] == (b"403" if scope else b"401")
 
 
@@ -233,9 +225,7 @@ def test_an_administrators_body_has_limits_too(
         ):
             answer = client.put(url, headers=headers, content=content)
             assert (answer.status_code, answer.json()["code"]) == (status, code)
-        with socket.create_connection((client.base_url.host, client.base_url.port), 60) as silent:
-            head = f"PUT {url} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
-            silent.sendall(f"{head}Authorization: {headers['Authorization']}\r\n\r\n".encode())
+        with send(client, url, length=9, method="PUT", **headers) as silent:
             assert silent.recv(100).split()[1] == b"408"
 
 

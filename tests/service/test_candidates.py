@@ -19,7 +19,7 @@ from export.bundle import BundleError, BundleStore, Candidate
 from export.pointers import CANDIDATE
 from model.scores import mean_scores
 from tests.export.conftest import colour_manifest, publish_colours, write_video
-from tests.service.conftest import Serve
+from tests.service.conftest import Serve, tensor
 from tests.service.test_auth import bearer, write
 from tests.service.test_models import metric, wait_until
 from tests.service.test_several_models import spoil
@@ -113,22 +113,6 @@ def test_a_shadow_is_compared_and_answers_nobody(run: Any, store: BundleStore, r
         assert metric(admin.client, share) == 0
 
 
-def test_a_share_of_the_requests_is_copied(run: Any, red: bytes) -> None:
-    with run() as admin:
-        admin.attempt("2", "shadow", 0.5)
-        for _ in range(40):
-            admin.version(red)
-        wait_until(lambda: admin.client.get("/metrics") and settled(admin))
-        assert 5 < admin.count("agreed") + admin.count("dropped") < 35
-
-
-def settled(admin: Admin) -> bool:
-    """No copy has been compared for a moment."""
-    before = admin.count("agreed")
-    admin.client.get("/health/live")
-    return admin.count("agreed") == before
-
-
 def test_a_canary_answers_its_share_and_says_so(run: Any, red: bytes) -> None:
     with run() as admin:
         admin.attempt("3", "canary", 0.5)
@@ -162,15 +146,15 @@ def test_clips_that_come_ready_go_to_a_canary_too_and_either_version_can_be_aske
     run: Any, red: bytes
 ) -> None:
     frames = np.full((1, 4, 16, 16, 3), 64, np.uint8)
-    tensor = {"name": "frames", "datatype": "UINT8", "shape": frames.shape}
-    body = {"inputs": [{**tensor, "data": frames.ravel().tolist()}]}
+    request = tensor(frames)
 
     with run() as admin:
         admin.attempt("2", "canary", 1)
 
         def infer(path: str = "") -> tuple[str, float]:
+            headers = admin._headers | request["headers"]
             answer = admin.client.post(
-                f"/v2/models/colours{path}/infer", json=body, headers=admin._headers
+                f"/v2/models/colours{path}/infer", content=request["content"], headers=headers
             ).json()
             return answer["model_version"], answer["outputs"][0]["data"][0]
 

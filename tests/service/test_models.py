@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 import threading
 import time
@@ -24,6 +22,7 @@ from service.loading import max_batch
 from service.metrics import Metrics
 from service.settings import MIB, load_settings
 from tests.export.conftest import publish_colours
+from tests.service.conftest import tensor
 
 SWAPS = 12
 DEMO = BundleStore(STORE).open("demo")
@@ -74,22 +73,7 @@ def test_swaps_under_load_lose_nothing_and_each_answer_is_of_the_version_that_it
     divisors = {publish_colours(store, divisor=divisor).version: divisor for divisor in (64, 16)}
     store.activate("colours", "1")
     frames = np.full((3, 4, 16, 16, 3), 64, np.uint8)
-    head = json.dumps(
-        {
-            "inputs": [
-                {
-                    "name": "frames",
-                    "datatype": "UINT8",
-                    "shape": frames.shape,
-                    "parameters": {"binary_data_size": frames.nbytes},
-                }
-            ]
-        }
-    ).encode()
-    request = {
-        "content": head + frames.tobytes(),
-        "headers": {"Inference-Header-Content-Length": str(len(head))},
-    }
+    request = tensor(frames)
     with serve(store=store.root, watch_interval_s=0.02, spool_dir=tmp_path) as client:
         answers: list[httpx.Response] = []
         done = threading.Event()
@@ -221,30 +205,6 @@ def test_a_damaged_pointer_changes_nothing(serve: Any, store: BundleStore, tmp_p
         (store.root / "demo" / ACTIVE).unlink()
         store.activate("demo", "2")
         wait_until(lambda: serving(client) == "2")
-
-
-def test_a_version_that_the_disk_does_not_give_is_refused_once_and_the_old_one_stays(
-    serve: Any,
-    store: BundleStore,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    await_three_looks: Callable[[], None],
-) -> None:
-    refused, asked = 'timesformer_swaps_total{model="demo",result="refused"}', []
-
-    def fails(path: Path) -> str:
-        asked.append(path)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
-        monkeypatch.setattr("export.bundle.sha256_of", fails)
-        (store.root / "demo" / ACTIVE).write_text('{"version": "2", "previous": ["1"]}')
-        wait_until(lambda: metric(client, refused) == 1)
-        read = len(asked)
-        await_three_looks()
-        assert len(asked) == read, "it is not hashed again and again"
-        assert serving(client) == "1"
-        assert metric(client, 'timesformer_active_bundle_refused{model="demo"}') == 1
 
 
 @pytest.mark.parametrize(("clips", "warned"), [(10, False), (11, True)])

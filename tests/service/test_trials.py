@@ -117,6 +117,19 @@ def test_many_clips_go_batch_by_batch_with_a_look_at_the_serving_engine_before_e
     play(bundle, scenario)
 
 
+def test_only_its_share_of_the_requests_is_copied(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(serving: ServedModel, trial: Trial, shadow: Engine) -> None:
+        for drawn in (1.0, 0.0, 1.0):
+            monkeypatch.setattr("random.random", lambda drawn=drawn: drawn)
+            offer(trial, 2)
+        await until(lambda: trial.counts["agreed"] == 1)
+        assert shadow.ran == [2]
+
+    play(bundle, scenario)
+
+
 def test_what_it_has_no_room_for_is_dropped_at_once_and_counted(bundle: Bundle) -> None:
     async def scenario(serving: ServedModel, trial: Trial, shadow: Engine) -> None:
         for _ in range(10):

@@ -6,7 +6,6 @@ The engine and the decoder are real, and held where a test says so.
 from __future__ import annotations
 
 import math
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,14 +14,14 @@ from typing import Any
 
 import httpx
 import numpy as np
-import orjson
 import pytest
 
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import SAMPLE_CLIP
 from service.auth import ApiKey, new_key, write_keys
-from tests.service.conftest import Serve
+from tests.service.conftest import Serve, send
+from tests.service.conftest import tensor as tensor_of
 from tests.service.test_models import wait_until
 
 INFER = "/v2/models/demo/infer"
@@ -64,21 +63,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def tensor(value: int = 0, clips: int = 1, **parameters: int) -> dict[str, Any]:
     """An inference request with clips of one colour, as keywords of httpx."""
-    frames = np.full((clips, *SHAPE), value, np.uint8).tobytes()
-    item = {"name": "frames", "datatype": "UINT8", "shape": [clips, *SHAPE]}
-    item["parameters"] = {"binary_data_size": len(frames)}
-    head = orjson.dumps({"inputs": [item], "parameters": parameters})
-    headers = {"Inference-Header-Content-Length": str(len(head))}
-    return {"content": head + frames, "headers": headers}
-
-
-def raw(client: httpx.Client, path: str, content: bytes, **headers: str) -> socket.socket:
-    """Sends a request and leaves its connection to the caller."""
-    connection = socket.create_connection((client.base_url.host, client.base_url.port))
-    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(content)}"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + content)
-    return connection
+    return tensor_of(np.full((clips, *SHAPE), value, np.uint8), **parameters)
 
 
 def value(client: httpx.Client, metric: str) -> float:
@@ -147,7 +132,7 @@ def test_a_client_that_leaves_takes_its_clips_out_of_the_queue(
     with serve(spool_dir=tmp_path, watch_interval_s=0) as client:
         first = occupy(client, pool, engine)
         request = tensor(1)
-        leaving = raw(client, INFER, request["content"], **request["headers"])
+        leaving = send(client, INFER, request["content"], **request["headers"])
         wait_until(lambda: value(client, "timesformer_queue_clips{") == 1)
         leaving.close()
         wait_until(lambda: value(client, "timesformer_queue_clips{") == 0)
@@ -174,7 +159,7 @@ def test_clips_are_not_received_where_none_may_wait(
         wait_until(lambda: value(client, "timesformer_queue_clips") == 2)
         size = value(client, "timesformer_tensor_bytes")
         assert size > 3 * math.prod(SHAPE)
-        with raw(client, INFER, b"", X_API_Key=key) as refused:  # of a body nothing is read
+        with send(client, INFER, b"", X_API_Key=key) as refused:  # of a body nothing is read
             answer = refused.recv(1000)
         assert b" 503 " in answer
         assert b"retry-after: " in answer.lower()

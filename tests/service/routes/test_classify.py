@@ -21,8 +21,8 @@ from model.video import load_clips
 from service.errors import QueueFullError
 from service.pace import Watch
 from service.spool import SpoolFile
-from tests.service.conftest import Serve
-from tests.service.test_models import wait_until
+from tests.service.conftest import Serve, send
+from tests.service.test_models import metric, wait_until
 
 URL = "/v1/classify"
 
@@ -172,8 +172,7 @@ def test_a_body_has_to_come_at_a_least_rate(
     monkeypatch.setattr("service.pace._WINDOW_S", 0.3)
     monkeypatch.setattr("service.pace._LONG_WINDOW_S", 0.3)
     with serve(min_upload_rate=100, spool_dir=tmp_path) as client:
-        with socket.create_connection((client.base_url.host, client.base_url.port), 60) as silent:
-            silent.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n".encode())
+        with send(client, path, length=9) as silent:
             answer = silent.recv(2000)
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert spool_files(tmp_path) == []
@@ -216,22 +215,17 @@ def test_what_is_announced_and_does_not_come_takes_no_room_from_others(
     ):
 
         def begin(content: bytes) -> socket.socket:
-            address = (client.base_url.host, client.base_url.port)
-            sender = stack.enter_context(socket.create_connection(address, 60))
-            head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
-            sender.sendall(head.encode() + content)
-            return sender
+            return stack.enter_context(send(client, URL, content, length=1_000_000))
 
-        def spooled() -> str:
-            lines = client.get("/metrics").text.splitlines()
-            return next(line for line in lines if line.startswith("timesformer_spool_bytes "))
+        def spooled() -> float:
+            return metric(client, "timesformer_spool_bytes")
 
         for _ in range(10):
             begin(b"abc")
-        wait_until(lambda: spooled().endswith(" 30.0"))
+        wait_until(lambda: spooled() == 30)
         assert client.post(URL, content=video.read_bytes()).status_code == 200
         begin(b"x" * 900_000)
-        wait_until(lambda: spooled().endswith(" 900030.0"))
+        wait_until(lambda: spooled() == 900_030)
         assert b" 503 " in begin(b"").recv(1000)  # it could not fit, so it is not waited for
 
 
@@ -261,17 +255,14 @@ def test_a_video_that_there_is_no_room_for_is_refused_before_it_is_read(
         raise QueueFullError(7)
 
     with serve(spool_dir=tmp_path) as client:
-        address = (client.base_url.host, client.base_url.port)
         for place in (
             "service.batcher.Batcher.check_room",
             "service.decoding.pool.DecoderPool.check_room",
         ):
-            with monkeypatch.context() as patch, socket.create_connection(address) as sender:
+            with monkeypatch.context() as patch:
                 patch.setattr(place, full)
-                sender.sendall(
-                    b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\nbegins"
-                )
-                answer = sender.recv(65536)
+                with send(client, URL, b"begins", length=9000) as sender:
+                    answer = sender.recv(65536)
             assert answer.startswith(b"HTTP/1.1 503 ")
             assert b"retry-after: 7" in answer.lower()
 

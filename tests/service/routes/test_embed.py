@@ -46,14 +46,6 @@ def test_it_says_of_the_video_what_classify_says(client: httpx.Client, video: Pa
     assert answer["request_id"] == embedded.headers["x-request-id"]
 
 
-def test_a_form_gets_what_the_raw_body_gets(client: httpx.Client, video: Path) -> None:
-    content = video.read_bytes()
-    form = client.post(URL, params={"views": 3}, files={"file": content}, data={"views": "2"})
-    raw = client.post(URL, params={"views": 2}, content=content)
-    assert form.json()["sampling"]["views"] == 2
-    np.testing.assert_allclose(form.json()["embedding"], raw.json()["embedding"], atol=1e-5)
-
-
 def test_its_numbers_are_float32_in_their_shortest_form() -> None:
     vector = mean_embedding(np.array([[0.1, 1e-8, -3.0], [0.3, 3e-8, -3.0]], np.float32))
     assert vector == [0.2, 2e-8, -3.0]
