@@ -39,11 +39,6 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def test_write_keys_leaves_the_file_to_its_owner_alone(tmp_path: Path) -> None:
-    write_keys(tmp_path / "keys.json", ())
-    assert (tmp_path / "keys.json").stat().st_mode & 0o777 == 0o600
-
-
 def test_without_a_key_nothing_but_health_and_page_answers(
     serve: Any, video: Path, tmp_path: Path
 ) -> None:
@@ -229,46 +224,31 @@ def test_an_administrators_body_has_limits_too(
             assert silent.recv(100).split()[1] == b"408"
 
 
-def test_an_admin_activates_and_rolls_back(
-    serve: Any,
-    store: Any,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    admin = bearer(write(tmp_path / "keys.json")["admin"])
-    with serve(
-        store=store.root, api_keys_file=tmp_path / "keys.json", watch_interval_s=0
-    ) as client:
-        nothing = client.post("/v1/admin/models/demo/rollback", headers=admin)
-        assert (nothing.status_code, nothing.json()["code"]) == (409, "bundle_refused")
-        done = client.post("/v1/admin/models/demo/versions/2/activate", headers=admin)
-        assert done.json() == {"name": "demo", "version": "2"}
-        assert client.get("/v1/admin/models/demo", headers=admin).json() == {
-            "name": "demo",
-            "versions": ["1", "2"],
-            "history": ["2", "1"],
-            "serving": "2",
-            "refused": None,
-            "candidate": None,
-        }
-        assert client.post("/v1/admin/models/demo/rollback", headers=admin).json()["version"] == "1"
-        assert store.active("demo") == "1"
-        assert client.get("/health/ready").json()["model"]["version"] == "1"
-
-
-def test_a_version_that_cannot_run_leaves_store_and_service_as_they_were(
+def test_an_admin_activates_and_rolls_back_and_is_refused_what_cannot_run(
     serve: Any,
     store: Any,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     publish(store, graph=b"no graph at all")
     admin = bearer(write(tmp_path / "keys.json")["admin"])
-    with serve(
-        store=store.root, api_keys_file=tmp_path / "keys.json", watch_interval_s=0
-    ) as client:
-        for version in ("3", "99", "nonsense"):
-            answer = client.post(
-                f"/v1/admin/models/demo/versions/{version}/activate", headers=admin
-            )
+    settings = {"api_keys_file": tmp_path / "keys.json", "watch_interval_s": 0}
+    with serve(store=store.root, **settings) as client:
+        client.headers.update(admin)
+        url = "/v1/admin/models/demo"
+        for path in ("rollback", *(f"versions/{name}/activate" for name in ("3", "99", "none"))):
+            answer = client.post(f"{url}/{path}")
             assert (answer.status_code, answer.json()["code"]) == (409, "bundle_refused")
+        assert store.active("demo") == client.get(url).json()["serving"] == "1"
+        done = client.post(f"{url}/versions/2/activate")
+        assert done.json() == {"name": "demo", "version": "2"}
+        assert client.get(url).json() == {
+            "name": "demo",
+            "versions": ["1", "2", "3"],
+            "history": ["2", "1"],
+            "serving": "2",
+            "refused": None,
+            "candidate": None,
+        }
+        assert client.post(f"{url}/rollback").json()["version"] == "1"
         assert store.active("demo") == "1"
         assert client.get("/health/ready").json()["model"]["version"] == "1"

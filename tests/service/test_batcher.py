@@ -389,6 +389,21 @@ async def test_an_engine_that_fails_on_what_another_can_do_is_taken_out_and_lose
 
 
 @virtual
+async def test_clips_that_no_engine_can_do_are_nobodys_fault_but_theirs() -> None:
+    engines = [SteppedEngine(fails=lambda batch: 13 in batch) for _ in range(2)]
+    stepped = Stepped(*engines)
+    for _ in range(5):
+        poisoned = submit(stepped, 13)
+        await stepped.finish()
+        assert isinstance(poisoned.exception(), InternalError)
+    good = [submit(stepped, value) for value in range(4)]
+    await stepped.finish()
+    assert [logits(task) for task in good] == [[0], [1], [2], [3]]
+    assert all(engine.ran for engine in engines)
+    assert not any(worker.removed for worker in stepped.batcher._workers)
+
+
+@virtual
 async def test_the_only_engine_is_kept_and_is_healthy_again_once_it_works() -> None:
     down = [True]
     stepped = Stepped(SteppedEngine(fails=lambda batch: down[0]))

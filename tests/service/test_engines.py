@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from service.engines import BUILDING, Engines, find_tensorrt
 from service.labelling.here import load
 from service.loading import load_model
 from service.settings import load_settings
+from tests.service.conftest import Serve
 from tests.service.fake_gpu import (
     FakeBuilder,
     FakeGpu,
@@ -62,15 +64,16 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
 
 
 @pytest.fixture
-def options(store: BundleStore, tmp_path: Path) -> dict[str, Any]:
-    return {"store": store.root, "spool_dir": tmp_path, "watch_interval_s": 0.05}
+def start(serve: Serve, store: BundleStore, tmp_path: Path) -> Serve:
+    """Starts a service of that store, which follows the store closely."""
+    return partial(serve, store=store.root, spool_dir=tmp_path, watch_interval_s=0.05)
 
 
 def test_without_a_plan_onnx_runtime_serves_until_the_plan_is_built(
-    serve: Any, options: dict[str, Any], gpu: FakeGpu, builder: FakeBuilder, video: Path
+    start: Serve, gpu: FakeGpu, builder: FakeBuilder, video: Path
 ) -> None:
     builder.go_on.clear()
-    with serve(**options) as client:
+    with start() as client:
         assert state(client) == ("onnxruntime", "building")
         assert metric(client, 'timesformer_tensorrt{model="demo",state="building"}') == 1
         before = label(client, video)
@@ -88,8 +91,7 @@ def test_without_a_plan_onnx_runtime_serves_until_the_plan_is_built(
 
 
 def test_prebuilt_plans_that_are_missing_are_reported_and_not_built(
-    serve: Any,
-    options: dict[str, Any],
+    start: Serve,
     store: BundleStore,
     gpu: FakeGpu,
     builder: FakeBuilder,
@@ -97,7 +99,7 @@ def test_prebuilt_plans_that_are_missing_are_reported_and_not_built(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     build_ahead(gpu, store.open("demo", "2"))
-    with serve(**options, tensorrt="prebuilt") as client:
+    with start(tensorrt="prebuilt") as client:
         engine, status = state(client)
         assert engine == "onnxruntime"
         assert status.startswith("missing: no plan fits: run `timesformer engines build`")
@@ -119,8 +121,7 @@ def test_prebuilt_plans_that_are_missing_are_reported_and_not_built(
     ],
 )
 def test_a_plan_that_fails_is_reported_and_onnx_runtime_serves(
-    serve: Any,
-    options: dict[str, Any],
+    start: Serve,
     store: BundleStore,
     gpu: FakeGpu,
     builder: FakeBuilder,
@@ -139,7 +140,7 @@ def test_a_plan_that_fails_is_reported_and_onnx_runtime_serves(
     if there:
         build_ahead(gpu, store.open("demo"), "fp8")
     build_ahead(gpu, store.open("demo"), "fp16")  # the other precisions are not tried
-    with serve(**options, precision="auto") as client:
+    with start(precision="auto") as client:
         wait_until(lambda: state(client)[1].startswith("failed: fp8: "))
         engine, status = state(client)
         assert engine == "onnxruntime"
@@ -155,10 +156,10 @@ def test_a_plan_that_fails_is_reported_and_onnx_runtime_serves(
 
 
 def test_a_version_that_is_activated_meanwhile_is_built_next(
-    serve: Any, options: dict[str, Any], store: BundleStore, gpu: FakeGpu, builder: FakeBuilder
+    start: Serve, store: BundleStore, gpu: FakeGpu, builder: FakeBuilder
 ) -> None:
     builder.go_on.clear()
-    with serve(**options) as client:
+    with start() as client:
         wait_until(lambda: builder.versions == ["1"])
         store.activate("demo", "2")
         wait_until(lambda: serving(client) == "2")
@@ -170,14 +171,9 @@ def test_a_version_that_is_activated_meanwhile_is_built_next(
 
 
 def test_a_candidate_gets_its_plan_while_it_is_tried_and_keeps_it_once_active(
-    serve: Any,
-    options: dict[str, Any],
-    store: BundleStore,
-    gpu: FakeGpu,
-    builder: FakeBuilder,
-    video: Path,
+    start: Serve, store: BundleStore, gpu: FakeGpu, builder: FakeBuilder, video: Path
 ) -> None:
-    with serve(**options) as client:
+    with start() as client:
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
         builder.go_on.clear()
         store.try_candidate("demo", Candidate(version="2", mode="canary", share=1.0))
@@ -199,15 +195,10 @@ def test_a_candidate_gets_its_plan_while_it_is_tried_and_keeps_it_once_active(
 
 
 def test_a_candidate_whose_plan_cannot_be_built_is_tried_without_and_not_built_again(
-    serve: Any,
-    options: dict[str, Any],
-    store: BundleStore,
-    gpu: FakeGpu,
-    builder: FakeBuilder,
-    video: Path,
+    start: Serve, store: BundleStore, gpu: FakeGpu, builder: FakeBuilder, video: Path
 ) -> None:
     builder.fails["2"] = "myelin gave up"
-    with serve(**options) as client:
+    with start() as client:
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
         store.try_candidate("demo", Candidate(version="2", mode="canary", share=1.0))
         wait_until(lambda: builder.versions == ["1", "2"])
@@ -221,8 +212,7 @@ def test_a_candidate_whose_plan_cannot_be_built_is_tried_without_and_not_built_a
 
 
 def test_the_service_stops_while_a_plan_is_built(
-    serve: Any,
-    options: dict[str, Any],
+    start: Serve,
     gpu: FakeGpu,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -242,7 +232,7 @@ def test_the_service_stops_while_a_plan_is_built(
         return build_plan(sleeping, progress, started)
 
     monkeypatch.setattr("service.engines.build_plan", build)
-    with serve(**options) as client:
+    with start() as client:
         wait_until(lambda: children)
         assert state(client)[1] == "building"
     assert children[0].poll() is not None, "the child is gone"
@@ -251,15 +241,10 @@ def test_the_service_stops_while_a_plan_is_built(
 
 @pytest.mark.parametrize("refittable", [False, True])
 def test_a_build_starts_from_what_earlier_versions_left(
-    serve: Any,
-    options: dict[str, Any],
-    store: BundleStore,
-    gpu: FakeGpu,
-    builder: FakeBuilder,
-    refittable: bool,
+    start: Serve, store: BundleStore, gpu: FakeGpu, builder: FakeBuilder, refittable: bool
 ) -> None:
     builder.facts = {"refittable": refittable, "warnings": ("no product computes in FP8",)}
-    with serve(**options, refittable_plans=refittable) as client:
+    with start(refittable_plans=refittable) as client:
         wait_until(lambda: state(client) == ("tensorrt", "serving"))
         (first,) = builder.jobs
         assert first.timings is not None
@@ -275,8 +260,7 @@ def test_a_build_starts_from_what_earlier_versions_left(
 
 
 def test_a_refitted_plan_with_wrong_answers_is_built_instead(
-    serve: Any,
-    options: dict[str, Any],
+    start: Serve,
     store: BundleStore,
     gpu: FakeGpu,
     builder: FakeBuilder,
@@ -293,7 +277,7 @@ def test_a_refitted_plan_with_wrong_answers_is_built_instead(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.engines.build_plan", build)
-        with serve(**options, refittable_plans=True) as client:
+        with start(refittable_plans=True) as client:
             wait_until(lambda: state(client) == ("tensorrt", "serving"))
             store.activate("demo", "2")
             wait_until(lambda: len(refits) == 3)
@@ -304,8 +288,7 @@ def test_a_refitted_plan_with_wrong_answers_is_built_instead(
 
 
 def test_several_models_build_their_plans_one_after_the_other(
-    serve: Any,
-    options: dict[str, Any],
+    start: Serve,
     store: BundleStore,
     gpu: FakeGpu,
     builder: FakeBuilder,
@@ -334,7 +317,7 @@ def test_several_models_build_their_plans_one_after_the_other(
                 running -= 1
 
     monkeypatch.setattr(Engines, "build", counted)
-    with serve(**options, model="*") as client:
+    with start(model="*") as client:
 
         def serving_tensorrt() -> int:
             models = client.get("/v1/models").json()["models"]

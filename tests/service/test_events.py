@@ -50,31 +50,27 @@ class Stream:
         self.sent.append(message)
 
 
-def test_event_stream_of_a_client_that_disconnects_is_closed_and_counted_once() -> None:
-    async def body() -> None:
-        stream = Stream()
-        running = asyncio.create_task(stream.run())
-        await stream.started.wait()
-        stream.disconnected.set()
+@pytest.mark.anyio
+async def test_event_stream_of_a_client_that_disconnects_is_closed_and_counted_once() -> None:
+    stream = Stream()
+    running = asyncio.create_task(stream.run())
+    await stream.started.wait()
+    stream.disconnected.set()
+    await running
+    assert stream.closed
+    assert stream.errors == ["client_disconnected"]
+    assert [message["type"] for message in stream.sent] == ["http.response.start"]
+
+
+@pytest.mark.anyio
+async def test_event_stream_that_the_service_cancels_ends_with_an_event() -> None:
+    stream = Stream()
+    running = asyncio.create_task(stream.run())
+    await stream.started.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
         await running
-        assert stream.closed
-        assert stream.errors == ["client_disconnected"]
-        assert [message["type"] for message in stream.sent] == ["http.response.start"]
-
-    asyncio.run(body())
-
-
-def test_event_stream_that_the_service_cancels_ends_with_an_event() -> None:
-    async def body() -> None:
-        stream = Stream()
-        running = asyncio.create_task(stream.run())
-        await stream.started.wait()
-        running.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await running
-        assert stream.closed
-        assert stream.errors == ["not_ready"]
-        assert b'"code":"not_ready"' in stream.sent[1]["body"]
-        assert not stream.sent[-1].get("more_body")
-
-    asyncio.run(body())
+    assert stream.closed
+    assert stream.errors == ["not_ready"]
+    assert b'"code":"not_ready"' in stream.sent[1]["body"]
+    assert not stream.sent[-1].get("more_body")

@@ -15,6 +15,7 @@ import pytest
 from service.http_client import HttpClient, Reply
 from service.url_policy import ExchangeFailedError, Policy
 
+pytestmark = pytest.mark.anyio
 PATIENCE_S = 60.0
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
@@ -120,7 +121,7 @@ def test_request_tries_each_address_of_a_host(monkeypatch: pytest.MonkeyPatch) -
     assert asked == [("2606:4700::1111", 80), ("8.8.8.8", 80)]
 
 
-def test_request_uses_no_proxy_no_credentials_and_no_cookies(
+async def test_request_uses_no_proxy_no_credentials_and_no_cookies(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     heads: list[bytes] = []
@@ -135,14 +136,10 @@ def test_request_uses_no_proxy_no_credentials_and_no_cookies(
         writer.write(b"HTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\nContent-Length: 2\r\n\r\nok")
         await writer.drain()
 
-    async def scenario() -> str:
-        async with server(serve) as host:
-            with client_of(host) as client:
-                for _ in range(2):
-                    assert await get(client, f"http://{host}/a%20b?c=%2F#d") == (200, b"ok")
-            return host
-
-    host = asyncio.run(scenario())
+    async with server(serve) as host:
+        with client_of(host) as client:
+            for _ in range(2):
+                assert await get(client, f"http://{host}/a%20b?c=%2F#d") == (200, b"ok")
     expected = {
         "GET /a%20b?c=%2F HTTP/1.1",
         f"Host: {host}",
@@ -165,7 +162,7 @@ def test_request_uses_no_proxy_no_credentials_and_no_cookies(
         (None, "silent for 0.05 s"),
     ],
 )
-def test_request_names_the_host_and_the_reason_of_a_failure(
+async def test_request_names_the_host_and_the_reason_of_a_failure(
     answer: bytes | None, reason: str
 ) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -175,15 +172,12 @@ def test_request_names_the_host_and_the_reason_of_a_failure(
             writer.write_eof()
         await reader.read()
 
-    async def scenario() -> None:
-        silence_s = 0.05 if answer is None else PATIENCE_S
-        scheme = "https" if reason == "TLS fails" else "http"
+    silence_s = 0.05 if answer is None else PATIENCE_S
+    scheme = "https" if reason == "TLS fails" else "http"
+    with pytest.raises(ExchangeFailedError, match=r"127\.0\.0\.1") as failure:  # noqa: PT012
         async with server(serve) as host:
             with client_of(host, silence_s) as client:
                 await get(client, f"{scheme}://{host}/?s3cret")
-
-    with pytest.raises(ExchangeFailedError, match=r"127\.0\.0\.1") as failure:
-        asyncio.run(scenario())
     assert reason in str(failure.value)
     assert "s3cret" not in str(failure.value)
 
@@ -197,37 +191,36 @@ def test_request_to_a_closed_port_says_so() -> None:
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\n\r\nx"])
-def test_request_that_is_cancelled_ends_the_connection_at_once(scheme: str, begin: bytes) -> None:
+async def test_request_that_is_cancelled_ends_the_connection_at_once(
+    scheme: str, begin: bytes
+) -> None:
     """While the host is silent: in the TLS handshake, before its reply, or in the middle of it."""
     if scheme == "https":
         begin = b""
 
-    async def scenario() -> None:
-        connected, ended = asyncio.Event(), asyncio.Event()
+    connected, ended = asyncio.Event(), asyncio.Event()
 
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.read(1)
-            writer.write(begin)
-            connected.set()
-            try:
-                await reader.read()
-            finally:
-                ended.set()
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(begin)
+        connected.set()
+        try:
+            await reader.read()
+        finally:
+            ended.set()
 
-        async with server(serve) as host:
-            with client_of(host) as client:
-                reading = asyncio.create_task(get(client, f"{scheme}://{host}/"))
-                async with asyncio.timeout(PATIENCE_S):
-                    await connected.wait()
-                    reading.cancel()
-                    with pytest.raises(asyncio.CancelledError):
-                        await reading
-                    await ended.wait()
-
-    asyncio.run(scenario())
+    async with server(serve) as host:
+        with client_of(host) as client:
+            reading = asyncio.create_task(get(client, f"{scheme}://{host}/"))
+            async with asyncio.timeout(PATIENCE_S):
+                await connected.wait()
+                reading.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await reading
+                await ended.wait()
 
 
-def test_request_whose_name_server_does_not_answer_ends_and_blocks_no_other_client(
+async def test_request_whose_name_server_does_not_answer_ends_and_blocks_no_other_client(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     over = threading.Event()
@@ -243,22 +236,19 @@ def test_request_whose_name_server_does_not_answer_ends_and_blocks_no_other_clie
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
 
-    async def scenario() -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    try:
         async with server(serve) as host:
             with client_of("hangs.example.org", 0.05) as hanging, client_of(host) as other:
                 for _ in range(4):  # more than there are threads
                     with pytest.raises(ExchangeFailedError, match="silent"):
                         await get(hanging, "http://hangs.example.org/")
                 assert await get(other, f"http://{host}/") == (204, b"")
-
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    try:
-        asyncio.run(scenario())
     finally:
         over.set()
 
 
-def test_blocks_lets_other_tasks_run_between_tiny_chunks() -> None:
+async def test_blocks_lets_other_tasks_run_between_tiny_chunks() -> None:
     class Flood:
         status, headers = 200, [(b"Content-Type", b"video/mp4")]
 
@@ -266,19 +256,16 @@ def test_blocks_lets_other_tasks_run_between_tiny_chunks() -> None:
             for _ in range(640):
                 yield b"x"  # without a wait in between
 
-    async def scenario() -> int:
-        turns = 0
+    turns = 0
 
-        async def tick() -> None:
-            nonlocal turns
-            while True:
-                turns += 1
-                await asyncio.sleep(0)
+    async def tick() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
 
-        other = asyncio.create_task(tick())
-        async for _ in Reply("host", Flood()).blocks():  # type: ignore[arg-type]
-            pass
-        other.cancel()
-        return turns
-
-    assert asyncio.run(scenario()) >= 9
+    other = asyncio.create_task(tick())
+    async for _ in Reply("host", Flood()).blocks():  # type: ignore[arg-type]
+        pass
+    other.cancel()
+    assert turns >= 9

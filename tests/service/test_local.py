@@ -8,7 +8,9 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,45 +46,43 @@ def settings(store: BundleStore) -> Settings:
     return load_settings(store=store.root, device="cpu")
 
 
-def json_lines(text: str) -> list[dict]:
-    return [json.loads(line) for line in text.splitlines()]
+Ask = Callable[..., list[dict[str, Any]]]
 
 
-def test_each_video_gets_its_own_answer_in_order(
-    videos: dict[str, Path], settings: Settings, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert classify_files(list(videos.values()), settings, ClassifyParameters(), as_json=True) == 0
-    answers = json_lines(capsys.readouterr().out)
+@pytest.fixture
+def ask(settings: Settings, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """Classifies files; returns the answers in JSON, of which `failed` are errors."""
+
+    def run(*files: Path, failed: int = 0, **parameters: Any) -> list[dict[str, Any]]:
+        wanted = ClassifyParameters(**parameters)
+        assert classify_files(list(files), settings, wanted, as_json=True) == failed
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_each_video_gets_its_own_answer_in_order(videos: dict[str, Path], ask: Ask) -> None:
+    answers = ask(*videos.values())
     assert [answer["file"] for answer in answers] == [str(path) for path in videos.values()]
     assert [answer["predictions"][0]["label"] for answer in answers] == list(COLOURS)
 
 
 def test_the_scores_are_those_of_the_bundle_s_temperature(
-    videos: dict[str, Path],
-    settings: Settings,
-    store: BundleStore,
-    capsys: pytest.CaptureFixture[str],
+    videos: dict[str, Path], store: BundleStore, ask: Ask
 ) -> None:
     """Squared and normalised anew where it is a half."""
-    ask = ClassifyParameters(top_k=3)
-    classify_files([videos["red"]], settings, ask, as_json=True)
+    answers = ask(videos["red"], top_k=3)
     store.activate("colours", publish_colours(store, temperature=0.5).version)
-    classify_files([videos["red"]], settings, ask, as_json=True)
+    answers += ask(videos["red"], top_k=3)
     plain, sharp = (
-        np.array([each["score"] for each in answer["predictions"]])
-        for answer in json_lines(capsys.readouterr().out)
+        np.array([each["score"] for each in answer["predictions"]]) for answer in answers
     )
     np.testing.assert_allclose(sharp, plain**2 / (plain**2).sum(), atol=2e-6)
     assert sharp[0] > plain[0]
 
 
-def test_an_answer_says_what_was_seen_by_which_model(
-    videos: dict[str, Path], settings: Settings, capsys: pytest.CaptureFixture[str]
-) -> None:
-    parameters = ClassifyParameters(top_k=2, views=3, crops=3)
-    classify_files([videos["blue"]], settings, parameters, as_json=True)
-    (answer,) = json_lines(capsys.readouterr().out)
-
+def test_an_answer_says_what_was_seen_by_which_model(videos: dict[str, Path], ask: Ask) -> None:
+    (answer,) = ask(videos["blue"], top_k=2, views=3, crops=3)
     assert answer["predictions"][0]["class_index"] == 2
     assert len(answer["predictions"]) == 2
     assert answer["model"] == {"name": "colours", "version": "1"}
@@ -92,37 +92,23 @@ def test_an_answer_says_what_was_seen_by_which_model(
     assert answer["video"]["frames"] == 40
 
 
-def test_a_threshold_leaves_out_what_scores_less(
-    videos: dict[str, Path], settings: Settings, capsys: pytest.CaptureFixture[str]
-) -> None:
-    classify_files([videos["red"]], settings, ClassifyParameters(threshold=0.5), as_json=True)
-    (answer,) = json_lines(capsys.readouterr().out)
+def test_a_threshold_leaves_out_what_scores_less(videos: dict[str, Path], ask: Ask) -> None:
+    (answer,) = ask(videos["red"], threshold=0.5)
     assert [each["label"] for each in answer["predictions"]] == ["red"]
 
 
 def test_what_cannot_be_read_is_counted_and_the_rest_is_answered(
-    videos: dict[str, Path],
-    settings: Settings,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    videos: dict[str, Path], tmp_path: Path, ask: Ask
 ) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no video" * 100)
     broken = [tmp_path / name for name in ("empty.mp4", "text.mp4", "absent.mp4", ".")]
     files = [videos["red"], *broken, videos["green"]]
-
-    assert classify_files(files, settings, ClassifyParameters(), as_json=True) == 4
-
-    answers = json_lines(capsys.readouterr().out)
+    answers = ask(*files, failed=4)
     assert [answer["file"] for answer in answers] == [str(file) for file in files]
-    assert [answer.get("error", {}).get("code") for answer in answers] == [
-        None,
-        "empty_file",
-        "undecodable_video",
-        "unreadable_file",
-        "unreadable_file",
-        None,
-    ]
+    codes = [answer.get("error", {}).get("code") for answer in answers]
+    assert codes[:3] == [None, "empty_file", "undecodable_video"]
+    assert codes[3:] == ["unreadable_file", "unreadable_file", None]
     assert answers[3]["error"]["detail"] == "No such file or directory."
     assert answers[4]["error"]["detail"] == "Is a directory."
 
@@ -164,10 +150,7 @@ def test_names_and_labels_of_any_form_are_neither_markup_nor_wrapped_nor_cut(
 
 
 def test_a_cut_off_file_is_answered_and_said_to_be_one(
-    videos: dict[str, Path],
-    settings: Settings,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    videos: dict[str, Path], settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = write_video(tmp_path / "whole.mkv", "red", frames=300).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import functools
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -41,73 +42,68 @@ class Client:
         return {"type": "http.disconnect"}
 
 
-def run(body: Awaitable[Any]) -> Any:
-    async def whole() -> Any:
+def leaves_nothing(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """Runs a test, which is a coroutine function; it must leave no task and no unheard error."""
+
+    async def whole() -> None:
         unheard: list[Any] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, what: unheard.append(what))
-        result = await body
+        await test()
         await asyncio.sleep(0)
         assert not unheard
         assert asyncio.all_tasks() == {asyncio.current_task()}, "something still waits"
-        return result
 
-    return asyncio.run(whole())
+    @functools.wraps(test)
+    def in_its_own_loop() -> None:
+        asyncio.run(whole())
 
-
-def test_work_that_ends_is_answered_and_nothing_goes_on_waiting() -> None:
-    async def body() -> None:
-        client, work = Client(), Work()
-        answer = asyncio.ensure_future(answer_in_time(client, LONG_S, work.run()))
-        await asyncio.sleep(0)
-        work.may_end.set()
-        assert await answer == "done"
-        client.goes.set()  # too late to matter
-
-    run(body())
+    return in_its_own_loop
 
 
-def test_work_is_given_up_when_the_client_goes() -> None:
-    async def body() -> None:
-        client, work = Client(), Work()
-        answer = asyncio.ensure_future(answer_in_time(client, LONG_S, work.run()))
-        await asyncio.sleep(0)
-        client.goes.set()
-        with pytest.raises(ClientDisconnectedError):
-            await answer
-        assert work.given_up
-
-    run(body())
+@leaves_nothing
+async def test_work_that_ends_is_answered_and_nothing_goes_on_waiting() -> None:
+    client, work = Client(), Work()
+    answer = asyncio.ensure_future(answer_in_time(client, LONG_S, work.run()))
+    await asyncio.sleep(0)
+    work.may_end.set()
+    assert await answer == "done"
+    client.goes.set()  # too late to matter
 
 
-def test_work_is_given_up_when_its_time_is_up() -> None:
-    async def body() -> None:
-        work = Work()
-        with pytest.raises(RequestTimeoutError):
-            await answer_in_time(Client(), NO_TIME_S, work.run())
-        assert work.given_up
-
-    run(body())
-
-
-def test_whoever_gives_up_the_request_gives_up_its_work() -> None:
-    async def body() -> None:
-        work = Work()
-        answer = asyncio.ensure_future(answer_in_time(Client(), LONG_S, work.run()))
-        await asyncio.sleep(0)
-        answer.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await answer
-        assert work.given_up
-
-    run(body())
+@leaves_nothing
+async def test_work_is_given_up_when_the_client_goes() -> None:
+    client, work = Client(), Work()
+    answer = asyncio.ensure_future(answer_in_time(client, LONG_S, work.run()))
+    await asyncio.sleep(0)
+    client.goes.set()
+    with pytest.raises(ClientDisconnectedError):
+        await answer
+    assert work.given_up
 
 
-def test_a_timeout_within_the_work_is_an_error_of_its_own() -> None:
+@leaves_nothing
+async def test_work_is_given_up_when_its_time_is_up() -> None:
+    work = Work()
+    with pytest.raises(RequestTimeoutError):
+        await answer_in_time(Client(), NO_TIME_S, work.run())
+    assert work.given_up
+
+
+@leaves_nothing
+async def test_whoever_gives_up_the_request_gives_up_its_work() -> None:
+    work = Work()
+    answer = asyncio.ensure_future(answer_in_time(Client(), LONG_S, work.run()))
+    await asyncio.sleep(0)
+    answer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answer
+    assert work.given_up
+
+
+@leaves_nothing
+async def test_a_timeout_within_the_work_is_an_error_of_its_own() -> None:
     async def fails() -> None:
         raise TimeoutError("a disk")
 
-    async def body() -> None:
-        with pytest.raises(TimeoutError, match="a disk"):
-            await answer_in_time(Client(), LONG_S, fails())
-
-    run(body())
+    with pytest.raises(TimeoutError, match="a disk"):
+        await answer_in_time(Client(), LONG_S, fails())

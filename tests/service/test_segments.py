@@ -21,17 +21,6 @@ def segments_of(scores: list[list[float]], rule: Rule = PLAIN) -> list[Segment]:
     return found + segmenter.finish()
 
 
-def test_one_label_all_along_is_one_segment_of_the_whole_video() -> None:
-    (segment,) = segments_of([[0.9, 0.1]] * 5)
-    assert segment == Segment(0.0, 6.0, 0, pytest.approx(0.9), 5)
-
-
-def test_segments_meet_in_the_middle_between_the_centres_of_their_windows() -> None:
-    first, second = segments_of([[0.9, 0.1]] * 3 + [[0.1, 0.9]] * 3)
-    assert (first.start_s, first.end_s, first.class_index) == (0.0, 3.5, 0)
-    assert (second.start_s, second.end_s, second.class_index) == (3.5, 7.0, 1)
-
-
 def test_a_dip_above_the_closing_score_does_not_end_a_segment() -> None:
     assert len(segments_of([[0.9], [0.35], [0.9]])) == 1
     assert len(segments_of([[0.9], [0.25], [0.9]])) == 2
@@ -56,10 +45,6 @@ def test_short_segments_are_dropped() -> None:
     scores = [[0.9], [0.0], [0.0], [0.9], [0.9], [0.9]]
     assert [s.start_s for s in segments_of(scores)] == [0.0, 3.5]
     assert [s.start_s for s in segments_of(scores, PLAIN._replace(min_segment_s=2.0))] == [3.5]
-
-
-def test_a_video_of_one_window_can_be_one_segment() -> None:
-    assert segments_of([[0.9]]) == [Segment(0.0, 2.0, 0, pytest.approx(0.9), 1)]
 
 
 @given(

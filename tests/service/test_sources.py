@@ -102,9 +102,7 @@ def test_a_redirect_is_not_followed_and_of_a_url_only_the_host_is_logged(
 @pytest.mark.parametrize(
     ("answer", "status", "code"),
     [
-        (lambda handler: handler.say(404), 422, "source_failed"),
-        (lambda handler: handler.say(500, b"secret"), 422, "source_failed"),
-        (lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH\r\n"), 422, "source_failed"),
+        (lambda handler: handler.say(404, b"secret"), 422, "source_failed"),
         (lambda handler: handler.say(200, b"x", Content_Length="100"), 422, "source_failed"),
         (lambda handler: handler.say(200, b"x", Content_Encoding="gzip"), 422, "source_failed"),
         (lambda handler: handler.say(200, Content_Length="9999999"), 413, "upload_too_large"),

@@ -151,15 +151,6 @@ def test_decoder_that_dies_before_it_opens_the_file_is_replaced_for_the_request(
     assert with_pool(body) == ["decoder_died"]
 
 
-def test_decoder_that_died_between_two_videos_is_replaced(video: Path) -> None:
-    async def body(pool: DecoderPool) -> None:
-        await pool.decode(request(video))
-        kill_decoder(pool)
-        await pool.decode(request(video))
-
-    assert with_pool(body) == ["decoder_died"]
-
-
 def test_decoders_that_die_again_and_again_are_a_503(
     video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

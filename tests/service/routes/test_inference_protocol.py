@@ -471,27 +471,25 @@ def test_what_all_requests_hold_in_memory_is_bounded(serve: Any, tmp_path: Path)
         error(client.post(URL, content=b" " * (MIB + 1)), 413, "holds in memory")
 
 
-def test_a_body_that_nobody_waits_for_any_more_is_let_go() -> None:
+@pytest.mark.anyio
+async def test_a_body_that_nobody_waits_for_any_more_is_let_go() -> None:
     class Content:
         """Something that is seen to go."""
 
-    async def run() -> None:
-        gate = threading.Event()
-        _DECODER.submit(gate.wait)
-        content = Content()
-        seen = weakref.ref(content)
-        waiting = asyncio.create_task(_in_turn(partial(lambda content: content, content)))
-        del content
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.wait([waiting])
-        del waiting
-        gc.collect()
-        left = seen()
-        gate.set()
-        assert left is None
-
-    asyncio.run(run())
+    gate = threading.Event()
+    _DECODER.submit(gate.wait)
+    content = Content()
+    seen = weakref.ref(content)
+    waiting = asyncio.create_task(_in_turn(partial(lambda content: content, content)))
+    del content
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    del waiting
+    gc.collect()
+    left = seen()
+    gate.set()
+    assert left is None
 
 
 def test_a_shape_that_is_only_claimed_costs_no_memory() -> None:
