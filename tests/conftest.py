@@ -12,11 +12,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).parent
 SHARED = TESTS.parents[1] / "shared"
 MARKED_FOLDERS = {"e2e": pytest.mark.e2e, "benchmarks": pytest.mark.benchmark}
 SMOKE_TEST = TESTS / "e2e" / "test_smoke.py"  # the one of its folder that `make test` runs
+
+# Property tests try the same examples each time, however slow the machine is.
+settings.register_profile(
+    "bounded",
+    derandomize=True,
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("bounded")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by mark

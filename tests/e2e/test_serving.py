@@ -22,17 +22,7 @@ import pytest
 from model.demo import SAMPLE_CLIP
 from service.auth import ApiKey, new_key, write_keys
 from tests.e2e.conftest import TIMESFORMER
-
-
-def children_of(pid: int) -> set[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return {int(line) for line in found.stdout.split()}
-
-
-def descendants_of(pid: int) -> set[int]:
-    """The fork server and its decoders too."""
-    children = children_of(pid)
-    return children.union(*map(descendants_of, children))
+from tests.processes import children_of, descendants_of
 
 
 def wait_for_the_end_of(pids: set[int]) -> None:

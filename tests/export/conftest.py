@@ -9,11 +9,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import onnx
 import pytest
@@ -27,6 +25,7 @@ from model.checkpoints import Checkpoint, load_checkpoint, save_safetensors
 from model.config import ATTENTION_TYPES, ModelConfig
 from tests.conftest import MakeOnce
 from tests.model.conftest import random_model, tiny_config
+from tests.videos import encode
 
 # `make test` sees the published scheme and the simplest; CI sees all.
 EVERY_SCHEME = [
@@ -51,14 +50,7 @@ def write_video(path: Path, colour: str = "red", frames: int = 40) -> Path:
     """A 48 x 32 video that is all of one colour, 30 fps."""
     picture = np.zeros((32, 48, 3), np.uint8)
     picture[..., COLOURS.index(colour)] = 220
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=30)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        stream.time_base = Fraction(1, 30)
-        for _ in range(frames):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    return encode(path, [picture] * frames, codec="mpeg4")
 
 
 def colour_config() -> ModelConfig:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ import numpy as np
 import orjson
 
 from tests.e2e.conftest import Service, run_service
+from tests.processes import descendants_of, resident_bytes, stat
 
 _MOST_GROWTH = 0.05
 _REFUSALS = (503, 504)  # in order, with Retry-After: there are more at once than are let in
@@ -41,7 +40,7 @@ def main() -> None:
     ):
         outcomes, memory = load(service, files, options)
         left = list(Path(spool).glob("*/*"))
-        zombies = [pid for pid, state in children(service.process.pid) if state.startswith("Z")]
+        zombies = [pid for pid in descendants_of(service.process.pid) if stat(pid)[:1] == ["Z"]]
         restarts = [
             line
             for line in service.client.get("/metrics").text.splitlines()
@@ -131,21 +130,6 @@ def mutate(files: list[bytes], rng: np.random.Generator) -> bytes:
                 cut = int(rng.integers(len(other) + 1))
                 data[start : start + length] = other[cut : cut + length]
     return bytes(data)
-
-
-def resident_bytes(pid: int) -> int:
-    """Of the server. Decoders come and go, and have limits."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def children(pid: int) -> list[tuple[int, str]]:
-    """The processes below this one, with their states."""
-    listed = subprocess.run(
-        ["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True, text=True
-    )
-    found = [(int(line.split()[0]), line.split()[1]) for line in listed.stdout.splitlines()]
-    return [*found, *(below for child, _ in found for below in children(child))]
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import httpx
 from export.bundle import BundleStore
 from model.demo import SAMPLE_CLIP, STORE
 from tests.e2e.conftest import Service, run_service
-from tests.e2e.test_serving import children_of, descendants_of
+from tests.processes import children_of, descendants_of
 
 # The versions of the store: one network, but so that their scores differ.
 TEMPERATURES = {"1": None, "2": 2.0, "3": 3.0}

@@ -23,10 +23,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pyarrow.parquet as pq
 import ray
@@ -39,6 +37,7 @@ from service.labelling.run import Output, label_archive
 from service.labelling.videos import find_videos
 from service.schemas import ClassifyParameters
 from service.settings import load_settings
+from tests.videos import encode
 
 TIMESFORMER = Path(sys.executable).with_name("timesformer")
 NODE = {"num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False}
@@ -87,16 +86,11 @@ def write_archive(folder: Path, videos: int) -> None:
     for number in range(videos):
         width, height = (int(size) * 2 for size in rng.integers(48, 160, 2))
         start, speed = rng.uniform(0.1, 0.9, 2), rng.uniform(-0.01, 0.01, 2)
-        with av.open(str(folder / f"{number:04}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=30, options={"preset": "ultrafast"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.time_base = Fraction(1, 30)
-            for index in range(60):
-                picture = np.full((height, width, 3), number % 200, np.uint8)
-                x, y = ((start + index * speed) % 1 * (width - 24, height - 24)).astype(int)
-                picture[y : y + 24, x : x + 24] = 255 - number % 200
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
+        pictures = np.full((60, height, width, 3), number % 200, np.uint8)
+        for index, picture in enumerate(pictures):
+            x, y = ((start + index * speed) % 1 * (width - 24, height - 24)).astype(int)
+            picture[y : y + 24, x : x + 24] = 255 - number % 200
+        encode(folder / f"{number:04}.mp4", pictures, preset="ultrafast")
     (folder / "empty.mp4").touch()
     (folder / "words.mp4").write_bytes(b"no video at all, only words")
     (folder / "folder.mp4").mkdir()

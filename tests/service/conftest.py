@@ -8,31 +8,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import httpx
 import numpy as np
 import orjson
 import pytest
 import uvicorn
-from hypothesis import HealthCheck, settings
 
 from service.app import create_app
 from service.listening import configuration
 from service.settings import load_settings
-
-# Property tests try the same examples each time, however slow the machine is.
-settings.register_profile(
-    "bounded",
-    derandomize=True,
-    deadline=None,
-    max_examples=100,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.load_profile("bounded")
+from tests.videos import encode
 
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
 
@@ -98,17 +86,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="session")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seconds of a bright square that moves right, 96 x 64, 30 fps, H.264."""
-    path = tmp_path_factory.mktemp("videos") / "square.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        stream.time_base = Fraction(1, 30)
-        for index in range(60):
-            picture = np.full((64, 96, 3), 40, np.uint8)
-            picture[20:44, index : index + 24] = 220
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    pictures = np.full((60, 64, 96, 3), 40, np.uint8)
+    for index, picture in enumerate(pictures):
+        picture[20:44, index : index + 24] = 220
+    return encode(tmp_path_factory.mktemp("videos") / "square.mp4", pictures)
 
 
 @pytest.fixture(scope="session")

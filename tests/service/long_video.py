@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import os
 import time
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
+
+from tests.videos import encode
 
 
 def write_long_video(path: Path, seconds: int, rate: int = 10, side: int = 64) -> Path:
     """A bright square that moves right for half of the time, then stays; H.264."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast"})
-        stream.width = stream.height = side
-        stream.pix_fmt = "yuv420p"
-        stream.time_base = Fraction(1, rate)
-        count = seconds * rate
-        for index in range(count):
-            picture = np.full((side, side, 3), 40, np.uint8)
-            left = min(index, count // 2) * 3 % (side - 16)
-            picture[20:36, left : left + 16] = 220
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    count = seconds * rate
+
+    def draw(index: int) -> np.ndarray:
+        picture = np.full((side, side, 3), 40, np.uint8)
+        left = min(index, count // 2) * 3 % (side - 16)
+        picture[20:36, left : left + 16] = 220
+        return picture
+
+    return encode(path, map(draw, range(count)), rate=rate, preset="ultrafast")
 
 
 def worker_at(spool: Path) -> int:

@@ -10,7 +10,6 @@ is missing without a reason or cannot be built; not if it is slow, since machine
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import subprocess
@@ -29,13 +28,13 @@ from export.tensorrt import BuildJob, build_plan
 from model.checkpoints import save_safetensors
 from model.config import VARIANTS, ModelConfig
 from tests.benchmarks.networks import random_model
+from tests.processes import descendants_of, resident_bytes, stat
 
 TIMESFORMER = Path(sys.executable).with_name("timesformer")
 NAME = "slow"
 RTX = "tensorrt_rtx_bindings"
 GOAL_SECONDS, GOAL_BYTES = 600, 12 << 30
 _BATCHES = (1, 8)
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
@@ -108,7 +107,8 @@ class Memory(threading.Thread):
 
     def run(self) -> None:
         while not self._over.wait(0.1):
-            self._peak = max(self._peak, _resident(self._pid))
+            held = map(resident_bytes, (self._pid, *descendants_of(self._pid)))
+            self._peak = max(self._peak, sum(held))
 
     def stop(self) -> int:
         self._over.set()
@@ -116,20 +116,9 @@ class Memory(threading.Thread):
         return self._peak
 
 
-def _resident(pid: int) -> int:
-    process = Path("/proc") / str(pid)
-    total = 0
-    with contextlib.suppress(OSError, ValueError):  # it has just ended
-        total = int((process / "statm").read_text().split()[1]) * _PAGE
-        for task in (process / "task").iterdir():
-            for child in (task / "children").read_text().split():
-                total += _resident(int(child))
-    return total
-
-
 def _processor(pid: int) -> float:
     """Seconds of processors that a process has used, all its threads together."""
-    fields = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    fields = stat(pid)
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

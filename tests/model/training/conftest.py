@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
+import torch
+
+from tests.videos import encode
 
 Painter = Callable[[int], np.ndarray]
 
 
 def write_video(path: Path, frames: int = 40, paint: Painter | None = None) -> Path:
     """A 48 x 32 video, 30 fps; by default frame i is grey of level 5 i + 20."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options={"crf": "10"})
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        stream.time_base = Fraction(1, 30)
-        for number in range(frames):
-            picture = np.full((32, 48, 3), min(5 * number + 20, 250), np.uint8)
-            if paint is not None:
-                picture = paint(number)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    paint = paint or (lambda number: np.full((32, 48, 3), min(5 * number + 20, 250), np.uint8))
+    return encode(path, map(paint, range(frames)), crf="10")
 
 
 def flat(red: int, green: int, blue: int) -> Painter:
@@ -37,11 +28,7 @@ def flat(red: int, green: int, blue: int) -> Painter:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """More only wait for each other in models this small. Some tests here need no torch."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        yield
-        return
+    """Limits torch to one thread: in models this small, threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -7,7 +7,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -64,16 +64,6 @@ class Server(NamedTuple):
         assert self.process.stdout is not None
         return [int(pid) for pid in self.process.stdout.readline().split()]
 
-    def descendants(self) -> list[int]:
-        """All processes that the server has started, directly or not."""
-
-        def below(pid: int) -> list[int]:
-            lists = Path(f"/proc/{pid}/task").glob("*/children")
-            children = [int(child) for each in lists for child in each.read_text().split()]
-            return [*children, *(pid for child in children for pid in below(child))]
-
-        return below(self.process.pid)
-
 
 @pytest.fixture(scope="session")
 def start_server(
@@ -107,7 +97,7 @@ def start_server(
     return start
 
 
-def wait_until_ended(pids: list[int]) -> None:
+def wait_until_ended(pids: Iterable[int]) -> None:
     """Waits until all processes have ended; kills those that have not after a minute."""
     for pid in pids:
         try:

@@ -18,6 +18,7 @@ from service.decoding import child
 from service.decoding.child import decoder_main
 from service.decoding.messages import DecodeRequest
 from service.decoding.sandbox import LAYERS
+from tests.processes import descendants_of
 from tests.service.decoding.conftest import LIMITS, SEEN, Server, wait_until_ended
 
 _PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
@@ -90,8 +91,8 @@ def test_busy_decoders_end_with_a_server_that_is_killed(start_server: StartServe
     with start_server() as server:
         for pid in server.decoders:
             os.kill(pid, signal.SIGSTOP)  # a busy decoder does not look at its pipe either
-        processes = server.descendants()
-        assert set(server.decoders) < set(processes)
+        processes = descendants_of(server.process.pid)
+        assert set(server.decoders) < processes
         server.process.kill()
         wait_until_ended(processes)
 
