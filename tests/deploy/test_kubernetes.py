@@ -129,11 +129,16 @@ def test_what_is_mounted_is_there(manifests: list[Manifest]) -> None:
             assert source["configMapRef"]["name"] in known
 
 
-def test_quantities_are_quantities(manifests: list[Manifest]) -> None:
+def bytes_of(amount: str) -> int:
+    return int(amount[:-2]) * {"Mi": 2**20, "Gi": 2**30}[amount[-2:]]
+
+
+def test_quantities_are_quantities_and_requests_fit_into_limits(manifests: list[Manifest]) -> None:
     for pod, container in containers(manifests):
         resources = container["resources"]
         assert "memory" in resources["limits"]
         assert resources["requests"].keys() >= {"cpu", "memory"}
+        assert bytes_of(resources["requests"]["memory"]) <= bytes_of(resources["limits"]["memory"])
         for amounts in resources.values():
             for amount in amounts.values():
                 assert QUANTITY.fullmatch(str(amount)), amount
@@ -144,31 +149,18 @@ def test_quantities_are_quantities(manifests: list[Manifest]) -> None:
         assert QUANTITY.fullmatch(claim["spec"]["resources"]["requests"]["storage"])
 
 
-def test_requests_fit_into_limits(manifests: list[Manifest]) -> None:
-    factors = {"Mi": 2**20, "Gi": 2**30}
-    for _, container in containers(manifests):
-        sizes = {
-            side: int(container["resources"][side]["memory"][:-2])
-            * factors[container["resources"][side]["memory"][-2:]]
-            for side in ("requests", "limits")
-        }
-        assert sizes["requests"] <= sizes["limits"]
-
-
 def test_every_selector_finds_our_pods(manifests: list[Manifest]) -> None:
-    for item in of_kind(manifests, "Deployment") + of_kind(manifests, "PodDisruptionBudget"):
-        assert any(matches(item["spec"]["selector"], labels) for labels in pod_labels(manifests))
-    for item in of_kind(manifests, "NetworkPolicy"):
-        selector = item["spec"]["podSelector"]
-        assert any(matches(selector, labels) for labels in pod_labels(manifests))
-    for item in of_kind(manifests, "Service"):
-        selector = {"matchLabels": item["spec"]["selector"]}
-        assert any(matches(selector, labels) for labels in pod_labels(manifests))
+    selectors = [
+        {"matchLabels": item["spec"]["selector"]} for item in of_kind(manifests, "Service")
+    ]
+    selectors += [item["spec"]["podSelector"] for item in of_kind(manifests, "NetworkPolicy")]
+    for item in of_kind(manifests, "PodDisruptionBudget") + of_kind(manifests, "Deployment"):
+        selectors.append(item["spec"]["selector"])
     for item in of_kind(manifests, "Deployment"):
-        for constraint in item["spec"]["template"]["spec"]["topologySpreadConstraints"]:
-            assert any(
-                matches(constraint["labelSelector"], found) for found in pod_labels(manifests)
-            )
+        constraints = item["spec"]["template"]["spec"]["topologySpreadConstraints"]
+        selectors += [constraint["labelSelector"] for constraint in constraints]
+    for selector in selectors:
+        assert any(matches(selector, labels) for labels in pod_labels(manifests)), selector
 
 
 def test_probes_and_ports_lead_to_what_the_service_answers(manifests: list[Manifest]) -> None:

@@ -31,15 +31,6 @@ def wait_for_the_end_of(pids: set[int]) -> None:
         time.sleep(0.05)
 
 
-def test_it_prints_what_to_try_and_that_no_gpu_is_used(start_service: Any) -> None:
-    with start_service("--device", "auto") as service:
-        pass
-    text = "".join(service.log)
-    assert "curl -F file=@" in text
-    warnings = [json.loads(line) for line in service.log if '"level":"warning"' in line]
-    assert any("no GPU is used" in warning["message"] for warning in warnings)
-
-
 PATIENT = ("--upload-timeout-s", "3600", "--min-upload-rate", "0")
 LAST = 96  # bytes that a stalled client keeps back
 
@@ -194,7 +185,8 @@ def test_a_second_signal_also_ends_a_stop_that_waits_for_the_engine(
         assert service.process.wait() == 128 + signal.SIGTERM
 
 
-def test_it_says_what_its_start_took(service: Any) -> None:
+def test_it_prints_what_to_try_and_what_its_start_took(service: Any) -> None:
+    assert "curl -F file=@" in "".join(service.log)
     (line,) = [line for line in service.log if line.startswith("ready at ")]
     total = float(line.split(" after ")[1].split()[0])
     metrics = service.client.get("/metrics").text
@@ -262,12 +254,8 @@ def test_requests_survive_the_death_of_a_decoder(service: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
-        (["--port", "http"], 2, "TIMESFORMER_PORT"),
-        (["--max-queue-clips", "1"], 2, "TIMESFORMER_MAX_QUEUE_CLIPS"),
         (["--api-keys-file", "/nowhere"], 2, "TIMESFORMER_API_KEYS_FILE"),
-        (["--store", "/nowhere"], 1, "is empty"),
         (["--model", "nobody"], 1, "nobody"),
-        (["--port", "8000", "--admin-port", "8000"], 2, "TIMESFORMER_ADMIN_PORT"),
         (["--device", "cuda"], 1, "CUDAExecutionProvider"),
     ],
 )
