@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from model.config import ATTENTION_TYPES
 from tests.benchmarks import gpu_bench, gpu_engines, gpu_networks, gpu_products
 from tests.benchmarks.gpu import Script
 from tests.benchmarks.gpu_bench import Agreement, Bench, Entrant, agreement
-from tests.benchmarks.gpu_products import Factor, Product, own, products_of
+from tests.benchmarks.gpu_products import Factor, Product, products_of
 from tests.benchmarks.half import halve
 from tests.export.conftest import write_colour_graph
 from tests.export.runtime.fake_cuda import FakeCuda
@@ -92,10 +91,6 @@ class TestProducts:
         work = sum(count * multiply_adds(each) for each, count in found.items())
         assert sum(found[each] * multiply_adds(each) for each in half) > 0.95 * work
 
-    def test_they_run_alone(self, bench: Bench) -> None:
-        entrant = own(bench, bench.rewritten(torch.bfloat16), 2)
-        assert bench.take_turns({"own": entrant})["own"][0] > 0
-
     def test_a_factor_lies_in_memory_as_the_one_that_it_stands_for(self) -> None:
         whole = torch.zeros(2, 5, 3, 4, dtype=torch.bfloat16)
         for seen in (whole, whole.permute(2, 0, 3, 1)[1:], whole[:1].expand(7, -1, -1, -1)):
@@ -119,38 +114,27 @@ def multiply_adds(product: Product) -> int:
 
 
 class TestAnswers:
-    def test_those_of_other_clips_do_not_pass(self, bench: Bench) -> None:
-        frames = bench.frames(3)
-        exact = bench.exact(frames)
-        assert agreement(exact, exact, "fp16").passed
-        shifted = tuple(part.roll(1, 0) for part in exact)
-        for precision in ("fp16", "bf16", "float32"):
-            assert not agreement(exact, shifted, precision).passed
-
-    def test_what_is_not_finite_does_not_pass(self, bench: Bench) -> None:
-        logits, embedding = bench.exact(bench.frames(2))
+    @pytest.mark.parametrize("precision", ["fp16", "bf16", "float32"])
+    def test_only_the_same_answers_pass(self, bench: Bench, precision: str) -> None:
+        exact = logits, embedding = bench.exact(bench.frames(3))
+        assert agreement(exact, exact, precision).passed
+        of_other_clips = tuple(part.roll(1, 0) for part in exact)
+        of_another_scale = tuple(part * 1.3 for part in exact)
+        assert not agreement(exact, of_other_clips, precision).passed
+        assert not agreement(exact, of_another_scale, precision).passed
         for value in (float("nan"), float("inf")):
             broken = embedding.clone()
             broken[1, 0] = value
-            assert agreement((logits, embedding), (logits, broken), "fp16") == Agreement(
-                None, None, None, False
-            )
-
-    def test_those_of_another_scale_do_not_pass(self, bench: Bench) -> None:
-        exact = bench.exact(bench.frames(2))
-        larger = tuple(part * 1.3 for part in exact)
-        assert not agreement(exact, larger, "bf16").passed
+            found = agreement(exact, (logits, broken), precision)
+            assert found == Agreement(None, None, None, False)
+        with pytest.raises(ValueError, match="instead of"):
+            agreement(exact, bench.exact(bench.frames(1)), precision)
 
     def test_the_limits_are_those_of_the_gate(self) -> None:
         for precision, limits in (("fp16", LIMITS["fp16"]), ("float32", LIMITS["float32"])):
             assert gpu_bench.COSINES.get(precision) == limits.cosine
             assert gpu_bench.ERRORS.get(precision) == limits.error
         assert limits.difference == gpu_bench.DIFFERENCE
-
-    def test_those_of_another_batch_are_an_error(self, bench: Bench) -> None:
-        exact = bench.exact(bench.frames(2))
-        with pytest.raises(ValueError, match="instead of"):
-            agreement(exact, bench.exact(bench.frames(1)), "fp16")
 
     def test_an_entrant_that_answers_wrongly_is_told(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
@@ -173,63 +157,20 @@ class TestAnswers:
         assert bench.left_out["silent"] == "ValueError: it answers nothing"
 
 
-class FakeGraphs:
-    """Stands for `torch.cuda`: what is given while it records is done at each replay, not then."""
-
-    def __init__(self) -> None:
-        self.on_stream = self.recording = False
-        self.recorded: list[Any] = []
-
-    def Stream(self) -> Any:  # noqa: N802 - torch's name
-        return self
-
-    current_stream = Stream
-
-    def wait_stream(self, other: Any) -> None:
-        pass
-
-    @contextlib.contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        self.on_stream = True
-        yield
-        self.on_stream = False
-
-    def CUDAGraph(self) -> Any:  # noqa: N802 - torch's name
-        return self
-
-    @contextlib.contextmanager
-    def graph(self, graph: Any) -> Iterator[None]:
-        self.recording = True
-        yield
-        self.recording = False
-
-    def replay(self) -> None:
-        for work in self.recorded:
-            work()
-
-
 class TestGraphs:
-    def test_work_is_warmed_up_beside_and_recorded_once(
+    def test_captured_work_warms_up_on_a_stream_and_is_recorded_once(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        fake, done = FakeGraphs(), []
+        cuda, order = MagicMock(), []
         for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
-            monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-        answer = torch.zeros(2)
-
-        def work() -> Tensor:
-            if fake.recording:
-                fake.recorded.append(lambda: answer.add_(1))
-            else:
-                done.append(fake.on_stream)
-            return answer
-
-        replay, made = gpu_networks.captured(work)
-        assert done == [True] * 3
-        assert len(fake.recorded) == 1
-        assert made.tolist() == [0, 0]
-        replay(), replay()
-        assert made.tolist() == [2, 2], "what it made is written anew by each launch"
+            monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+        for part in ("stream", "graph"):
+            block = getattr(cuda, part).return_value
+            block.__enter__.side_effect = lambda *_, part=part: order.append(part)
+        replay, _ = gpu_networks.captured(lambda: order.append("work"))
+        assert order == ["stream", *["work"] * 3, "graph", "work"]
+        cuda.graph.assert_called_once_with(cuda.CUDAGraph.return_value)
+        assert replay is cuda.CUDAGraph.return_value.replay
 
     @pytest.fixture
     def replays(self, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
