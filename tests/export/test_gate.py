@@ -70,14 +70,15 @@ def test_every_artefact_runs_and_measures_what_the_export_did(
     assert verdict.checked[1].parity.max_difference > verdict.checked[0].parity.max_difference  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("file", GRAPHS.values())
-def test_an_artefact_that_answers_otherwise_fails_alone(
-    copy: Bundle, clips: NDArray[np.uint8], file: str
+@pytest.mark.parametrize("files", [list(GRAPHS.values())[start::2] for start in (0, 1)], ids=str)
+def test_artefacts_that_answer_otherwise_fail_and_no_others(
+    copy: Bundle, clips: NDArray[np.uint8], files: list[str]
 ) -> None:
-    scale_the_head(copy.path / file, -3)
+    for file in files:
+        scale_the_head(copy.path / file, -3)
     verdict = check_bundle(copy, clips, device="cpu", threads=1)
     assert not verdict.passed
-    assert [each.artefact for each in verdict.checked if not each.passed] == [file]
+    assert [each.artefact for each in verdict.checked if not each.passed] == files
 
 
 def test_a_graph_that_cannot_be_loaded_is_a_failure_with_its_reason(
