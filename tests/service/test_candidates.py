@@ -233,9 +233,9 @@ def test_a_version_that_looks_at_videos_in_another_way_is_a_canary_but_no_shadow
 
 
 def test_the_watch_follows_what_the_store_says(run: Any, store: BundleStore, red: bytes) -> None:
+    store.try_candidate("colours", Candidate(version="3", mode="canary", share=1))
     with run(watch_interval_s=0.05) as admin:
-        store.try_candidate("colours", Candidate(version="3", mode="canary", share=1))
-        wait_until(lambda: admin.version(red) == "3")
+        assert admin.version(red) == "3", "a restart goes on with the candidate"
         spoil(store, "colours", "2")
         (store.root / "colours" / CANDIDATE).write_text(
             json.dumps({"version": "2", "mode": "canary", "share": 1, "since": "2026-01-01"})
@@ -256,12 +256,6 @@ def test_the_watch_follows_what_the_store_says(run: Any, store: BundleStore, red
 
 
 REFUSED = 'timesformer_candidate_refused{model="colours"}'
-
-
-def test_a_restart_goes_on_with_the_candidate(run: Any, store: BundleStore, red: bytes) -> None:
-    store.try_candidate("colours", Candidate(version="3", mode="canary", share=1))
-    with run() as admin:
-        assert admin.version(red) == "3"
 
 
 def test_a_store_takes_no_candidate_that_serves_or_is_damaged(store: BundleStore) -> None:

@@ -6,7 +6,6 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,9 +148,14 @@ def test_a_disk_that_fails_for_a_moment_does_not_end_the_watch(
         wait_until(lambda: serving(client) == "2")
 
 
-@pytest.fixture
-def await_three_looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Waits until the watch has read the store three times more."""
+def test_a_version_that_cannot_run_is_refused_once_and_the_old_one_stays(
+    serve: Any,
+    store: BundleStore,
+    video: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     looks: list[str] = []
     history = BundleStore.history
 
@@ -159,28 +163,14 @@ def await_three_looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         looks.append(name)
         return history(store, name)
 
-    def wait() -> None:
-        before = len(looks)
-        wait_until(lambda: len(looks) >= before + 3)
-
     monkeypatch.setattr(BundleStore, "history", counted)
-    return wait
-
-
-def test_a_version_that_cannot_run_is_refused_once_and_the_old_one_stays(
-    serve: Any,
-    store: BundleStore,
-    video: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    await_three_looks: Callable[[], None],
-) -> None:
     publish(store, graph=b"no graph at all")  # whole by its hashes, and of no use
     refused = 'timesformer_swaps_total{model="demo",result="refused"}'
     with serve(store=store.root, watch_interval_s=0.05, spool_dir=tmp_path) as client:
         store.activate("demo", "3")
         wait_until(lambda: metric(client, refused) == 1)
-        await_three_looks()
+        before = len(looks)
+        wait_until(lambda: len(looks) >= before + 3)
         assert metric(client, refused) == 1, "it should be tried once, not for ever"
         assert caplog.text.count("swap refused") == 1
         assert serving(client) == "1"
