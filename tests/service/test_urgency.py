@@ -148,14 +148,19 @@ def test_a_client_that_leaves_takes_its_clips_out_of_the_queue(
 def test_clips_are_not_received_where_none_may_wait(
     serve: Serve, tmp_path: Path, engine: Held, pool: ThreadPoolExecutor
 ) -> None:
+    # Without a key the body might ask for a higher priority, for which there is room.
+    file = tmp_path / "keys.json"
+    key, digest = new_key()
+    write_keys(file, (ApiKey(name="k", sha256=digest, scopes=("infer",)),))
     limits = {"max_clips_per_request": 2, "max_queue_clips": 2}
-    with serve(spool_dir=tmp_path, **limits) as client:
+    with serve(spool_dir=tmp_path, api_keys_file=file, **limits) as client:
+        client.headers["X-API-Key"] = key
         running = occupy(client, pool, engine)
         waiting = pool.submit(client.post, INFER, **tensor(1, clips=2))
         wait_until(lambda: value(client, "timesformer_queue_clips") == 2)
         size = value(client, "timesformer_tensor_bytes")
         assert size > 3 * math.prod(SHAPE)
-        with send(client, INFER) as refused:  # of a body nothing is read
+        with send(client, INFER, X_API_Key=key) as refused:  # of a body nothing is read
             answer = refused.recv(1000)
         assert b" 503 " in answer
         assert b"retry-after: " in answer.lower()
