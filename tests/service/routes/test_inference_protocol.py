@@ -11,7 +11,6 @@ import tracemalloc
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from tritonclient.utils import InferenceServerException
 
 from export.bundle import BundleStore
 from export.runtime import Outputs, load_runtime
-from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import STORE
 from service.app import create_app
 from service.errors import InvalidTensorError, UploadTooLargeError
@@ -512,44 +510,6 @@ def test_a_request_may_give_itself_a_time(client: httpx.Client) -> None:
     error(client.post(URL, **binary(hasty)), 504, "time that was given")
     assert client.post(URL, **binary(patient)).status_code == 200
     assert client.get("/health/ready").status_code == 200
-
-
-def test_a_full_queue_is_a_503_with_retry_after(
-    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clips = random_clips(12)
-    request = header(shape=list(clips.shape), parameters={"binary_data_size": clips.nbytes})
-    body = binary(request, clips.tobytes())
-    started, entered, go_on = threading.Event(), threading.Event(), threading.Event()
-    run = OnnxRuntime.run
-
-    def held(runtime: OnnxRuntime, frames: np.ndarray) -> Outputs:
-        if started.is_set():  # the warm-up is over
-            entered.set()
-            assert go_on.wait(120)
-        return run(runtime, frames)
-
-    monkeypatch.setattr(OnnxRuntime, "run", held)
-
-    with (
-        serve(max_clips_per_request=12, max_queue_clips=12, spool_dir=tmp_path) as client,
-        ThreadPoolExecutor(1) as threads,
-    ):
-        started.set()
-        url = f"{client.base_url}{URL}"
-        first = threads.submit(httpx.post, url, timeout=120, **body)
-        try:
-            assert entered.wait(120)  # 8 of its clips run, 4 wait
-            answer = client.post(URL, **body)
-            error(answer, 503, "limit")
-            assert int(answer.headers["retry-after"]) >= 1
-        finally:
-            go_on.set()
-        assert first.result().status_code == 200
-        metrics = client.get("/metrics").text
-        assert 'timesformer_rejected_total{code="queue_full"} 1.0' in metrics
-        for stage in ("upload", "queue", "inference", "total"):
-            assert f'seconds_count{{model="demo",stage="{stage}"}} 1.0' in metrics
 
 
 def test_a_defect_of_ours_is_an_error_in_the_protocols_form(
