@@ -247,9 +247,6 @@ class TestBuildingByRefit:
             assert (facts.refitted, facts.plan.size > 1000) == (False, True)
             (warning,) = facts.warnings
             assert warning.startswith("not refitted but built: ")
-
-    def test_a_damaged_one_neither(self, colours: Path, tmp_path: Path) -> None:
-        told = self.job(colours, tmp_path)
         told.refit_from[0].with_suffix(".plan").write_bytes(b"damaged")
         facts = built_here(Loading(**refitting()[1]), told)
         assert not facts.refitted
