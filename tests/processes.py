@@ -1,9 +1,10 @@
-"""Processes by their number, as Linux's /proc describes them."""
+"""Processes by their number, as Linux's /proc describes them, and ports for them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from pathlib import Path
 
 
@@ -34,3 +35,10 @@ def stat(pid: int) -> list[str]:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return []
+
+
+def free_port() -> int:
+    """Returns a TCP port of this machine that no process listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

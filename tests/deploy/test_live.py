@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -18,23 +15,12 @@ from model.demo import SAMPLE_CLIP
 from tests.deploy.conftest import DEPLOY, find
 from tests.deploy.test_observability import DASHBOARDS, expressions
 from tests.e2e.conftest import run_service
+from tests.images.check import wait_for
+from tests.images.compose import Prometheus
+from tests.processes import free_port
 from tests.service.test_models import publish
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-def wait_for(found: Callable[[], Any], what: str, seconds: float = 1800) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (result := found()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.3)
-    return result
 
 
 def configuration(folder: Path, target: str) -> Path:
@@ -58,7 +44,7 @@ def test_prometheus_reads_a_running_service_and_fires_when_it_is_broken(tmp_path
     publish(store)
     publish(store, graph=b"no graph at all")
     store.activate("demo", "1")
-    address = f"127.0.0.1:{free_port()}"
+    port = free_port()
     jobs = tmp_path / "jobs"
     jobs.mkdir()
     flags = ("--store", str(store.root), "--jobs-dir", str(jobs), "--watch-interval-s", "0.2")
@@ -69,41 +55,28 @@ def test_prometheus_reads_a_running_service_and_fires_when_it_is_broken(tmp_path
                 prometheus,
                 f"--config.file={configuration(tmp_path, target)}",
                 f"--storage.tsdb.path={tmp_path / 'tsdb'}",
-                f"--web.listen-address={address}",
+                f"--web.listen-address=127.0.0.1:{port}",
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as process:
             try:
-                with httpx.Client(base_url=f"http://{address}/api/v1", timeout=60) as asked:
-                    _watch(asked, service.client, store)
+                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as asked:
+                    _watch(Prometheus(asked), service.client, store)
             finally:
                 process.terminate()
                 process.wait()
 
 
-def _watch(asked: httpx.Client, client: httpx.Client, store: BundleStore) -> None:
-    def query(expression: str) -> list[Any]:
-        try:
-            response = asked.get("/query", params={"query": expression})
-        except httpx.TransportError:
-            return []  # it is starting
-        if response.status_code == 503:
-            return []  # it reads its files
-        answer = response.json()
-        assert answer["status"] == "success", (expression, answer)
-        return list(answer["data"]["result"])
-
-    def firing() -> set[str]:
-        return {item["metric"]["alertname"] for item in query('ALERTS{alertstate="firing"}')}
-
-    wait_for(lambda: query("timesformer_ready == 1"), "Prometheus saw no service")
+def _watch(prometheus: Prometheus, client: httpx.Client, store: BundleStore) -> None:
+    query, firing = prometheus.query, prometheus.firing
+    wait_for(lambda: query("timesformer_ready == 1"), "Prometheus saw no service", 1800)
     for _ in range(3):
         client.post("/v1/classify", content=SAMPLE_CLIP.read_bytes()).raise_for_status()
         client.post("/v1/jobs?kind=classify", content=SAMPLE_CLIP.read_bytes()).raise_for_status()
         time.sleep(1.1)
-    wait_for(lambda: query("rate(timesformer_job_seconds_count[1m]) >= 0"), "no job was done")
-    wait_for(lambda: query("job:timesformer_requests:rate5m > 0"), "no recording rule")
+    wait_for(lambda: query("rate(timesformer_job_seconds_count[1m]) >= 0"), "no job was done", 1800)
+    wait_for(lambda: query("job:timesformer_requests:rate5m > 0"), "no recording rule", 1800)
     assert not firing()
     for dashboard in DASHBOARDS:
         for expression in expressions(dashboard):
@@ -113,7 +86,7 @@ def _watch(asked: httpx.Client, client: httpx.Client, store: BundleStore) -> Non
             empty = any(metric in filled for metric in ("ALERTS", "rejected", "source_seconds"))
             assert found or empty, filled
     store.activate("demo", "2")
-    wait_for(lambda: "TimeSformerSwapRefused" in firing(), "no alert")
+    wait_for(lambda: "TimeSformerSwapRefused" in firing(), "no alert", 1800)
     assert firing() == {"TimeSformerSwapRefused"}
     store.activate("demo", "1")
     assert client.get("/health/ready").json()["model"]["version"] == "1"

@@ -21,3 +21,4 @@ def test_service_labels_the_sample_clip_without_torch_and_stops(
         assert "libtorch" not in libraries
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait() == 0
+    assert "curl -F file=@" in "".join(service.log)  # what a user may try

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -57,18 +58,18 @@ def up(compose: list[str]) -> Iterator[None]:
 
 
 class Prometheus:
-    """What Prometheus at a port knows."""
+    """Reads series and alerts of a Prometheus; the client's base URL is the server."""
 
-    def __init__(self, port: int) -> None:
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10)
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The series that an expression gives; none while it starts."""
         try:
-            answer = self._client.get("/query", params={"query": expression}).json()
-        except httpx.TransportError:
-            return []
-        assert answer["status"] == "success", answer
+            answer = self._client.get("/api/v1/query", params={"query": expression}).json()
+        except (httpx.TransportError, json.JSONDecodeError):
+            return []  # it starts, or reads its files
+        assert answer["status"] == "success", (expression, answer)
         return list(answer["data"]["result"])
 
     def firing(self) -> set[str]:
@@ -164,8 +165,9 @@ def main() -> None:
         with (
             up(compose),
             httpx.Client(base_url=f"http://127.0.0.1:{options.port}", timeout=60) as client,
+            httpx.Client(base_url=f"http://127.0.0.1:{options.port + 1}", timeout=60) as asked,
         ):
-            check(compose, BundleStore(store), client, Prometheus(options.port + 1))
+            check(compose, BundleStore(store), client, Prometheus(asked))
 
 
 if __name__ == "__main__":

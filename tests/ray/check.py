@@ -14,7 +14,6 @@ import argparse
 import functools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from service.labelling.run import Output, label_archive
 from service.labelling.videos import find_videos
 from service.schemas import ClassifyParameters
 from service.settings import load_settings
+from tests.processes import free_port
 from tests.videos import encode
 
 TIMESFORMER = Path(sys.executable).with_name("timesformer")
@@ -173,7 +173,7 @@ def check_serve() -> None:
     from service.ray_serve import app
 
     os.environ["TIMESFORMER_DEVICE"] = "cpu"  # replicas start with our environment
-    port = _free_port()
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     started = time.monotonic()
     serve.run(app, name="timesformer", route_prefix="/")
@@ -195,12 +195,6 @@ def request(url: str, body: bytes | None = None) -> bytes:
             return bytes(answer.read())
     except urllib.error.HTTPError as error:
         return error.read()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 if __name__ == "__main__":
