@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service.job_store import JobStore
 from tests.service.long_video import write_long_video
 from tests.service.web_server import Handler, web_server
 
@@ -50,10 +50,10 @@ def same_windows(result: dict[str, Any], other: dict[str, Any]) -> bool:
     return seen(result) == pytest.approx(seen(other), abs=1e-4)
 
 
-def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
+def test_stopped_once_and_killed_twice_with_jobs_running_none_is_lost_or_done_twice(
     start_service: Any, minutes: bytes, tmp_path: Path
 ) -> None:
-    kills, calls = 2, list[str]()
+    ends, calls = (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL), list[str]()
 
     def answer(handler: Handler) -> None:
         calls.append(handler.path)
@@ -69,7 +69,7 @@ def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
             *("--webhook-secret-file", str(secret)),
         ]
         accepted: list[str] = []
-        for turn in range(kills):
+        for turn, end in enumerate(ends):
             with start_service(*flags) as service:
                 for number in range(3):
                     name = f"{turn}-{number}"
@@ -82,8 +82,11 @@ def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
                     assert job.status_code == 202
                     accepted.append(job.json()["id"])
                 wait_until(service.client, lambda found: "running" in found.values())
-                os.kill(service.process.pid, signal.SIGKILL)
-                service.process.wait()
+                service.process.send_signal(end)
+                assert service.process.wait() == (0 if end == signal.SIGTERM else -end)
+            if end == signal.SIGTERM:
+                left = JobStore(jobs_dir / "jobs.sqlite").page(None, None, 9)
+                assert {(job.state, job.attempts) for job in left} <= {("queued", 0), ("done", 1)}
         with start_service(*flags) as service:
             again = service.client.post(
                 URL,
@@ -100,23 +103,6 @@ def test_killed_twice_with_jobs_running_it_loses_none_and_does_none_twice(
                 time.sleep(0.05)
     # A call that a kill parts from its note is made again, as docs and code say.
     assert len(set(calls)) == len(accepted)
-    assert max(Counter(calls).values()) <= 1 + kills
+    assert max(Counter(calls).values()) <= 1 + ends.count(signal.SIGKILL)
     assert list((jobs_dir / "videos").iterdir()) == []
     assert {path.name for path in (jobs_dir / "results").iterdir()} == set(accepted)
-
-
-def test_stopped_it_gives_back_what_runs_and_the_next_does_it(
-    start_service: Any, minutes: bytes, tmp_path: Path
-) -> None:
-    with start_service("--jobs-dir", str(tmp_path)) as service:
-        jobs = [
-            service.client.post(URL, params={"kind": "timeline"}, content=minutes).json()["id"]
-            for _ in range(3)
-        ]
-        wait_until(service.client, lambda found: "running" in found.values())
-        service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait() == 0
-    with start_service("--jobs-dir", str(tmp_path)) as service:
-        wait_until(service.client, lambda found: found == dict.fromkeys(jobs, "done"))
-        for job in jobs:
-            assert service.client.get(f"{URL}/{job}").json()["attempts"] == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from export.bundle import BundleStore
 from model.demo import SAMPLE_CLIP
 from service.commands.refresh import EXIT_NOT_ACTIVATED
 from tests.e2e.conftest import TIMESFORMER, StartService
@@ -120,7 +121,9 @@ def test_the_whole_way_from_no_data_to_a_refreshed_service(
             assert run.returncode == 0 or refused, (words, run.stdout, run.stderr)
         answer = service.client.post("/v1/classify", content=SAMPLE_CLIP.read_bytes()).json()
     assert answer["model"]["name"] == "motions"
-    assert (tmp_path / "store/motions/2/manifest.json").exists()
+    refreshed = BundleStore(tmp_path / "store").open("motions", "2")
+    refreshed.verify()
+    assert "comparison" in (refreshed.manifest.training or {})["refresh"]
     assert (tmp_path / "run/report.html").exists()
     assert (tmp_path / "evaluation.html").exists()
 

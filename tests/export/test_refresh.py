@@ -1,6 +1,6 @@
 """New data becomes the next version once, is judged on videos it never saw, and serves if better.
 
-Bundles here are run as networks, so that nothing is exported: tests/e2e/test_refresh.py does.
+Bundles here are run as networks, so that nothing is exported: tests/e2e/test_readme.py does.
 """
 
 from __future__ import annotations
