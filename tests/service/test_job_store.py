@@ -154,12 +154,6 @@ def test_ended_jobs_go_after_their_time_but_not_before_their_webhook_is_through(
     assert store.remove_ended_before(4.0) == ["b"]
 
 
-def test_a_url_is_kept_no_longer_than_it_is_needed(store: JobStore) -> None:
-    store.add(new("a", source="https://example.org/?signature=s"), 10, 1.0)
-    store.finish(claim(store), 3.0, ERROR)
-    assert store.get("a").source is None
-
-
 def test_webhooks_are_due_when_their_time_has_come(store: JobStore) -> None:
     store.add(new("a", webhook="https://example.org/"), 10, 1.0)
     assert store.next_hook() is None

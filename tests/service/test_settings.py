@@ -107,14 +107,6 @@ def test_every_setting_says_what_it_is_for() -> None:
         assert f"{' '.join(description.split())} [env: {variable(name)}]" in text
 
 
-def test_without_flags_the_variables_count(
-    monkeypatch: pytest.MonkeyPatch, served: list[Settings]
-) -> None:
-    monkeypatch.setenv("TIMESFORMER_PORT", "1234")
-    CliRunner().invoke(cli, ["serve", "--host", "0.0.0.0"], catch_exceptions=False)  # noqa: S104
-    assert [(settings.host, settings.port) for settings in served] == [("0.0.0.0", 1234)]  # noqa: S104
-
-
 def test_variables_may_be_written_in_lower_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("timesformer_port", "1234")
     assert load_settings().port == 1234

@@ -215,27 +215,42 @@ def test_decoder_that_ends_while_it_starts_is_started_again(
     assert len(starts) == 2
 
 
-def test_decoder_that_hangs_is_replaced_after_the_time_limit(video: Path) -> None:
+@pytest.mark.parametrize("long", [False, True])
+def test_decoder_that_hangs_is_replaced_after_the_time_limit(video: Path, long: bool) -> None:
     async def body(pool: DecoderPool) -> None:
         (before,) = pids(pool)
-        os.kill(before, signal.SIGSTOP)
-        with pytest.raises(VideoRejectedError) as rejection:
-            await pool.decode(request(video))
+        if long:
+            async with pool.stream(long_request(video)) as messages:
+                assert isinstance(await anext(messages), Opened)
+                os.kill(before, signal.SIGSTOP)
+                pool._decoders[0]._limits = LIMITS._replace(timeout_s=0.5)
+                with pytest.raises(VideoRejectedError) as rejection:
+                    _ = [message async for message in messages]
+        else:
+            os.kill(before, signal.SIGSTOP)
+            pool._decoders[0]._limits = LIMITS._replace(timeout_s=0.5)
+            with pytest.raises(VideoRejectedError) as rejection:
+                await pool.decode(request(video))
         assert rejection.value.code == "decoding_timeout"
         await until(lambda: pool.busy == 0)
         assert pids(pool) != [before]
 
-    assert with_pool(body, LIMITS._replace(timeout_s=0.5)) == ["decoding_timeout"]
+    assert with_pool(body) == ["decoding_timeout"]
 
 
-def test_abandoned_video_has_its_decoder_killed_and_replaced(video: Path) -> None:
+@pytest.mark.parametrize("long", [False, True])
+def test_abandoned_video_has_its_decoder_killed_and_replaced(video: Path, long: bool) -> None:
     async def body(pool: DecoderPool) -> None:
         (before,) = pids(pool)
-        task = await begin(pool, video)
-        task.cancel()
-        await asyncio.wait({task})
-        assert task.cancelled()
-        assert pool.busy == 1
+        if long:
+            async with pool.stream(long_request(video)) as messages:
+                assert isinstance(await anext(messages), Opened)
+        else:
+            task = await begin(pool, video)
+            task.cancel()
+            await asyncio.wait({task})
+            assert task.cancelled()
+            assert pool.busy == 1
         await until(lambda: pool.busy == 0)
         assert pids(pool) != [before]
         assert len((await pool.decode(request(video))).frames) == 1
@@ -270,34 +285,6 @@ def test_long_video_comes_in_windows_and_its_decoder_goes_on(video: Path) -> Non
         assert pids(pool) == before
 
     assert with_pool(body) == []
-
-
-def test_abandoned_long_video_has_its_decoder_killed_and_replaced(video: Path) -> None:
-    async def body(pool: DecoderPool) -> None:
-        before = pids(pool)
-        async with pool.stream(long_request(video)) as messages:
-            assert isinstance(await anext(messages), Opened)
-        await until(lambda: pool.busy == 0)
-        assert pids(pool) != before
-        assert len((await pool.decode(request(video))).frames) == 1
-
-    assert with_pool(body) == []
-
-
-def test_long_video_whose_decoder_stops_is_rejected_after_the_time_limit(video: Path) -> None:
-    async def body(pool: DecoderPool) -> None:
-        (before,) = pids(pool)
-        async with pool.stream(long_request(video)) as messages:
-            assert isinstance(await anext(messages), Opened)
-            os.kill(before, signal.SIGSTOP)
-            pool._decoders[0]._limits = LIMITS._replace(timeout_s=0.5)
-            with pytest.raises(VideoRejectedError) as rejection:
-                _ = [message async for message in messages]
-        assert rejection.value.code == "decoding_timeout"
-        await until(lambda: pool.busy == 0)
-        assert pids(pool) != [before]
-
-    assert with_pool(body) == ["decoding_timeout"]
 
 
 def test_two_decoders_work_side_by_side_and_the_third_video_waits(video: Path) -> None:
