@@ -6,13 +6,11 @@ one, and work waits for streams that are not its own.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.plans import Plan
 from export.runtime.tensorrt import TensorRtRuntime
 from tests.export.runtime.fake_cuda import FakeCuda, fake_gpus
@@ -55,48 +53,3 @@ def test_many_threads_use_both_at_once(
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(work, range(64)))
     assert [gpu.launches for gpu in gpus] == [32, 32]
-
-
-def test_one_is_closed_while_the_thread_is_on_the_other(
-    gpus: tuple[FakeCuda, ...], plan: Plan
-) -> None:
-    first, second = (runtime_on(gpu, plan) for gpu in gpus)
-    check(second, clips(2))
-    first.close()
-    assert gpus[0].leaks() == []
-    check(second, clips(2))
-    second.close()
-    assert gpus[1].leaks() == []
-
-
-def test_a_new_version_is_loaded_on_one_while_the_other_works(
-    runtimes: list[TensorRtRuntime], gpus: tuple[FakeCuda, ...], plan: Plan
-) -> None:
-    stop = threading.Event()
-
-    def work() -> None:
-        while not stop.is_set():
-            check(runtimes[1], clips(3))
-
-    with ThreadPoolExecutor(1) as threads:
-        working = threads.submit(work)
-        try:
-            new = runtime_on(gpus[0], plan)
-            runtimes[0].close()
-            check(new, clips(4))
-        finally:
-            stop.set()
-        working.result()
-    runtimes[0] = new
-
-
-def test_a_load_that_fails_on_one_leaves_nothing_on_either(plan: Plan) -> None:
-    first, second = fake_gpus(2)
-    loaded = runtime_on(first, plan)
-    second.fail = "pinned"
-    with pytest.raises(RuntimeUnavailableError, match="out of luck"):
-        runtime_on(second, plan)
-    assert second.leaks() == []
-    check(loaded, clips(1))
-    loaded.close()
-    assert first.leaks() == []
