@@ -100,18 +100,6 @@ def test_a_precision_can_be_asked_for_and_one_that_is_not_there_is_an_error(
         check_bundle(exported, clips, device="cpu", precisions=["int8"], threads=1)
 
 
-def test_a_gpu_that_is_asked_for_and_not_there_is_an_error_and_no_check_of_the_cpu(
-    whole: Bundle, clips: NDArray[np.uint8]
-) -> None:
-    try:
-        OnnxRuntime(whole.file(ONNX_FLOAT32), cuda=True)
-    except RuntimeUnavailableError:
-        with pytest.raises(RuntimeUnavailableError, match="CUDAExecutionProvider"):
-            check_bundle(whole, clips, device="cuda")
-    else:
-        pytest.skip("a GPU is here")
-
-
 def test_on_a_gpu_all_but_8_bits_runs_there(
     whole: Bundle, clips: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,26 +239,6 @@ def test_the_service_stops_while_a_plan_is_built(
     assert "ERROR" not in [record.levelname for record in caplog.records]
 
 
-@pytest.mark.parametrize("refittable", [False, True])
-def test_a_build_starts_from_what_earlier_versions_left(
-    start: Serve, store: BundleStore, gpu: FakeGpu, builder: FakeBuilder, refittable: bool
-) -> None:
-    builder.facts = {"refittable": refittable, "warnings": ("no product computes in FP8",)}
-    with start(refittable_plans=refittable) as client:
-        wait_until(lambda: state(client) == ("tensorrt", "serving"))
-        (first,) = builder.jobs
-        assert first.timings is not None
-        first.timings.write_bytes(b"measured")
-        store.activate("demo", "2")
-        wait_until(lambda: len(builder.jobs) == 2)
-        wait_until(lambda: state(client) == ("tensorrt", "serving"))
-    second = builder.jobs[1]
-    assert (first.earlier_timings, first.refit_from) == ((), ())
-    assert second.earlier_timings == (first.timings,)
-    assert second.refit_from == ((first.plan.with_suffix(".json"),) if refittable else ())
-    assert (first.refittable, second.refittable) == (refittable, refittable)
-
-
 def test_a_refitted_plan_with_wrong_answers_is_built_instead(
     start: Serve,
     store: BundleStore,

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from export.bundle import Bundle, BundleStore
-from export.manifest import LABELS, ONNX_FLOAT32, ONNX_FP16, WEIGHTS
+from export.manifest import ONNX_FLOAT32
 from export.runtime.cuda import Cuda
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
@@ -22,11 +22,7 @@ from export.tensorrt import BuildJob
 from service.cli import cli
 from service.settings import load_settings
 from tests.export.conftest import (
-    COLOURS,
-    PASSED,
-    colour_manifest,
     publish_colours,
-    write_colour_graph,
 )
 
 RTX = "tensorrt_rtx_bindings"
@@ -161,21 +157,6 @@ class TestBuild:
         (tmp_path / "a file").touch()
         answer = timesformer(*command, "--timing-cache", tmp_path / "a file", code=2)
         assert "is a file" in answer.stderr
-
-    def test_a_graph_that_cannot_be_built_is_an_error_also_with_auto(self, tmp_path: Path) -> None:
-        """The FP16 graph is none: TensorRT's parser refuses it."""
-        store = BundleStore(tmp_path / "store")
-        with store.staging("colours") as staging:
-            write_colour_graph(staging / ONNX_FLOAT32)
-            (staging / ONNX_FP16).write_bytes(b"no graph")
-            (staging / LABELS).write_text("\n".join(COLOURS))
-            (staging / WEIGHTS).write_bytes(b"none")
-            passed = {"verification": {ONNX_FLOAT32: PASSED, ONNX_FP16: PASSED}}
-            store.publish(staging, colour_manifest("colours").model_copy(update=passed))
-        store.activate("colours", "1")
-        command = ("engines", "build", "--store", store.root, "--batches", "2", "--precision")
-        answer = timesformer(*command, "auto", code=1)
-        assert "TensorRT cannot parse model.fp16.onnx" in answer.stderr
 
     def test_choose_builds_proves_and_measures_and_says_what_auto_is(
         self, store: BundleStore, monkeypatch: pytest.MonkeyPatch
