@@ -1,116 +1,119 @@
-"""What a GPU makes of `base`: parity in 16 bits, inference, share of the chip's limit, training.
+"""Measures TimeSformer's inference on a GPU, with nothing but PyTorch.
 
     python -m tests.benchmarks.gpu --json gpu.json
 
-On a machine with nothing but PyTorch: ONNX Runtime and TensorRT take part where they are installed,
-and what did not is named with its reason. Entrants take turns, round by round, beside one large
-product; the answers of each are held to the original's in float32. The file is whole after every
-step, and the same command goes on with it: where a command may take ten minutes, `--minutes 8`,
-again and again until nothing is left. At the end every goal is met, not met, or not measured.
-Without a GPU `--device cpu --variant demo` runs all of it that a CPU can, to see that it runs.
+The original network and ours take turns, round by round, with the limits of the GPU. A network is
+reported and not timed if its answers differ from those of the original in float32. The report is
+written after every step, and names the steps that failed. No step starts after `--minutes`.
+`--device cpu --variant demo` shows that the script runs. `timesformer bench` measures engines.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import os
+import contextlib
+import gc
+import json
+import math
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from model.config import VARIANTS
-from model.cost import cost
-from tests.benchmarks import gpu_networks, gpu_products, gpu_training
-from tests.benchmarks.gpu_bench import DTYPES, Bench, Entrant, agreement, share
-from tests.benchmarks.gpu_report import GOAL_BATCH, Report, ReportError, Row, tables
+from tests.benchmarks.gpu_limits import LARGE, MEMORY, PRODUCTS, limits
+from tests.benchmarks.gpu_networks import DTYPES, Bench, Entrant, check, entrants
 
 REPOSITORY = Path(__file__).parents[2]
-PARITY_BATCH = 4
-PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton")
-ENGINES = "ONNX Runtime and TensorRT"
+GOAL_BATCH, GOAL_SHARE, GOAL_SPEED_UP = 32, 0.55, 1.5
+_MAX_CALLS = 10_000
 
-INFERENCE = ("eager", "compile", "engines")
-TRAINING = ("training", "training-compile")
-SECTIONS = ("parity", *INFERENCE, *TRAINING)
-KINDS = {
-    "parity": "parity",
-    **dict.fromkeys(INFERENCE, "inference"),
-    **dict.fromkeys(TRAINING, "training"),
-}
-"""Where in the report a section's rows go."""
+Row = dict[str, Any]
 
 
 class Step(NamedTuple):
-    """A part that is measured and written down at once."""
+    """Measured together, and in the report at once."""
 
-    section: str
     batch: int
+    dtype: str
+    how: str
 
     def __str__(self) -> str:
-        return f"{self.section}, batch {self.batch}"
+        return f"{self.how}, {self.dtype}, batch {self.batch}"
+
+
+class Report:
+    """Everything that was measured so far.
+
+    Args:
+        path: of the JSON file; None keeps the report in memory.
+    """
+
+    def __init__(self, path: Path | None, machine: dict[str, Any]) -> None:
+        self._path = path
+        self.machine, self.rows = machine, list[Row]()
+        self.rates: dict[str, dict[str, float]] = {}
+        """For each step, the multiply-adds or bytes a second of each limit."""
+        self.left_out: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Reports an error of the block as the reason why `name` is left out."""
+        try:
+            yield
+        except Exception as error:  # compilers and drivers raise any class
+            lines = str(error).strip().splitlines() or [""]
+            self.left_out[name] = f"{type(error).__name__}: {lines[0][:200]}"
+            print(f"left out: {name}: {self.left_out[name]}", file=sys.stderr)
+
+    def write(self) -> None:
+        if self._path is None:
+            return
+        content = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        new = self._path.with_name(f".{self._path.name}.new")
+        new.write_text(json.dumps({**content, "goals": goals(self)}, indent=2) + "\n")
+        new.replace(self._path)
 
 
 def main() -> None:
-    options = parse()
-    started = time.monotonic()
+    deadline, options = time.monotonic(), parse()
+    deadline += options.minutes * 60
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    # What was compiled for a step that was cut off is there when it begins again.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.work / "compiled"))
-    options.work.mkdir(parents=True, exist_ok=True)
-    try:
-        report = Report(options.json, machine(options))
-    except ReportError as error:
-        sys.exit(str(error))
-    for key, value in report.content["machine"].items():
-        print(f"{key}: {value}")
-    left = steps(options, report)
-    script = functools.cache(lambda: Script(Bench(options)))
-    while left and time.monotonic() - started < options.minutes * 60:
-        script().take(left.pop(0), report)
-    for line in tables(report.content):
-        print(line)
-    for step in left:
-        print(f"  not begun    {step}: the same command goes on with it")
+    bench = Bench(options.device, options.variant, options.backend)
+    report = Report(options.json, machine(options))
+    steps = [
+        Step(batch, dtype, how)
+        for batch in options.batches
+        for dtype in options.dtypes
+        for how in ("eager", "torch.compile")
+    ]
+
+    def measure_step(step: Step) -> None:
+        measure(bench, step, report, options.rounds, options.turn_seconds)
+
+    run(steps, measure_step, report, deadline)
+    print("\n".join(table(report)))
 
 
 def parse() -> argparse.Namespace:
-    def count(text: str) -> int:
-        if (number := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"{number} is less than 1")
-        return number
-
-    def counts(text: str) -> list[int]:
-        return [count(part) for part in text.split(",")]
-
-    def sections(text: str) -> list[str]:
-        named = text.split(",")
-        if unknown := set(named) - set(SECTIONS):
-            raise argparse.ArgumentTypeError(f"no {', '.join(unknown)} in {', '.join(SECTIONS)}")
-        return named
-
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--variant", choices=sorted(VARIANTS), default="base")
-    add("--dtype", choices=sorted(DTYPES), default="fp16", help="of inference")
-    add("--batches", type=counts, default=[GOAL_BATCH, 1, 8, 64, 2, 4, 16], help="in this order")
-    add("--training-batch", type=count, default=16)
-    add("--rounds", type=count, default=5)
-    add("--turn-seconds", type=float, default=0.2)
-    add("--sections", type=sections, help=f"of {','.join(SECTIONS)}: only these, also once more")
-    add("--minutes", type=float, default=float("inf"), help="no step begins after so many")
+    add("--batches", nargs="+", type=int, default=[GOAL_BATCH, 1, 8], help="in this order")
+    add("--dtypes", nargs="+", choices=[*DTYPES], default=[*DTYPES])
+    add("--rounds", type=int, default=5)
+    add("--turn-seconds", type=float, default=0.1)
+    add("--minutes", type=float, default=5, help="no step starts later")
     add("--backend", default="inductor", help="of torch.compile")
-    add("--json", type=Path, help="file for all of it; gone on with if it is there")
-    add("--work", type=Path, default=REPOSITORY / "build" / "gpu", help="graphs, plans, kernels")
+    add("--json", type=Path, help="file for the report")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU; --device cpu --variant demo shows that the script runs")
@@ -119,25 +122,15 @@ def parse() -> argparse.Namespace:
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     cuda = options.device == "cuda"
-    facts: dict[str, Any] = {
+    return {
         "kind": options.device,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "clocks": _output("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "python": platform.python_version(),
         "commit": _output("git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"),
         "variant": options.variant,
-        "dtype": options.dtype,
-        "backend": options.backend,
     }
-    for package in PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return facts
 
 
 def _output(*command: str) -> str | None:
@@ -145,154 +138,156 @@ def _output(*command: str) -> str | None:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip().replace("\n", "; ")
+    return answer.stdout.strip()
 
 
-def steps(options: argparse.Namespace, report: Report) -> list[Step]:
-    """What is to be done: the first batch and training before the other batches, and last what was
-    begun before and ended in the middle, which may do so again."""
-    first, *others = [[Step(section, batch) for section in INFERENCE] for batch in options.batches]
-    training = [Step(section, options.training_batch) for section in TRAINING]
-    parts = [[Step("parity", PARITY_BATCH)], first, training, *others]
-    wanted = [step for part in parts for step in part]
-    if options.sections is None:
-        wanted = [step for step in wanted if str(step) not in report.done]
-    else:
-        wanted = [step for step in wanted if step.section in options.sections]
-    return sorted(wanted, key=lambda step: str(step) in report.began)
-
-
-class Script:
-    """The steps, on one bench."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self._engines: Any = None
-
-    def take(self, step: Step, report: Report) -> None:
-        """Measures one step and writes it down; what fails of it is left out with its reason."""
-        print(f"{step} ...", flush=True)
-        report.begin(str(step))
+def run(
+    steps: Iterable[Step], measure: Callable[[Step], None], report: Report, deadline: float
+) -> None:
+    """Measures the steps that can start before the deadline of `time.monotonic`."""
+    for step in steps:
         start = time.monotonic()
-        rows: list[Row] = []
-        self.bench.left_out = {}
-        with self.bench.attempt("all of it"):
-            if step.section == "parity":
-                rows = self.parity(step.batch)
-            elif step.section in INFERENCE:
-                rows = self.inference(step.section, step.batch)
-            else:
-                rows = self.training(step.section, step.batch)
-        self.bench.wait()  # a device that is lost ends it here, before anything is taken for done
-        self.bench.tidy()
-        seconds = time.monotonic() - start
-        report.end(str(step), KINDS[step.section], rows, self.bench.left_out, seconds)
-        print(f"{step}: {len(rows)} rows in {seconds:.0f} s", flush=True)
-
-    def parity(self, batch: int) -> list[Row]:
-        """The rewritten network in PyTorch against the original in float32, on the device."""
-        frames, rows = self.bench.frames(batch), []
-        exact = self.bench.exact(frames)
-        for precision, dtype in (("float32", None), *DTYPES.items()):
-            with self.bench.attempt(precision), torch.inference_mode():
-                given = self.bench.rewritten(dtype)(frames)
-                found = agreement(exact, given, precision)
-                rows.append({"entrant": precision, "batch": batch, **found._asdict()})
-        return rows
-
-    def inference(self, section: str, batch: int) -> list[Row]:
-        """A row for each entrant of a section."""
-        bench = self.bench
-        with torch.inference_mode():
-            frames = bench.frames(batch)
-            entrants = self._entrants(section, frames)
-            answers = self._compared(entrants, frames)
-            entrants = {name: entrants[name] for name in answers}
-            if not entrants:
-                return []
-            entrants[gpu_products.LARGE] = gpu_products.large(bench, bench.dtype)
-            with bench.attempt(gpu_products.OWN):
-                network = bench.rewritten(bench.dtype)
-                entrants[gpu_products.OWN] = gpu_products.own(bench, network, batch)
-            times = bench.take_turns(entrants)
-        large, own = times[gpu_products.LARGE], times.get(gpu_products.OWN)
-        whole = gpu_products.large_side(bench) ** 3
-        work = bench.multiply_adds * batch / whole
-        return [
-            {
-                **_timing(name, batch, times[name]),
-                "limit": whole / statistics.median(large),
-                "share_of_large": share(times[name], large, work),
-                "share_of_own_products": share(times[name], own) if own else None,
-                **found,
-            }
-            for name, found in answers.items()
-        ]
-
-    def _entrants(self, section: str, frames: torch.Tensor) -> dict[str, Entrant]:
-        if section == "eager":
-            return gpu_networks.eager(self.bench, frames)
-        if section == "compile":
-            return gpu_networks.compiled(self.bench, frames)
-        options = self.bench.options
-        if not self.bench.cuda or options.dtype != "fp16":
-            self.bench.left_out[ENGINES] = (
-                "the graph is FP16" if self.bench.cuda else "are measured on a GPU"
-            )
-            return {}
-        found: dict[str, Entrant] = {}
-        with self.bench.attempt(ENGINES):
-            if self._engines is None:
-                from tests.benchmarks.gpu_engines import Engines  # wants onnx and onnxruntime
-
-                self._engines = Engines(self.bench, max(options.batches))
-            found = self._engines.entrants(frames)
-        return found
-
-    def _compared(
-        self, entrants: dict[str, Entrant], frames: torch.Tensor
-    ) -> dict[str, dict[str, Any]]:
-        """How each one's answers to the whole batch are beside the exact ones."""
-        exact, found = self.bench.exact(frames), {}
-        for name, entrant in entrants.items():
-            with self.bench.attempt(name):
-                if entrant.answers is None:
-                    raise ValueError("it answers nothing")
-                given = entrant.answers()
-                self.bench.wait()
-                found[name] = agreement(exact, given, self.bench.options.dtype)._asdict()
-        return found
-
-    def training(self, section: str, batch: int) -> list[Row]:
-        """Steps of SGD in bfloat16: ours and the original written plainly."""
-        bench = self.bench
-        compiled = section == "training-compile"
-        entrants, memory = gpu_training.steps(bench, batch, compiled=compiled)
-        entrants[gpu_products.LARGE] = gpu_products.large(bench, torch.bfloat16)
-        times = bench.take_turns(entrants)
-        large = times.pop(gpu_products.LARGE)
-        whole = gpu_products.large_side(bench) ** 3
-        # Forward once and backward twice, of the network as it is trained.
-        work = 3 * cost(bench.config).multiply_adds * batch / whole
-        return [
-            {
-                **_timing(name, batch, times[name]),
-                "limit": whole / statistics.median(large),
-                "utilisation": share(times[name], large, work),
-                "peak_bytes": memory.get(name),
-            }
-            for name in times
-        ]
+        if start >= deadline:
+            report.left_out[str(step)] = "no time was left"
+        else:
+            print(f"{step} ...", flush=True)
+            with report.attempt(str(step)):
+                measure(step)
+            print(f"{step}: {time.monotonic() - start:.0f} s", flush=True)
+        report.write()
 
 
-def _timing(name: str, batch: int, seconds: list[float]) -> Row:
-    median = statistics.median(seconds)
-    return {
-        "entrant": name,
-        "batch": batch,
-        "milliseconds": median * 1000,
-        "clips_per_second": batch / median,
+@torch.inference_mode()
+def measure(bench: Bench, step: Step, report: Report, rounds: int, turn_s: float) -> None:
+    """Adds a row for each entrant whose answers pass the check."""
+    gc.collect()
+    if bench.cuda:
+        torch.cuda.empty_cache()
+    torch.compiler.reset()  # so that each batch size is compiled, and not refused as one too many
+    frames = bench.frames(step.batch)
+    exact = bench.exact(frames)
+    runs: dict[str, Callable[[], object]] = {}
+    checks: dict[str, dict[str, float]] = {}
+    for name, make in entrants(bench, step.how, DTYPES[step.dtype], frames).items():
+        with report.attempt(f"{step}: {name}"):
+            entrant: Entrant = make()
+            answers = entrant.answers()
+            bench.wait()
+            checks[name] = check(exact, answers, step.dtype)
+            runs[name] = entrant.run
+    found = limits(bench, DTYPES[step.dtype], frames)
+    times = take_turns(
+        runs | {name: limit.run for name, limit in found.items()}, bench.wait, rounds, turn_s
+    )
+    report.rates[str(step)] = {
+        name: limit.amount / statistics.median(times[name]) for name, limit in found.items()
     }
+    for name, result in checks.items():
+        median = statistics.median(times[name])
+        shares = {
+            limit_name: share(times[name], times[limit_name], limit.needed / limit.amount)
+            for limit_name, limit in found.items()
+        }
+        report.rows.append(
+            {
+                **step._asdict(),
+                "entrant": name,
+                "milliseconds": median * 1000,
+                "clips_per_second": step.batch / median,
+                "shares": shares,
+                **result,
+            }
+        )
+
+
+def take_turns(
+    runs: dict[str, Callable[[], object]], wait: Callable[[], None], rounds: int, turn_s: float
+) -> dict[str, list[float]]:
+    """Times the runs in turns, and returns for each run the seconds of one call in each round.
+
+    The calls of a turn are started one after another, and only the last is waited for, so that the
+    device is timed and not the start of its work.
+    """
+
+    def seconds(run: Callable[[], object], calls: int) -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        wait()
+        return (time.perf_counter() - start) / calls
+
+    calls = {}
+    for name, run in runs.items():
+        seconds(run, 1)
+        calls[name] = min(_MAX_CALLS, max(1, math.ceil(turn_s / seconds(run, 1))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run, calls[name]))
+    return times
+
+
+def share(times: list[float], limit_times: list[float], work: float) -> float:
+    """Returns the median over the rounds of how much of a limit's rate was reached."""
+    return statistics.median(
+        work * limit / own for own, limit in zip(times, limit_times, strict=True)
+    )
+
+
+def table(report: Report) -> Iterator[str]:
+    """Returns the report's lines for a reader."""
+    yield ", ".join(f"{key} {value}" for key, value in report.machine.items())
+    for step, rates in report.rates.items():
+        yield (
+            f"{step}: T multiply-adds/s: {rates[LARGE] / 1e12:.3f} {LARGE}, "
+            f"{rates[PRODUCTS] / 1e12:.3f} {PRODUCTS}; GB/s: {rates[MEMORY] / 1e9:.1f} {MEMORY}"
+        )
+    yield (
+        f"{'batch':>5s} {'dtype':5s} {'entrant':60s} {'ms':>9s} {'clips/s':>9s} "
+        f"{'share: ' + LARGE:>21s} {PRODUCTS:>18s} {MEMORY:>6s} {'cosine':>8s} {'error':>7s}"
+    )
+    for row in report.rows:
+        shares = row["shares"]
+        yield (
+            f"{row['batch']:5d} {row['dtype']:5s} {row['entrant']:60s} {row['milliseconds']:9.3f} "
+            f"{row['clips_per_second']:9.1f} {shares[LARGE]:21.1%} {shares[PRODUCTS]:18.1%} "
+            f"{shares[MEMORY]:6.1%} {row['cosine']:8.6f} {row['error']:7.1e}"
+        )
+    for goal, state in goals(report).items():
+        yield f"goal: {goal}: {state}"
+    for name, reason in report.left_out.items():
+        yield f"left out: {name}: {reason}"
+
+
+def goals(report: Report) -> dict[str, str]:
+    """Returns each goal's state. The goals are for `base` in FP16 on a GPU.
+
+    Networks are compared by their shares of the large product's rate, because the clocks of the GPU
+    may differ between steps.
+    """
+    machine = report.machine
+    rows = [row for row in report.rows if (row["batch"], row["dtype"]) == (GOAL_BATCH, "fp16")]
+    if (machine["kind"], machine["variant"]) != ("cuda", "base"):
+        rows = []
+    ours = [row["shares"][LARGE] for row in rows if row["entrant"].startswith("rewritten")]
+    original = [
+        row["shares"][LARGE]
+        for row in rows
+        if row["entrant"].startswith("original") and row["how"] == "torch.compile"
+    ]
+    reached = max(ours) if ours else None
+    speed_up = max(ours) / max(original) if ours and original else None
+    return {
+        f"at least {GOAL_SHARE:.0%} of the large product's rate": _state(reached, GOAL_SHARE),
+        f"at least {GOAL_SPEED_UP} times the compiled original": _state(speed_up, GOAL_SPEED_UP),
+    }
+
+
+def _state(value: float | None, least: float) -> str:
+    if value is None:
+        return "not measured"
+    return f"{'met' if value >= least else 'not met'}, {value:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,110 +1,177 @@
-"""PyTorch's entrants for `tests/benchmarks/gpu.py`: original and rewritten, in every way to run.
-
-The names of all entrants are here too.
-"""
+"""The networks that `tests/benchmarks/gpu.py` times, and the check of each network's answers."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
-from tests.benchmarks.gpu_bench import Answers, Bench, Entrant
+from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
+from model.config import VARIANTS
+from tests.benchmarks.half import halve
+from tests.benchmarks.networks import random_model
 from tests.benchmarks.published import AsPublished, write_plainly
 
-ORIGINAL = "original, eager"
-ORIGINAL_COMPILED = "original, torch.compile"
-FUSED_COMPILED = "original with fused attention, torch.compile"
-FUSED_COMPILED_GRAPH = "original with fused attention, torch.compile and CUDA graph"
-REWRITTEN = "rewritten, eager"
-REWRITTEN_GRAPH = "rewritten, CUDA graph"
-REWRITTEN_COMPILED = "rewritten, torch.compile"
-REWRITTEN_COMPILED_GRAPH = "rewritten, torch.compile and CUDA graph"
-# Of `gpu_engines`, which not every machine can import.
-ONNX_RUNTIME = "rewritten, ONNX Runtime CUDA"
-ONNX_RUNTIME_SERVED = "rewritten, ONNX Runtime CUDA as served"
-TENSORRT = "rewritten, TensorRT"
-TENSORRT_SERVED = "rewritten, TensorRT as served"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# For each dtype, the least cosine and the largest error of a clip's answers. FP16 has the limits of
+# the export's gate; bfloat16 has three bits less.
+COSINES = {"fp16": 0.9995, "bf16": 0.99}
+ERRORS = {"fp16": 0.05, "bf16": 0.2}
+_EXACT_BATCH = 8
+"""Limit on the clips that go through the float32 network together."""
 
-COMPILED_ORIGINALS = (ORIGINAL_COMPILED, FUSED_COMPILED, FUSED_COMPILED_GRAPH)
-GRAPHS = (REWRITTEN_GRAPH, REWRITTEN_COMPILED_GRAPH)
-
-Network = Callable[[Tensor], Answers]
-_Made = TypeVar("_Made")
+Answers = tuple[Tensor, Tensor]
+"""Logits (batch, classes) and embedding (batch, dim)."""
+_Output = TypeVar("_Output")
 
 
-def eager(bench: Bench, frames: Tensor) -> dict[str, Entrant]:
-    """Without a compiler."""
-    entrants: dict[str, Entrant] = {}
-    _enter(bench, entrants, ORIGINAL, _plain(bench), frames)
-    ours = bench.rewritten(bench.dtype)
-    _enter(bench, entrants, REWRITTEN, ours, frames)
-    _enter_graph(bench, entrants, REWRITTEN_GRAPH, ours, frames)
-    return entrants
+class Entrant(NamedTuple):
+    """A network on one batch."""
+
+    run: Callable[[], object]
+    """Starts the work of one batch; `Bench.wait` waits for the work."""
+    answers: Callable[[], Answers]
+    """Runs the batch once more and returns the answers."""
 
 
-def compiled(bench: Bench, frames: Tensor) -> dict[str, Entrant]:
-    """By `torch.compile`, each for this one batch size."""
-    torch.compiler.reset()
-    entrants: dict[str, Entrant] = {}
+class Bench:
+    """A network of random weights in each form that is measured, on one device.
 
-    def compile_(network: Network) -> Network:
-        return torch.compile(network, dynamic=False, backend=bench.options.backend)
+    Args:
+        backend: of `torch.compile`.
+    """
 
-    fused = compile_(AsPublished.of(bench.model).to(bench.device, bench.dtype))
-    ours = compile_(bench.rewritten(bench.dtype))
-    _enter(bench, entrants, ORIGINAL_COMPILED, compile_(_plain(bench)), frames)
-    _enter(bench, entrants, FUSED_COMPILED, fused, frames)
-    _enter_graph(bench, entrants, FUSED_COMPILED_GRAPH, fused, frames)
-    _enter(bench, entrants, REWRITTEN_COMPILED, ours, frames)
-    _enter_graph(bench, entrants, REWRITTEN_COMPILED_GRAPH, ours, frames)
-    return entrants
+    def __init__(self, device: str, variant: str, backend: str = "inductor") -> None:
+        self.device, self.config, self.backend = torch.device(device), VARIANTS[variant], backend
+        self.model = random_model(self.config)
+        self._rewritten = rewrite(self.model)
+        self._exact = self.original()
+        self.multiply_adds = multiply_adds(self._rewritten)
+        """Of one clip through the rewritten network."""
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def original(self, dtype: torch.dtype = torch.float32) -> AsPublished:
+        return AsPublished.of(self.model).to(self.device, dtype)
+
+    def rewritten(self, dtype: torch.dtype) -> InferenceTimeSformer:
+        """Returns our network with its large products in a 16-bit type."""
+        return halve(copy.deepcopy(self._rewritten), dtype).to(self.device).eval()
+
+    def frames(self, batch: int) -> Tensor:
+        """Returns clips of noise over a colour, so that the answers differ from clip to clip."""
+        config = self.config
+        shape = (batch, config.num_frames, config.image_size, config.image_size, 3)
+        generator = torch.Generator().manual_seed(0)
+        colours = torch.randint(0, 192, (batch, 1, 1, 1, 3), generator=generator)
+        noise = torch.randint(0, 64, shape, dtype=torch.uint8, generator=generator)
+        return (colours.to(torch.uint8) + noise).to(self.device)
+
+    def exact(self, frames: Tensor) -> Answers:
+        """Returns the original network's answers in float32."""
+        parts = [self._exact(part) for part in frames.split(_EXACT_BATCH)]
+        logits, embedding = (torch.cat(part) for part in zip(*parts, strict=True))
+        return logits, embedding
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
 
 
-def _plain(bench: Bench) -> AsPublished:
-    return write_plainly(AsPublished.of(bench.model)).to(bench.device, bench.dtype)
+def entrants(
+    bench: Bench, how: str, dtype: torch.dtype, frames: Tensor
+) -> dict[str, Callable[[], Entrant]]:
+    """Returns what makes each entrant ready, by the entrant's name.
 
+    The CUDA graphs are for a GPU. On a CPU the same networks run without a graph.
 
-def _enter(
-    bench: Bench, entrants: dict[str, Entrant], name: str, network: Network, frames: Tensor
-) -> None:
-    with bench.attempt(name):
+    Args:
+        how: `eager` or `torch.compile`.
+    """
+    graph = ", CUDA graph" if bench.cuda else ""
+
+    def ready(network: nn.Module, *, graph: bool) -> Entrant:
+        if how == "torch.compile":
+            network = torch.compile(network, dynamic=False, backend=bench.backend)
+        if graph:
+            return _entrant_of_graph(network, frames)
         network(frames)
-        entrants[name] = Entrant(
-            lambda: network(frames), bench.wait, answers=lambda: network(frames)
-        )
+        return Entrant(lambda: network(frames), lambda: network(frames))
+
+    def original() -> Entrant:
+        return ready(write_plainly(bench.original(dtype)), graph=False)
+
+    def fused() -> Entrant:
+        return ready(bench.original(dtype), graph=bench.cuda)
+
+    def rewritten() -> Entrant:
+        return ready(bench.rewritten(dtype), graph=bench.cuda)
+
+    found = {f"original, {how}": original, f"rewritten, {how}{graph}": rewritten}
+    if how == "torch.compile":
+        found[f"original with fused attention, {how}{graph}"] = fused
+    return found
 
 
-def _enter_graph(
-    bench: Bench, entrants: dict[str, Entrant], name: str, network: Network, frames: Tensor
-) -> None:
-    if not bench.cuda:
-        bench.left_out[name] = "CUDA graphs want a GPU"
-        return
-    with bench.attempt(name):
-        replay, kept = captured(lambda: network(frames))
+def _entrant_of_graph(network: nn.Module, frames: Tensor) -> Entrant:
+    replay, outputs = captured(lambda: network(frames))
 
-        def answers() -> Answers:
-            for each in kept:
-                each.zero_()  # so that what is read was written by the graph
-            replay()
-            return kept
+    def answers() -> Answers:
+        for output in outputs:
+            output.zero_()  # so that only what this replay writes is read
+        replay()
+        return outputs
 
-        entrants[name] = Entrant(replay, bench.wait, answers)
+    return Entrant(replay, answers)
 
 
-def captured(work: Callable[[], _Made]) -> tuple[Callable[[], None], _Made]:
-    """What launches work on the device whole, recorded once; and what it made, which each launch
-    writes anew."""
+def captured(work: Callable[[], _Output]) -> tuple[Callable[[], None], _Output]:
+    """Records GPU work as a CUDA graph.
+
+    Returns:
+        The graph's replay, and the output that each replay overwrites.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # kernels are chosen and memory is taken before, not while it records
+        for _ in range(3):  # kernels are chosen and memory is allocated before the recording
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        made = work()
-    return graph.replay, made
+        output = work()
+    return graph.replay, output
+
+
+def check(exact: Answers, given: Answers, dtype: str) -> dict[str, float]:
+    """Compares answers with the float32 network's.
+
+    Returns:
+        `cosine`: the least of a clip's logits or embedding, without their mean.
+        `error`: the largest length of a clip's difference, relative to the exact answer's length
+        without its mean. A cosine does not see a wrong scale.
+
+    Raises:
+        ValueError: the answers have another shape, are not finite, or are further off than the
+            dtype may be.
+    """
+    cosines, errors = [], []
+    for wanted, found in zip(exact, given, strict=True):
+        if wanted.shape != found.shape:
+            raise ValueError(f"answers of {tuple(found.shape)} instead of {tuple(wanted.shape)}")
+        if not found.isfinite().all():
+            raise ValueError("answers are not finite")
+        one, other = wanted.double(), found.double()
+        spread, other_spread = (each - each.mean(dim=1, keepdim=True) for each in (one, other))
+        cosines.append(F.cosine_similarity(spread, other_spread).min().item())
+        errors.append(((one - other).norm(dim=1) / spread.norm(dim=1)).max().item())
+    cosine, error = min(cosines), max(errors)
+    if cosine < COSINES[dtype] or error > ERRORS[dtype]:
+        raise ValueError(f"answers are wrong: cosine {cosine:.6f}, error {error:.1e}")
+    return {"cosine": cosine, "error": error}

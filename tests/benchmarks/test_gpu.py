@@ -1,28 +1,34 @@
-"""The script for GPU machines runs from end to end on a CPU, and claims nothing that it cannot."""
+"""The script for GPU machines runs from end to end on a CPU, and reports only checked answers."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - the name the field uses
+from torch.utils.flop_counter import FlopCounterMode
 
-from tests.benchmarks.gpu import Step, steps
-from tests.benchmarks.gpu_networks import COMPILED_ORIGINALS, GRAPHS
-from tests.benchmarks.gpu_report import Report, ReportError, judge, tables
+from export.rewrite import multiply_adds, rewrite
+from export.verify import LIMITS
+from model.config import ATTENTION_TYPES
+from tests.benchmarks import gpu, gpu_networks
+from tests.benchmarks.gpu import Report, Step, goals, measure, table
+from tests.benchmarks.gpu_limits import LARGE, MEMORY, PRODUCTS, products_of, replay_of
+from tests.benchmarks.gpu_networks import DTYPES, Bench, Entrant, check
+from tests.benchmarks.half import halve
+from tests.model.conftest import random_model, tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
-ON_A_CPU = (
-    *("--device", "cpu", "--variant", "demo", "--dtype", "bf16", "--backend", "eager"),
-    *("--training-batch", "1", "--rounds", "1", "--turn-seconds", "0"),
-)
-# All that is ours to install but torch, which brings some more itself.
+# The packages that a machine with nothing but PyTorch lacks.
 NOT_PYTORCH = (
     *("av", "click", "fastapi", "httpx", "huggingface_hub", "onnx", "onnxruntime", "onnxscript"),
     *("orjson", "prometheus_client", "pydantic", "pydantic_settings", "rich", "safetensors"),
@@ -32,231 +38,196 @@ import runpy, sys
 sys.modules.update(dict.fromkeys({NOT_PYTORCH}))
 runpy.run_module("tests.benchmarks.gpu", run_name="__main__", alter_sys=True)
 """
+QUICK = ("--variant", "demo", "--batches", "2", "--rounds", "1", "--turn-seconds", "0")
+GPU = {"kind": "cuda", "variant": "base"}
 
 
-def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The script, where nothing but PyTorch can be imported."""
-    places = ("--work", folder / "work", "--json", folder / "gpu.json")
-    return subprocess.run(
-        [sys.executable, "-c", BARE, *map(str, (*ON_A_CPU, *places, *arguments))],
-        capture_output=True, text=True, check=False, cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def script(path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """Runs the script where only PyTorch can be imported; returns the report and the table."""
+    command = [sys.executable, "-c", BARE, *QUICK, *arguments, "--json", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text()), done.stdout
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """What it printed and wrote, when it was done in two runs."""
-    folder = tmp_path_factory.mktemp("gpu")
-    first = run(folder, "--batches", 2, "--sections", "parity,eager")
-    assert first.returncode == 0, first.stderr
-    second = run(folder, "--batches", "2,1")
-    assert second.returncode == 0, second.stderr
-    assert "parity, batch 4 ..." in first.stdout
-    assert "parity, batch 4 ..." not in second.stdout, "it goes on, and does not begin again"
-    return second.stdout, json.loads((folder / "gpu.json").read_text())
-
-
-def test_it_measures_all_that_a_cpu_can_and_names_the_rest(ran: tuple[str, dict[str, Any]]) -> None:
-    printed, report = ran
-    assert [row["entrant"] for row in report["parity"]] == ["float32", "fp16", "bf16"]
-    assert {(row["batch"], row["entrant"]) for row in report["inference"]} == {
-        (batch, f"{network}, {how}")
-        for batch in (1, 2)
-        for network, how in (
-            ("original", "eager"),
-            ("rewritten", "eager"),
-            ("original", "torch.compile"),
-            ("original with fused attention", "torch.compile"),
-            ("rewritten", "torch.compile"),
-        )
+def entrants(graph: str = "") -> set[str]:
+    return {
+        "original, eager",
+        f"rewritten, eager{graph}",
+        "original, torch.compile",
+        f"original with fused attention, torch.compile{graph}",
+        f"rewritten, torch.compile{graph}",
     }
-    assert {row["entrant"] for row in report["training"]} == {
-        f"{network}, {how}"
-        for network in ("ours", "original")
-        for how in ("eager", "torch.compile")
-    }
-    for row in (*report["parity"], *report["inference"]):
-        assert row["passed"], row
-        assert 0.99 < row["cosine"] <= 1
-    for row in report["inference"]:
-        assert row["milliseconds"] > 0
-        assert len(row["share_of_large"]) == len(row["share_of_own_products"]) == 3
-    reasons = report["left_out"]
-    assert reasons["engines, batch 1"]["ONNX Runtime and TensorRT"] == "are measured on a GPU"
-    assert reasons["eager, batch 2"] == {"rewritten, CUDA graph": "CUDA graphs want a GPU"}
-    states = [goal["state"] for goal in report["goals"]]
-    assert states == ["met", "not measured", "not measured", "not measured"]
-    for goal in report["goals"]:
-        assert goal["goal"] in printed
-    steps_of = {1: ("eager", "compile", "engines", "training", "training-compile")}
-    steps_of |= {2: ("eager", "compile", "engines"), 4: ("parity",)}
-    done = {f"{section}, batch {n}" for n, sections in steps_of.items() for section in sections}
-    assert (report["done"].keys(), report["began"]) == (done, [])
 
 
-def test_in_no_time_it_begins_nothing_and_says_what_is_left(tmp_path: Path) -> None:
-    answer = run(tmp_path, "--batches", 1, "--minutes", 0)
-    assert answer.returncode == 0, answer.stderr
-    assert not (tmp_path / "gpu.json").exists()
-    left = re.findall(r"not begun +(.*): the same command goes on with it", answer.stdout)
-    assert left == [
-        *("parity, batch 4", "eager, batch 1", "compile, batch 1", "engines, batch 1"),
-        *("training, batch 1", "training-compile, batch 1"),
-    ]
+def test_script_on_a_cpu_reports_every_entrant_and_its_shares(tmp_path: Path) -> None:
+    on_a_cpu = ("--device", "cpu", "--backend", "eager", "--dtypes", "bf16")
+    report, printed = script(tmp_path / "gpu.json", *on_a_cpu)
+    assert report["left_out"] == {}
+    assert {row["entrant"] for row in report["rows"]} == entrants()
+    for row in report["rows"]:
+        assert row["cosine"] > 0.99
+        assert row["clips_per_second"] > 0
+        assert row["shares"].keys() == {LARGE, PRODUCTS, MEMORY}
+        assert all(share > 0 for share in row["shares"].values())
+        assert row["entrant"] in printed
+    assert set(report["goals"].values()) == {"not measured"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
-def test_on_a_gpu_the_answers_of_all_that_runs_are_right(tmp_path: Path) -> None:
-    places = ("--work", tmp_path / "work", "--json", tmp_path / "gpu.json")
-    sizes = ("--variant", "demo", "--batches", 2, "--training-batch", 2, "--rounds", 2)
-    command = [sys.executable, "-m", "tests.benchmarks.gpu", *map(str, (*places, *sizes))]
-    subprocess.run(command, check=True, cwd=REPOSITORY)
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    assert {row["entrant"] for row in report["inference"]} >= {*GRAPHS, *COMPILED_ORIGINALS}
-    assert [row["entrant"] for row in report["inference"] if not row["passed"]] == []
-    assert len(report["training"]) == 4
+def test_script_on_a_gpu_reports_every_entrant(tmp_path: Path) -> None:
+    report, _ = script(tmp_path / "gpu.json", "--minutes", "30")
+    assert report["left_out"] == {}
+    for dtype in DTYPES:
+        rows = [row for row in report["rows"] if row["dtype"] == dtype]
+        assert {row["entrant"] for row in rows} == entrants(", CUDA graph")
 
 
-MACHINE = {
-    **dict.fromkeys(("device", "driver", "torch", "cuda", "commit", "backend"), "some"),
-    "kind": "cuda",
-    "variant": "base",
-    "dtype": "fp16",
-}
+class TestSteps:
+    STEPS = (Step(32, "fp16", "eager"), Step(32, "bf16", "eager"), Step(1, "fp16", "eager"))
 
-
-class TestTheReport:
-    def test_it_is_whole_after_every_step_and_names_the_one_that_was_cut_off(
-        self, tmp_path: Path
-    ) -> None:
-        path = tmp_path / "deep" / "gpu.json"
-        report = Report(path, MACHINE)
-        report.begin("eager, batch 32")
-        report.end("eager, batch 32", "inference", [row("rewritten, eager")], {"x": "no"}, 3)
-        report.begin("compile, batch 32")  # and the machine is taken away
-        again = Report(path, MACHINE)
-        assert again.done == {"eager, batch 32": 3}
-        assert again.began == ["compile, batch 32"]
-        assert again.content["inference"] == [row("rewritten, eager")]
-        assert list(path.parent.iterdir()) == [path]
-
-    def test_what_was_cut_off_comes_last(self, tmp_path: Path) -> None:
-        options = parsed(tmp_path, "--batches", "32,1")
-        report = Report(None, MACHINE)
-        before = steps(options, report)
-        assert before[:2] == [Step("parity", 4), Step("eager", 32)]
-        assert before[4:6] == [Step("training", 1), Step("training-compile", 1)]
-        report.begin(str(before[0]))
-        report.end(str(before[0]), "parity", [], {}, 1)
-        report.begin(str(before[1]))
-        assert steps(options, report) == [*before[2:], before[1]]
-
-    def test_a_step_that_is_named_is_measured_again_and_its_rows_replaced(
-        self, tmp_path: Path
-    ) -> None:
-        report = Report(None, MACHINE)
-        for speed in (0.5, 0.6):
-            report.begin("eager, batch 32")
-            assert report.done == {}
-            report.end("eager, batch 32", "inference", [row("rewritten, eager", speed)], {}, 1)
-        assert report.content["inference"] == [row("rewritten, eager", 0.6)]
-        options = parsed(tmp_path, "--batches", "32", "--sections", "eager")
-        assert steps(options, report) == [Step("eager", 32)]
-
-    @pytest.mark.parametrize("key", ["device", "commit", "dtype"])
-    def test_one_of_another_machine_or_commit_is_refused(self, tmp_path: Path, key: str) -> None:
+    def test_run_with_a_failing_step_reports_it_and_goes_on(self, tmp_path: Path) -> None:
         path = tmp_path / "gpu.json"
-        report = Report(path, MACHINE)
-        report.begin("parity, batch 4")
-        with pytest.raises(ReportError, match=f"is of {key} some|is of {key} fp16"):
-            Report(path, {**MACHINE, key: "other"})
+        report = Report(path, GPU)
+        before = []
 
-    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"machine": {}}'])
-    def test_another_file_is_refused(self, tmp_path: Path, content: str) -> None:
-        path = tmp_path / "gpu.json"
-        path.write_text(content)
-        with pytest.raises(ReportError, match="no report of this script"):
-            Report(path, MACHINE)
-        assert path.read_text() == content
+        def measure(step: Step) -> None:
+            before.append(json.loads(path.read_text()) if path.exists() else None)
+            if step == self.STEPS[1]:
+                raise RuntimeError("CUDA out of memory\nand more")
+            report.rows.append(row(step=step))
+
+        gpu.run(self.STEPS, measure, report, deadline=float("inf"))
+        assert before[0] is None
+        assert [each["batch"] for each in before[1]["rows"]] == [32]
+        failed = {"eager, bf16, batch 32": "RuntimeError: CUDA out of memory"}
+        assert before[2]["left_out"] == failed
+        content = json.loads(path.read_text())
+        assert [each["batch"] for each in content["rows"]] == [32, 1]
+        assert content["left_out"] == failed
+        assert any("CUDA out of memory" in line for line in table(report))
+
+    def test_run_after_the_deadline_reports_that_no_time_was_left(self) -> None:
+        report = Report(None, GPU)
+        gpu.run(self.STEPS, lambda step: pytest.fail(f"{step} started"), report, deadline=0)
+        assert report.left_out == {str(step): "no time was left" for step in self.STEPS}
 
 
-def parsed(folder: Path, *arguments: str) -> Any:
-    from tests.benchmarks import gpu
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench("cpu", "demo", backend="eager")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["gpu", *ON_A_CPU, "--work", str(folder), *arguments])
-        return gpu.parse()
+
+class TestAnswers:
+    @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+    def test_check_of_other_answers_raises(self, bench: Bench, dtype: str) -> None:
+        exact = logits, embedding = bench.exact(bench.frames(3))
+        assert check(exact, exact, dtype)["cosine"] == pytest.approx(1)
+        infinite = embedding.clone()
+        infinite[1, 0] = float("inf")
+        others = {
+            "cosine": (logits.roll(1, 0), embedding.roll(1, 0)),
+            "error": (logits * 1.3, embedding * 1.3),
+            "finite": (logits, infinite),
+            "instead of": (logits[:1], embedding[:1]),
+        }
+        for reason, other in others.items():
+            with pytest.raises(ValueError, match=reason):
+                check(exact, other, dtype)
+
+    def test_limits_are_those_of_the_export(self) -> None:
+        limits = LIMITS["fp16"]
+        assert gpu_networks.COSINES["fp16"] == limits.cosine
+        assert gpu_networks.ERRORS["fp16"] == limits.error
+
+    def test_measure_refuses_wrong_answers_and_times_the_other_entrants(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = gpu_networks.entrants
+
+        def made_up(*arguments: Any) -> dict[str, Callable[[], Entrant]]:
+            right = real(*arguments)["rewritten, eager"]
+            logits, embedding = right().answers()
+            wrong = right()._replace(answers=lambda: (-logits, embedding))
+            return {"wrong": lambda: wrong, "broken": lambda: 1 / 0, "right": right}
+
+        monkeypatch.setattr(gpu, "entrants", made_up)
+        report = Report(None, GPU)
+        measure(bench, Step(2, "fp16", "eager"), report, 1, 0)
+        assert [each["entrant"] for each in report.rows] == ["right"]
+        reasons = {name.rpartition(" ")[2]: reason for name, reason in report.left_out.items()}
+        assert reasons.pop("broken") == "ZeroDivisionError: division by zero"
+        assert reasons.pop("wrong").startswith("ValueError: answers are wrong: cosine -")
+
+    def test_measure_refuses_a_cuda_graph_that_writes_nothing(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cuda = MagicMock()  # records nothing, so that a replay computes nothing
+        for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+        monkeypatch.setattr(Bench, "cuda", True)
+        monkeypatch.setattr(gpu, "limits", lambda *_: {})
+        report = Report(None, GPU)
+        measure(bench, Step(2, "bf16", "eager"), report, 1, 0)
+        assert [each["entrant"] for each in report.rows] == ["original, eager"]
+        assert [name.partition(": ")[2] for name in report.left_out] == [
+            "rewritten, eager, CUDA graph"
+        ]
+        cuda.graph.assert_called_once_with(cuda.CUDAGraph.return_value)
+
+
+class TestLimits:
+    @pytest.mark.parametrize("scheme", ATTENTION_TYPES)
+    def test_products_are_all_of_the_networks_work(self, scheme: str) -> None:
+        network = rewrite(random_model(tiny_config(scheme)))
+        counted = multiply_adds(network)
+        products = products_of(halve(network, torch.bfloat16), 3)
+        with FlopCounterMode(display=False) as counter:
+            replay_of(products, torch.device("meta"))()
+        assert counter.get_total_flops() == 2 * 3 * counted
+
+    @pytest.mark.parametrize("scheme", ATTENTION_TYPES)
+    @pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
+    def test_linears_see_all_tokens_in_one_product(self, scheme: str, *, half: bool) -> None:
+        """PyTorch computes a small product for each group of tokens that are not contiguous."""
+        network: nn.Module = rewrite(random_model(tiny_config(scheme)))
+        products = products_of(halve(network, torch.bfloat16) if half else network, 2)
+        for function, (tokens, *_) in products:
+            if function is F.linear and len(tokens.shape) > 2 and tokens.shape[-2] > 1:
+                assert tokens.random(torch.device("cpu")).is_contiguous(), tokens
 
 
 def row(
-    entrant: str, speed: float = 0.5, *, passed: bool = True, batch: int = 32
+    entrant: str = "rewritten, eager, CUDA graph",
+    share: float = 0.5,
+    step: Step = Step(32, "fp16", "eager"),  # noqa: B008 - an immutable tuple
 ) -> dict[str, Any]:
-    return {
-        "entrant": entrant,
-        "batch": batch,
-        "milliseconds": 1.0,
-        "clips_per_second": 1.0,
-        "limit": 3e14,
-        "share_of_large": [speed - 0.01, speed, speed + 0.01],
-        "share_of_own_products": None,
-        "off_by": 0.001,
-        "cosine": 0.9999 if passed else 0.5,
-        "error": 0.01 if passed else 1.0,
-        "passed": passed,
-    }
+    shares = {LARGE: share, PRODUCTS: share, MEMORY: share}
+    figures = {"milliseconds": 1.0, "clips_per_second": 1.0, "cosine": 1.0, "error": 0.0}
+    return {**step._asdict(), "entrant": entrant, "shares": shares, **figures}
 
 
 class TestGoals:
-    def judged(self, *rows: dict[str, Any], **machine: str) -> list[tuple[str, str]]:
-        content = Report(None, {**MACHINE, **machine}).content
-        content["inference"] = list(rows)
-        assert all(isinstance(line, str) for line in tables(content))
-        return [(goal.state, goal.detail) for goal in judge(content)[1:]]
+    COMPILED = Step(32, "fp16", "torch.compile")
 
-    def test_the_best_right_row_is_taken_and_compared_with_the_best_original(self) -> None:
-        found = self.judged(
-            row("rewritten, TensorRT", 0.7),
-            row("rewritten, torch.compile and CUDA graph", 0.6),
-            row("rewritten, ONNX Runtime CUDA", 0.4),
-            row("original, torch.compile", 0.3),
-            row("original with fused attention, torch.compile", 0.35),
-        )
-        assert found == [
-            ("met", "70.0%, rewritten, TensorRT"),
-            ("met", "2.00: rewritten, TensorRT over original with fused attention, torch.compile"),
-            (
-                "met",
-                "1.50: rewritten, torch.compile and CUDA graph over rewritten, ONNX Runtime CUDA",
-            ),
-        ]
+    def states(self, *rows: dict[str, Any], **machine: str) -> list[str]:
+        report = Report(None, {**GPU, **machine})
+        report.rows = [*rows]
+        return [*goals(report).values()]
 
-    def test_wrong_answers_meet_no_goal(self) -> None:
-        found = self.judged(
-            row("rewritten, TensorRT", 0.7, passed=False),
-            row("rewritten, CUDA graph", 0.5),
-            row("rewritten, ONNX Runtime CUDA", 0.1, passed=False),
-            row("original, torch.compile", 0.4),
-        )
-        assert found == [
-            ("not met", "50.0%, rewritten, CUDA graph"),
-            ("not met", "1.25: rewritten, CUDA graph over original, torch.compile"),
-            (
-                "not measured",
-                "answers are wrong: rewritten, TensorRT; rewritten, ONNX Runtime CUDA",
-            ),
-        ]
-
-    @pytest.mark.parametrize(
-        ("batch", "machine"),
-        [(64, {}), (32, {"kind": "cpu"}), (32, {"variant": "small"}), (32, {"dtype": "bf16"})],
-        ids=str,
-    )
-    def test_other_batches_networks_and_machines_are_not_those_of_the_goals(
-        self, batch: int, machine: dict[str, str]
-    ) -> None:
+    def test_goals_compare_the_best_of_ours_with_the_best_compiled_original(self) -> None:
         rows = (
-            row("rewritten, CUDA graph", 0.7, batch=batch),
-            row("original, torch.compile", 0.1, batch=batch),
+            row(share=0.5),
+            row("rewritten, torch.compile, CUDA graph", 0.6, self.COMPILED),
+            row("original, torch.compile", 0.2, self.COMPILED),
+            row("original with fused attention, torch.compile", 0.5, self.COMPILED),
+            row("original, eager", 0.9),
         )
-        assert {state for state, _ in self.judged(*rows, **machine)} == {"not measured"}
+        assert self.states(*rows) == ["met, 0.600", "not met, 1.200"]
+        assert self.states(*rows, kind="cpu") == ["not measured"] * 2
+        assert self.states(*rows, variant="demo") == ["not measured"] * 2
+
+    def test_goals_ignore_other_batches_and_dtypes(self) -> None:
+        others = (Step(1, "fp16", "eager"), Step(32, "bf16", "eager"))
+        assert self.states(*(row(share=0.9, step=step) for step in others)) == ["not measured"] * 2
