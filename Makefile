@@ -44,7 +44,7 @@ format: .venv/.dev
 	.venv/bin/ruff check --fix .
 
 docs: .venv/.dev ## pages and manifests that are made from definitions elsewhere
-	.venv/bin/python -m service.reference > docs/reference.md
+	.venv/bin/python -m docs.reference > docs/reference.md
 	.venv/bin/python deploy/kubernetes/monitoring/generate.py > deploy/kubernetes/monitoring/prometheusrule.yaml
 
 bench: .venv/.dev ## figures for this machine; never part of pass or fail

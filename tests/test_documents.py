@@ -29,7 +29,7 @@ def test_every_link_leads_to_a_file() -> None:
 
 def test_the_reference_is_the_one_that_the_code_makes() -> None:
     made = subprocess.run(
-        [sys.executable, "-m", "service.reference"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "docs.reference"], cwd=ROOT, capture_output=True, text=True
     )
     assert made.returncode == 0, made.stderr
     assert made.stdout == (ROOT / "docs/reference.md").read_text(), "run `make docs`"

@@ -1,4 +1,4 @@
-"""`docs/reference.md`, made from the definitions in the code: `python -m service.reference`.
+"""`docs/reference.md`, made from the definitions in the code: `python -m docs.reference`.
 
 Settings, commands, endpoints, error codes and metrics each stand in one place; this turns them
 into the page, and a test holds the page to them.
