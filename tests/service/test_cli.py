@@ -520,10 +520,12 @@ def test_an_error_that_is_not_known_is_not_hidden(monkeypatch: pytest.MonkeyPatc
     assert isinstance(CliRunner().invoke(cli, ["info"]).exception, ZeroDivisionError)
 
 
-def test_interrupted_it_stops_without_a_traceback(store: BundleStore, red: Path) -> None:
-    command = [TIMESFORMER, "classify", "--json", "--store", store.root, *[red] * 5000]
+@pytest.mark.parametrize("end", ["interrupt", "closed pipe"])
+def test_interrupted_or_no_longer_read_it_ends_without_a_traceback(
+    store: BundleStore, red: Path, end: str
+) -> None:
     with subprocess.Popen(
-        command,
+        [TIMESFORMER, "classify", "--json", "--store", store.root, *[red] * 5000],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -532,23 +534,12 @@ def test_interrupted_it_stops_without_a_traceback(store: BundleStore, red: Path)
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline()  # each answer is seen as soon as it is there
-        process.send_signal(signal.SIGINT)
+        if end == "interrupt":
+            process.send_signal(signal.SIGINT)
+        else:
+            process.stdout.close()
         _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-
-
-def test_a_reader_that_has_seen_enough_is_no_traceback(store: BundleStore, red: Path) -> None:
-    command = [TIMESFORMER, "classify", "--json", "--store", store.root, *[red] * 5000]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.readline()
-        process.stdout.close()
-        errors = process.stderr.read()
-    assert process.returncode == 1
+    assert process.returncode == (130 if end == "interrupt" else 1)
     assert "Traceback" not in errors
     assert "BrokenPipe" not in errors
 

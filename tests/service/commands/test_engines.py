@@ -21,9 +21,7 @@ from export.runtime.tensorrt import TensorRt, Wanted
 from export.tensorrt import BuildJob
 from service.cli import cli
 from service.settings import load_settings
-from tests.export.conftest import (
-    publish_colours,
-)
+from tests.export.conftest import publish_colours
 
 RTX = "tensorrt_rtx_bindings"
 
@@ -179,12 +177,10 @@ class TestBuild:
         (note,) = (store.root / "colours/1/engines").glob("*.fastest")
         assert note.name == "nvidia-h200_sm90_trt1.7.fastest"
 
-    @pytest.mark.parametrize("batches", ["8,1", "many", "0", ""])
-    def test_batches_are_rising_numbers(self, store: BundleStore, batches: str) -> None:
-        answer = timesformer(
-            "engines", "build", "--store", store.root, "--batches", batches, code=2
-        )
-        assert "rising sizes" in answer.stderr
+    def test_batches_are_rising_numbers(self, store: BundleStore) -> None:
+        for batches in ("8,1", "many", ""):
+            command = ("engines", "build", "--store", store.root, "--batches", batches)
+            assert "rising sizes" in timesformer(*command, code=2).stderr
 
 
 def test_without_plans_the_list_says_how_to_make_one(store: BundleStore) -> None:
