@@ -7,11 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -338,84 +333,53 @@ def test_several_processes_do_not_refresh_together(
         refresh(task(bad, known))
 
 
-# ---- killed and called again --------------------------------------------------------------------
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import pytest
-from export.bundle import BundleStore
-from export.refresh import Listeners, refresh
-from tests.export import test_refresh as tests
-from model.training.job import Machine
-from model.training.sources import read_videos
-
-store, videos, moment = BundleStore(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
-tests.replace_the_export(pytest.MonkeyPatch())
-
-def kill(*arguments, **more):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-told = {"on_step": lambda step: kill() if step.step == 5 and moment == "training" else None}
-if moment == "before activation":
-    BundleStore.activate = kill
-machine, listeners = Machine(checkpoint_every=2), Listeners(training=told)
-refresh(tests.killed_task(store, videos), machine, listeners=listeners)
-"""
+# ---- stopped and called again -------------------------------------------------------------------
 
 
-def killed_task(store: BundleStore, videos: Path) -> Task:
-    return task(store.open("colours"), *halves(read_videos(videos)))
+def stop(*arguments: Any, **more: Any) -> Any:
+    """Ends the refresh as a process ends; no `except Exception` sees it."""
+    raise KeyboardInterrupt
 
 
-def kill(store: BundleStore, videos: Path, moment: str) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED, store.root, videos, moment],
-        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-
-
-@pytest.mark.slow
-def test_killed_in_training_and_before_activation_it_makes_one_version(
-    bad: Bundle, store: BundleStore, videos: Path
+def test_stopped_anywhere_and_called_again_it_makes_one_version(
+    bad: Bundle, store: BundleStore, known: VideoList
 ) -> None:
-    kill(store, videos, "training")
-    assert store.versions("colours") == ["1"]
-    kill(store, videos, "before activation")
+    def wanted() -> Task:
+        return task(store.open("colours"), *halves(known))
+
+    trained: list[int] = []
+
+    def stop_once(step: Any) -> None:
+        trained.append(step.step)
+        if trained == [1, 2, 3, 4, 5]:
+            stop()
+
+    arguments: Any = Machine(checkpoint_every=2), "cpu", Listeners(training={"on_step": stop_once})
+    with pytest.raises(KeyboardInterrupt):
+        refresh(wanted(), *arguments)
+    for place, name in ((module, "export_bundle"), (BundleStore, "activate")):
+        assert store.versions("colours") == ["1"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                refresh(wanted(), *arguments)
+    assert trained == [1, 2, 3, 4, 5, *range(5, 21)], "training goes on, and is done once"
     assert (store.versions("colours"), store.active("colours")) == (["1", "2"], "1")
     stages: list[str] = []
-    made = refresh(killed_task(store, videos), listeners=Listeners(stages.append))
+    made = refresh(wanted(), listeners=Listeners(stages.append))
     assert stages == []
     assert (made.again, made.activated) == (True, True)
     assert (store.versions("colours"), store.active("colours")) == (["1", "2"], "2")
     (folder,) = (store.root / "colours" / ".refresh").glob("?" * 16)
     kept = {".lock", "log.jsonl", "report.html", "training.json"}
     assert {path.name for path in folder.iterdir()} == kept
-    steps = [line for line in (folder / "log.jsonl").read_text().splitlines() if '"loss"' in line]
-    assert len(steps) == 30
 
-    again = refresh(killed_task(store, videos))  # now its parent is version 2
+    again = refresh(wanted())  # now its parent is version 2
     assert (again.again, again.bundle.version) == (True, "2")
     store.rollback("colours")
-    after = refresh(killed_task(store, videos))
+    after = refresh(wanted())
     assert (after.again, after.activated) == (True, False)
     assert store.active("colours") == "1"
-
-
-def test_an_export_that_was_killed_begins_from_the_trained_weights(
-    bad: Bundle, known: VideoList, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*arguments: Any, **more: Any) -> Iterator[None]:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "export_bundle", fails)
-        with pytest.raises(KeyboardInterrupt):
-            refresh(task(bad, *halves(known)))
-    told = {"on_step": lambda step: pytest.fail("it trains again")}
-    made = refresh(task(bad, *halves(known)), Machine(), "cpu", Listeners(training=told))
-    assert made.activated
 
 
 def test_two_at_once_are_refused(bad: Bundle, known: VideoList) -> None:
