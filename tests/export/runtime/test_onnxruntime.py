@@ -89,17 +89,12 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_an_error(bundle: Bundle) -> No
 def test_left_the_choice_it_takes_the_cpu_and_warns(
     bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
+    load_runtime(bundle, "cpu", threads=1)
+    assert not caplog.records, "the CPU was asked for"
     assert load_runtime(bundle, "auto", threads=1).device == "cpu"
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "no GPU is used: this ONNX Runtime has no CUDAExecutionProvider" in record.message
-
-
-def test_the_cpu_that_is_asked_for_is_no_warning(
-    bundle: Bundle, caplog: pytest.LogCaptureFixture
-) -> None:
-    load_runtime(bundle, "cpu", threads=1)
-    assert not caplog.records
 
 
 MakeCuda = Callable[..., list[object]]
@@ -200,13 +195,6 @@ def test_a_file_that_is_no_model_is_an_error_that_names_it(
         OnnxRuntime(path, cuda=False)
 
 
-def test_a_bundle_without_the_graph_is_an_error(bundle: Bundle) -> None:
-    files = {name: e for name, e in bundle.manifest.files.items() if name != ONNX_FLOAT32}
-    bundle.manifest = bundle.manifest.model_copy(update={"files": files})
-    with pytest.raises(BundleError, match=r"has no model\.onnx"):
-        load_runtime(bundle, "cpu")
-
-
 class TestPrecision:
     """The bundle's INT8 graph here answers a hundred times as much, so that it is told apart."""
 
@@ -261,9 +249,14 @@ class TestPrecision:
         with pytest.raises(RuntimeUnavailableError, match=f"{precision} cannot be served"):
             load_runtime(both, device, precision=precision)
 
-    def test_a_bundle_without_int8_is_an_error_that_names_the_file(self, bundle: Bundle) -> None:
-        with pytest.raises(BundleError, match=r"has no model\.int8\.onnx"):
-            load_runtime(bundle, "cpu", precision="int8")
+
+@pytest.mark.parametrize(("precision", "file"), [("float32", ONNX_FLOAT32), ("int8", ONNX_INT8)])
+def test_a_bundle_without_the_graph_is_an_error_that_names_the_file(
+    bundle: Bundle, precision: Precision, file: str
+) -> None:
+    bundle.manifest = bundle.manifest.model_copy(update={"files": {}})
+    with pytest.raises(BundleError, match=f"has no {file}"):
+        load_runtime(bundle, "cpu", precision=precision)
 
 
 def test_it_reports_nothing_to_its_makers() -> None:
