@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export.bundle import Bundle, BundleStore
-from export.manifest import LABELS, ONNX_FLOAT32, WEIGHTS, Manifest, Parity, TensorSpec
+from export.manifest import LABELS, ONNX_FLOAT32, WEIGHTS, FileEntry, Manifest, Parity, TensorSpec
 from export.pipeline import export_bundle
+from export.runtime.plans import PlanFacts, PlanKey
 from model.checkpoints import Checkpoint, load_checkpoint, save_safetensors
 from model.config import ATTENTION_TYPES, ModelConfig
 from tests.conftest import MakeOnce
@@ -113,6 +115,21 @@ def publish_colours(
         (staging / LABELS).write_text("\n".join(COLOURS) + "\n")
         (staging / WEIGHTS).write_bytes(b"none")
         return store.publish(staging, colour_manifest(name).model_copy(update=changes))
+
+
+def plan_facts(key: PlanKey, graph_sha256: str, content: bytes = b"a plan") -> PlanFacts:
+    """Facts of a plan that no TensorRT has built."""
+    return PlanFacts(
+        key=key,
+        graph_sha256=graph_sha256,
+        plan=FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content)),
+        created=datetime.now(UTC),
+        seconds=1,
+        refittable=False,
+        level=3,
+        structure="",
+        network={},
+    )
 
 
 @pytest.fixture

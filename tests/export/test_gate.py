@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +19,11 @@ from export.bundle import Bundle, BundleError
 from export.clips import held_out_clips, verification_clips
 from export.gate import check_bundle
 from export.manifest import GRAPHS, ONNX_FLOAT32, ONNX_FP16, ONNX_INT8
-from export.manifest import FileEntry as Entry
 from export.runtime.interface import Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
-from export.runtime.plans import Gpu, Plan, PlanFacts, PlanKey, engines_folder
+from export.runtime.plans import Gpu, Plan, PlanKey, engines_folder
 from model.checkpoints import Checkpoint
+from tests.export.conftest import plan_facts
 
 H200 = Gpu("NVIDIA H200", "9.0")
 
@@ -170,23 +168,14 @@ class TestPlans:
         folder = engines_folder(bundle)
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.plan").write_bytes(b"a plan")
-        facts = PlanFacts(
-            key=PlanKey(
-                gpu=gpu.name,
-                compute_capability=gpu.compute_capability,
-                tensorrt="11.4",
-                precision="float32",
-                batches=(1, 8),
-            ),
-            graph_sha256=graph,
-            plan=Entry(sha256=hashlib.sha256(b"a plan").hexdigest(), size=6),
-            created=datetime.now(UTC),
-            seconds=1,
-            refittable=False,
-            level=3,
-            structure="",
-            network={},
+        key = PlanKey(
+            gpu=gpu.name,
+            compute_capability=gpu.compute_capability,
+            tensorrt="11.4",
+            precision="float32",
+            batches=(1, 8),
         )
+        facts = plan_facts(key, graph)
         (folder / f"{name}.json").write_text(facts.model_dump_json())
         return f"{name}.plan"
 

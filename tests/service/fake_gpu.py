@@ -3,9 +3,7 @@ Runtime on the CPU under another name. All around it is real."""
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +13,12 @@ import numpy as np
 import pytest
 
 from export.bundle import Bundle, BundleStore
-from export.manifest import ONNX_FLOAT32, FileEntry
+from export.manifest import ONNX_FLOAT32
 from export.runtime.interface import Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import (
     Plan,
     PlanError,
-    PlanFacts,
     PlanKey,
     engines_folder,
     find_plan,
@@ -30,6 +27,7 @@ from export.runtime.plans import (
 from export.runtime.tensorrt import Wanted
 from export.tensorrt import BuildJob
 from service.engines import BUILDING
+from tests.export.conftest import plan_facts
 
 
 class FakeGpu:
@@ -115,17 +113,7 @@ def write_plan(job: BuildJob, **told: Any) -> Plan:
     """Writes a plan of that job; `told` are facts of it."""
     job.folder.mkdir(exist_ok=True)
     job.plan.write_bytes(b"a plan")
-    facts = PlanFacts(
-        key=job.key,
-        graph_sha256=job.graph_sha256,
-        plan=FileEntry(sha256=hashlib.sha256(b"a plan").hexdigest(), size=6),
-        created=datetime.now(UTC),
-        seconds=1,
-        refittable=False,
-        level=3,
-        structure="",
-        network={},
-    ).model_copy(update=told)
+    facts = plan_facts(job.key, job.graph_sha256).model_copy(update=told)
     job.plan.with_suffix(".json").write_text(facts.model_dump_json())
     found = find_plan(job.folder, job.key, job.graph_sha256)
     assert found is not None

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from export.manifest import FileEntry
 from export.runtime.cuda import Cuda
 from export.runtime.interface import RuntimeUnavailableError
-from export.runtime.plans import Plan, PlanFacts, PlanKey
+from export.runtime.plans import Plan, PlanKey
 from export.runtime.tensorrt import TensorRt, TensorRtRuntime
+from tests.export.conftest import plan_facts
 from tests.export.runtime.fake_cuda import FakeCuda, fake_tensorrt
 
 BATCHES = (1, 4, 6)
@@ -24,27 +22,16 @@ BATCHES = (1, 4, 6)
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    content = b"a plan"
     path = tmp_path / "some.plan"
-    path.write_bytes(content)
-    facts = PlanFacts(
-        key=PlanKey(
-            gpu="Fake GPU",
-            compute_capability="9.0",
-            tensorrt="11.4.0.106",
-            precision="fp16",
-            batches=BATCHES,
-        ),
-        graph_sha256="0" * 64,
-        plan=FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content)),
-        created=datetime.now(UTC),
-        seconds=1,
-        refittable=False,
-        level=3,
-        structure="",
-        network={},
+    path.write_bytes(b"a plan")
+    key = PlanKey(
+        gpu="Fake GPU",
+        compute_capability="9.0",
+        tensorrt="11.4.0.106",
+        precision="fp16",
+        batches=BATCHES,
     )
-    return Plan(path, facts)
+    return Plan(path, plan_facts(key, "0" * 64))
 
 
 def runtime_on(cuda: FakeCuda, plan: Plan, largest: int = 6, loads: bool = True) -> TensorRtRuntime:
