@@ -99,9 +99,7 @@ def replay_of(products: Counter[Product], device: torch.device) -> Callable[[], 
 _FACTORS: dict[Any, int] = {
     F.linear: 2,
     F.scaled_dot_product_attention: 3,
-    torch.matmul: 2,
     Tensor.matmul: 2,
-    Tensor.__matmul__: 2,
 }
 
 

@@ -34,11 +34,10 @@ class HalfLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.scale != 1:
             x = x / self.scale
-        # Cast and put in order at once: tokens that lie in another order, as those of the attention
-        # over time, would be a product a group, and not one of all tokens.
+        # One copy casts and orders the tokens. Tokens that are not contiguous, as those of the
+        # attention over time, would be multiplied group by group, and not in one product.
         x = x.to(self.dtype, memory_format=torch.contiguous_format)
-        flat = F.linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
-        return flat.reshape(*x.shape[:-1], flat.shape[-1])
+        return F.linear(x, self.weight, self.bias)
 
 
 class HalfAttention(nn.Module):
