@@ -13,10 +13,10 @@ from typing import Any
 import click
 from pydantic.fields import FieldInfo
 
-from service import cli
-from service.app import create_app
+from service.cli import main
 from service.errors import codes
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
+from service.server.app import create_app
 from service.settings import ENV_PREFIX, Settings
 
 
@@ -56,8 +56,8 @@ def _default(name: str, field: FieldInfo) -> str:
 
 def _commands() -> Iterator[str]:
     yield "## Commands"
-    yield "Exit codes: " + (cli.__doc__ or "").split("Exit codes: ")[1].strip().replace("\n", " ")
-    for path, command in _walk(cli.cli, "timesformer"):
+    yield "Exit codes: " + (main.__doc__ or "").split("Exit codes: ")[1].strip().replace("\n", " ")
+    for path, command in _walk(main.cli, "timesformer"):
         if path == "timesformer serve":
             yield f"### `{path}`\n\n{command.help} A flag for each setting, see above."
             continue
@@ -76,7 +76,7 @@ def _commands() -> Iterator[str]:
 
 
 def _walk(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
-    if command is not cli.cli:
+    if command is not main.cli:
         yield path, command
     if isinstance(command, click.Group):
         for name, child in sorted(command.commands.items()):

@@ -14,12 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from export.bundle import Bundle, BundleError, BundleStore, sha256_of
-from export.choice import choose
-from export.clips import calibration_clips, held_out_clips, verification_clips
-from export.emulation import emulate
-from export.graphs import Clips, Precision, kinds_of, write_graphs
-from export.manifest import (
+from export.bundle.bundle import Bundle, BundleError, BundleStore, sha256_of
+from export.bundle.manifest import (
     GPU_KINDS,
     GRAPHS,
     LABELS,
@@ -31,22 +27,26 @@ from export.manifest import (
     Parity,
     TensorSpec,
 )
-from export.onnx import INPUT_NAME, OUTPUT_NAMES, ExportError, export_onnx
-from export.reference import run_reference
-from export.report import write_report
-from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
+from export.bundle.report import write_report
+from export.calibration.clips import calibration_clips, held_out_clips, verification_clips
+from export.graph.build import Clips, Precision, kinds_of, write_graphs
+from export.graph.onnx_export import INPUT_NAME, OUTPUT_NAMES, ExportError, export_onnx
+from export.graph.rewrite import InferenceTimeSformer, multiply_adds, rewrite
+from export.precision_choice import choose
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import LIMITS, hold
+from export.verification.gpu_emulation import emulate
+from export.verification.parity import LIMITS, hold
+from export.verification.torch_reference import run_reference
 from model.checkpoints import Checkpoint, save_safetensors
 from model.config import ModelConfig, Preprocessing
-from model.cost import cost
+from model.data.lists import VideoList
 from model.demo import SAMPLE_CLIP
-from model.timesformer import TimeSformer
-from model.training.calibration import calibrate
+from model.evaluation.calibration import calibrate
+from model.evaluation.metrics import predict
+from model.network.cost import cost
+from model.network.timesformer import TimeSformer
 from model.training.errors import DataError
-from model.training.evaluation import predict
-from model.training.sources import VideoList
 
 _KINDS = {file: kind for kind, file in GRAPHS.items()}
 _PREPROCESSING_FIELDS = tuple(Preprocessing.__dataclass_fields__)

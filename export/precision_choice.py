@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from export.manifest import GRAPHS, Choice
+from export.bundle.manifest import GRAPHS, Choice
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import GPU_GRAPHS
 

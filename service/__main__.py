@@ -10,7 +10,7 @@ def main() -> None:
     # `multiprocessing` imports the module that started a program into each decoder, but not a
     # `__main__` of a package. The script of the command passes for one.
     sys.modules["__main__"].__spec__ = __spec__
-    from service.cli import cli
+    from service.cli.main import cli
 
     cli()
 

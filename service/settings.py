@@ -19,7 +19,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from export.runtime.cores import usable_cores
 from export.runtime.interface import Device, Precision
-from service.url_policy import parse_hosts
 
 ENV_PREFIX = "TIMESFORMER_"
 MIB = 1024 * 1024
@@ -29,6 +28,8 @@ ALL_GPUS = "all"
 _SERVICE_LINK = re.compile(
     ENV_PREFIX + r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_.+)?)"
 )
+HOST = re.compile(r"[a-z0-9]([a-z0-9.-]{0,252}[a-z0-9])?|\[[0-9a-f:.]+\]")
+_HOST_ENTRY = re.compile(rf"(\*\.)?({HOST.pattern})(:[0-9]{{1,5}})?")
 _ORIGIN = re.compile(r"\*|https?://[^/\s?#@]+")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 REMOVED: dict[str, str] = {
@@ -424,6 +425,19 @@ class Settings(BaseSettings):
                 "another, or none"
             )
         return self
+
+
+def parse_hosts(text: str) -> tuple[str, ...]:
+    """Returns the entries of a list of hosts with commas between.
+
+    Raises:
+        ValueError: an entry is no host.
+    """
+    entries = tuple(entry.strip().lower() for entry in text.split(",") if entry.strip())
+    for entry in entries:
+        if not _HOST_ENTRY.fullmatch(entry):
+            raise ValueError(f"{entry!r} is no host; write name, *.suffix or name:port")
+    return entries
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from model.demo import SAMPLE_CLIP, STORE
 
 ROOT = Path(__file__).parents[1]

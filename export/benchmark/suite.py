@@ -12,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.artefacts import Artefact, Found, LeftOut, find_artefacts
-from export.bench import Entrant, Quartiles, Timing, Turns, speed_up, take_turns, timing
-from export.bundle import Bundle, BundleError
-from export.clips import verification_clips
-from export.manifest import ONNX_FLOAT32, Parity
+from export.benchmark.timing import Entrant, Quartiles, Timing, Turns, speed_up, take_turns, timing
+from export.bundle.bundle import Bundle, BundleError
+from export.bundle.manifest import ONNX_FLOAT32, Parity
+from export.calibration.clips import verification_clips
 from export.runtime.interface import Device, Outputs, Runtime
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import compare
+from export.verification.artefacts import Artefact, Found, LeftOut, find_artefacts
+from export.verification.parity import compare
 from model.demo import SAMPLE_CLIP
 
 

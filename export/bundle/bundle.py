@@ -2,7 +2,7 @@
 
 A folder `STORE/NAME/VERSION/`, immutable once published, with a `manifest.json` that says what is
 in it. Versions count up from 1. The active version of a name is one small file, replaced
-atomically (`export/pointers.py`). Nothing here needs torch.
+atomically (`export/bundle/pointers.py`). Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from export.manifest import MANIFEST, FileEntry, Manifest
-from export.pointers import ACTIVE as ACTIVE
-from export.pointers import (
+from export.bundle.manifest import MANIFEST, FileEntry, Manifest
+from export.bundle.pointers import ACTIVE as ACTIVE
+from export.bundle.pointers import (
     VERSION,
     read_candidate,
     read_history,
@@ -28,8 +28,8 @@ from export.pointers import (
     write_history,
     writing,
 )
-from export.pointers import BundleError as BundleError
-from export.pointers import Candidate as Candidate
+from export.bundle.pointers import BundleError as BundleError
+from export.bundle.pointers import Candidate as Candidate
 from model.config import ConfigError
 from model.files import lock_folder, sync
 

@@ -28,7 +28,8 @@ GRAPHS = {
 """The file of each kind of graph. INT8 is two: rounded at run time for CPUs, by calibrated ranges
 for TensorRT."""
 GPU_KINDS = frozenset({"fp16", "int8-qdq", "fp8"})
-"""Graphs that no CPU computes as they say; `export.emulation` shows there what a GPU does."""
+"""Graphs that no CPU computes as they say. `export.verification.gpu_emulation` shows what a GPU
+computes."""
 REPORT = "report.html"
 
 

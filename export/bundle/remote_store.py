@@ -15,9 +15,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from export.bundle import Bundle, BundleError, BundleStore
-from export.manifest import MANIFEST, Manifest
-from export.pointers import (
+from export.bundle.bundle import Bundle, BundleError, BundleStore
+from export.bundle.manifest import MANIFEST, Manifest
+from export.bundle.pointers import (
     ACTIVE,
     CANDIDATE,
     VERSION,

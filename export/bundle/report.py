@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from export.manifest import GRAPHS, MANIFEST, Manifest, Parity, ProductReport
-from model.training.markup import Html, tag
-from model.training.page import facts_table, folded, percent, section, table, tiles, write_page
+from export.bundle.manifest import GRAPHS, MANIFEST, Manifest, Parity, ProductReport
+from model.reports.html import Html, tag
+from model.reports.page import facts_table, folded, percent, section, table, tiles, write_page
 
 _MIB = 1024 * 1024
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import ModelConfig, Preprocessing
+from model.data.lists import VIDEO_SUFFIXES, read_videos
 from model.training.errors import DataError
-from model.training.sources import VIDEO_SUFFIXES, read_videos
 from model.video import Crops, VideoError, load_clips
 
 # More change the largest magnitudes little, and take seconds each.

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto, helper, numpy_helper
 
-from export.recording import Shapes, record
+from export.calibration.recorder import Shapes, record
 from export.runtime.interface import Outputs
 
 Float32 = NDArray[np.float32]

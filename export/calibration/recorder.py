@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto
 from onnx import shape_inference as inference
 
-from export.onnx import INPUT_NAME, OUTPUT_NAMES
+from export.graph.onnx_export import INPUT_NAME, OUTPUT_NAMES
 from export.runtime.cores import usable_cores
 from export.runtime.interface import Outputs
 

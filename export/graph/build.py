@@ -13,9 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import Bundle
-from export.fp16 import export_fp16
-from export.manifest import (
+from export.bundle.bundle import Bundle
+from export.bundle.manifest import (
     GPU_KINDS,
     GRAPHS,
     ONNX_FLOAT32,
@@ -23,12 +22,13 @@ from export.manifest import (
     CalibrationReport,
     ProductReport,
 )
-from export.onnx import ExportError
-from export.precision import quantize
-from export.products import MagnitudeRecorder
-from export.qdq import export_qdq, linears
-from export.ranges import FORMATS, SpreadRecorder
-from export.recording import record
+from export.calibration.histograms import FORMATS, SpreadRecorder
+from export.calibration.recorder import record
+from export.graph.fp16 import export_fp16
+from export.graph.int8_cpu import quantize
+from export.graph.matmuls import MagnitudeRecorder
+from export.graph.onnx_export import ExportError
+from export.graph.qdq import export_qdq, linears
 
 Precision = Literal["float32", "fp16", "int8", "fp8", "auto"]
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx import shape_inference as inference
 
-from export.manifest import ProductReport
-from export.onnx import ExportError
-from export.products import Magnitudes, Product, find_products
+from export.bundle.manifest import ProductReport
+from export.graph.matmuls import Magnitudes, Product, find_products
+from export.graph.onnx_export import ExportError
 
 FLOAT: int = TensorProto.FLOAT
 HALF: int = TensorProto.FLOAT16

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
-from export.onnx import INPUT_NAME, ExportError
+from export.graph.onnx_export import INPUT_NAME, ExportError
 
 # CPUs without VNNI add two products of an 8-bit weight and an activation of up to 255 in 16 bits,
 # and cut off what is more. Weights within 64 never get there, so that what the gate saw on one CPU

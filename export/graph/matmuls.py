@@ -14,8 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
-from export.onnx import ExportError
-from export.recording import Shapes, record
+from export.calibration.recorder import Shapes, record
+from export.graph.onnx_export import ExportError
 
 Magnitudes = Mapping[str, float]
 """Largest absolute value of each tensor, by its name."""

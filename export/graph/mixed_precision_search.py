@@ -13,10 +13,10 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from export.emulation import emulate
-from export.onnx import INPUT_NAME
+from export.graph.onnx_export import INPUT_NAME
 from export.runtime.cores import usable_cores
 from export.runtime.interface import Outputs
+from export.verification.gpu_emulation import emulate
 
 
 class Switches:

@@ -18,8 +18,8 @@ from pathlib import Path
 import onnx
 import torch
 
-from export.rewrite import InferenceTimeSformer
-from model.timesformer import TimeSformer
+from export.graph.rewrite import InferenceTimeSformer
+from model.network.timesformer import TimeSformer
 
 INPUT_NAME = "frames"
 OUTPUT_NAMES = ("logits", "embedding")

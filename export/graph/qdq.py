@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx import shape_inference as inference
 
-from export.fp16 import check_types, half_name
-from export.manifest import Parity, ProductReport
-from export.onnx import ExportError
-from export.precision import large_products
-from export.ranges import METHODS, Calibration, Format, Method
+from export.bundle.manifest import Parity, ProductReport
+from export.calibration.histograms import METHODS, Calibration, Format, Method
+from export.graph.fp16 import check_types, half_name
+from export.graph.int8_cpu import large_products
+from export.graph.mixed_precision_search import Switches
+from export.graph.onnx_export import ExportError
 from export.runtime.interface import Outputs
-from export.switches import Switches
-from export.verify import LIMITS, compare
+from export.verification.parity import LIMITS, compare
 
 Float32 = NDArray[np.float32]
 

@@ -2,8 +2,8 @@
 
 `rewrite(model)` turns a `TimeSformer` into an `InferenceTimeSformer` and applies `REWRITES`, each
 of them an identity on the answers. Weights are folded in float64 and rounded to float32 once, at
-the end. What they save is in docs/export.md; tests/export/test_rewrite.py holds each one alone and
-all together to the original network, for every scheme.
+the end. docs/export.md has what they save; tests/export/graph/test_rewrite.py compares each one,
+and all together, with the original network, for every scheme.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention import Attention, PatchAttention
-from model.schemes import Grouping
-from model.timesformer import Block, TimeSformer
+from model.network.attention import Attention, PatchAttention
+from model.network.schemes import Grouping
+from model.network.timesformer import Block, TimeSformer
 
 
 class Normalise(nn.Module):
@@ -322,7 +322,7 @@ def rewrite(
 
 
 def multiply_adds(network: InferenceTimeSformer) -> int:
-    """Of one clip, counted as `model.cost` counts; shapes alone are run, nothing is computed."""
+    """Of one clip, counted as `model.network.cost` counts; only shapes are run."""
     config = network.config
     shape = (1, config.num_frames, config.image_size, config.image_size, 3)
     counter = FlopCounterMode(display=False)

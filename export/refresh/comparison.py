@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from model.evaluation.metrics import Metrics, Predictions, measure
 from model.training.errors import DataError
-from model.training.evaluation import Metrics, Predictions, measure
 
 Metric = Literal["top1", "mean_class_accuracy", "log_loss"]
 _NAMES = {

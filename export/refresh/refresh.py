@@ -23,28 +23,28 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from export.artefacts import open_graph
-from export.bundle import Bundle, BundleError, BundleStore
-from export.comparison import Comparison, Decision, Rule, compare, decide
-from export.graphs import Precision, precisions_of
-from export.manifest import GPU_KINDS, WEIGHTS
+from export.bundle.bundle import Bundle, BundleError, BundleStore
+from export.bundle.manifest import GPU_KINDS, WEIGHTS
+from export.graph.build import Precision, precisions_of
 from export.pipeline import export_bundle
+from export.refresh.comparison import Comparison, Decision, Rule, compare, decide
 from export.runtime import Device, load_runtime
 from export.runtime.interface import Precision as ServedPrecision
+from export.verification.artefacts import open_graph
 from model.checkpoints import Checkpoint, load_checkpoint
+from model.data.lists import Sample, VideoList
+from model.evaluation.calibration import calibrate
+from model.evaluation.metrics import Predictions, Protocol, predict
 from model.files import LockTakenError, lock_file
-from model.training.calibration import calibrate
+from model.reports.training_report import PAGE, Evaluated, write_report
+from model.training.config import Job, Machine
+from model.training.distributed.process_group import ALONE, started_together
 from model.training.errors import DataError, TrainingError
-from model.training.evaluation import Predictions, Protocol, predict
-from model.training.job import Job, Machine
-from model.training.log import LOG, read_log
+from model.training.event_log import LOG, read_log
+from model.training.initialisation import grown
 from model.training.loop import train
 from model.training.recipe import PRESETS, Recipe
-from model.training.report import PAGE, Evaluated, write_report
-from model.training.run import CHECKPOINTS
-from model.training.sources import Sample, VideoList
-from model.training.start import grown
-from model.training.world import ALONE, started_together
+from model.training.trainer import CHECKPOINTS
 
 WORK = ".refresh"  # in the folder of the name; a store takes it for no version
 _CANDIDATE, _ACTIVATE = "candidate", "activate"

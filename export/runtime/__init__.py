@@ -10,8 +10,8 @@ import logging
 from collections.abc import Sequence
 from typing import Literal
 
-from export.bundle import Bundle
-from export.manifest import ONNX_FLOAT32, ONNX_FP16, ONNX_INT8
+from export.bundle.bundle import Bundle
+from export.bundle.manifest import ONNX_FLOAT32, ONNX_FP16, ONNX_INT8
 from export.runtime.interface import (
     Device,
     Outputs,

@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from export.bundle import Bundle, sha256_of
-from export.manifest import ONNX_FLOAT32, ONNX_FP8, ONNX_FP16, ONNX_INT8_QDQ, FileEntry
+from export.bundle.bundle import Bundle, sha256_of
+from export.bundle.manifest import ONNX_FLOAT32, ONNX_FP8, ONNX_FP16, ONNX_INT8_QDQ, FileEntry
 from model.files import lock_file, write_atomic
 
 FOLDER = "engines"

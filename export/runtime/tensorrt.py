@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import Bundle
+from export.bundle.bundle import Bundle
 from export.runtime.cuda import Cuda, CudaError
 from export.runtime.interface import Outputs, RuntimeUnavailableError
 from export.runtime.plans import (

@@ -1,6 +1,6 @@
 """The TensorRT engine builder: an ONNX graph to a plan for one GPU, in a process of its own.
 
-    python -m export.tensorrt JOB      what `build_plan` starts; tells its progress in JSON lines
+    python -m export.tensorrt.builder JOB   # `build_plan` starts it; reports progress in JSON lines
 
 Networks are strongly typed: precision is what the graph says. The builder is native code that may
 take minutes and crash, so that it never runs in the process that serves or exports. Needs TensorRT,
@@ -28,17 +28,7 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from export.inspection import Inspected, missing_bits, read_layers
-from export.manifest import FileEntry
-from export.reuse import (
-    earlier_timings,
-    fitting_source,
-    keep_timings,
-    refit,
-    refit_sources,
-    timings_file,
-    use_timings,
-)
+from export.bundle.manifest import FileEntry
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.plans import (
     Plan,
@@ -52,6 +42,16 @@ from export.runtime.plans import (
     write_whole,
 )
 from export.runtime.tensorrt import INPUT, OUTPUTS, Wanted, load_tensorrt, log_of, made
+from export.tensorrt.build_cache import (
+    earlier_timings,
+    fitting_source,
+    keep_timings,
+    refit,
+    refit_sources,
+    timings_file,
+    use_timings,
+)
+from export.tensorrt.inspector import Inspected, missing_bits, read_layers
 
 # Layers that only move, reshape or count; what is left of a network says in what it computes.
 _PLUMBING = {
@@ -162,7 +162,7 @@ def build_plan(
     if found := find_built(job):
         return found
     with tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, "-m", "export.tensorrt", job.model_dump_json()]
+        command = [sys.executable, "-m", "export.tensorrt.builder", job.model_dump_json()]
         with subprocess.Popen(  # noqa: S603 - our own module
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
         ) as child:

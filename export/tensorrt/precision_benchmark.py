@@ -9,9 +9,8 @@ import contextlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from export.bench import Entrant, take_turns, timing
-from export.bundle import Bundle
-from export.proof import Proof, prove_or_close
+from export.benchmark.timing import Entrant, take_turns, timing
+from export.bundle.bundle import Bundle
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.plans import (
     Fastest,
@@ -23,6 +22,7 @@ from export.runtime.plans import (
     write_whole,
 )
 from export.runtime.tensorrt import TensorRt
+from export.verification.engine_check import Proof, prove_or_close
 
 _ROUNDS = 10
 

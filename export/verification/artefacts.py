@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from export.bundle import Bundle
-from export.manifest import GPU_KINDS, GRAPHS, ONNX_FLOAT32
+from export.bundle.bundle import Bundle
+from export.bundle.manifest import GPU_KINDS, GRAPHS, ONNX_FLOAT32
 from export.runtime.interface import Device, Runtime, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import Plan, engines_folder, plans_in
@@ -95,8 +95,9 @@ def find_artefacts(
 def open_graph(bundle: Bundle, precision: str, *, cuda: bool, threads: int = 0) -> Runtime:
     """A graph in an engine that computes what the graph says.
 
-    What is for GPUs is computed in float32 on a CPU and rounded as GPUs round; see
-    `export.emulation`. ONNX Runtime on a GPU takes FP16 of it; INT8 and FP8 are TensorRT's there.
+    On a CPU, graphs for GPUs are computed in float32 and rounded as GPUs round; see
+    `export.verification.gpu_emulation`. On a GPU, ONNX Runtime runs the FP16 graph; INT8 and FP8
+    are TensorRT's.
 
     Raises:
         RuntimeUnavailableError: it cannot be loaded here.
@@ -108,7 +109,7 @@ def open_graph(bundle: Bundle, precision: str, *, cuda: bool, threads: int = 0) 
         return OnnxRuntime(path, cuda=cuda, threads=threads, precision=precision)
     import onnx
 
-    from export.emulation import emulate
+    from export.verification.gpu_emulation import emulate
 
     model = emulate(onnx.load(path))
     runtime = OnnxRuntime(model, cuda=False, threads=threads, precision=precision)

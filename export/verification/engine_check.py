@@ -12,12 +12,12 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import Bundle
-from export.manifest import ONNX_FLOAT32, Parity
+from export.bundle.bundle import Bundle
+from export.bundle.manifest import ONNX_FLOAT32, Parity
 from export.runtime.interface import Outputs, Runtime, device_name
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import PlanError
-from export.verify import LIMITS, hold, run_in_batches
+from export.verification.parity import LIMITS, hold, run_in_batches
 from model.demo import SAMPLE_CLIP
 from model.video import load_clips
 

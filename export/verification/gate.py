@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.artefacts import Artefact, LeftOut, find_artefacts
-from export.bundle import Bundle, BundleError
-from export.manifest import ONNX_FLOAT32, Parity
+from export.bundle.bundle import Bundle, BundleError
+from export.bundle.manifest import ONNX_FLOAT32, Parity
 from export.runtime.interface import Device, Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import LIMITS, hold, run_in_batches
+from export.verification.artefacts import Artefact, LeftOut, find_artefacts
+from export.verification.parity import LIMITS, hold, run_in_batches
 
 _EXPORT_PACKAGES = frozenset({"torch", "safetensors", "huggingface_hub", "onnx"})
 
@@ -113,7 +113,7 @@ def check_bundle(
 def _reference(bundle: Bundle, clips: NDArray[np.uint8], threads: int) -> tuple[str, Outputs]:
     """What the artefacts are compared with, in words, and its answers."""
     try:
-        from export.reference import load_network, run_reference
+        from export.verification.torch_reference import load_network, run_reference
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXPORT_PACKAGES:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.manifest import Parity
+from export.bundle.manifest import Parity
 from export.runtime.interface import Outputs, Runtime
 
 Float64 = NDArray[np.float64]

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.bundle import Bundle
-from export.manifest import WEIGHTS
+from export.bundle.bundle import Bundle
+from export.bundle.manifest import WEIGHTS
 from export.runtime.interface import Outputs
 from model.checkpoints import load_checkpoint
-from model.timesformer import TimeSformer
+from model.network.timesformer import TimeSformer
 
 
 def load_network(bundle: Bundle) -> TimeSformer:

@@ -18,8 +18,8 @@ from model.checkpoints.errors import CheckpointError
 from model.checkpoints.files import CheckpointFile, read, shortened
 from model.checkpoints.layouts import Layout
 from model.config import CONFIG_FIELDS, VARIANTS, ConfigError, ModelConfig
-from model.schemes import SCHEMES
-from model.timesformer import TimeSformer
+from model.network.schemes import SCHEMES
+from model.network.timesformer import TimeSformer
 
 
 @dataclass(frozen=True)

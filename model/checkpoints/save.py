@@ -21,7 +21,7 @@ from model.checkpoints.files import OFFICIAL_FIELDS, OFFICIAL_SAMPLING, placehol
 from model.checkpoints.layouts import HUGGINGFACE, OFFICIAL, PUBLISHED_SCHEMES, Layout
 from model.config import ModelConfig
 from model.files import replacing
-from model.timesformer import TimeSformer
+from model.network.timesformer import TimeSformer
 
 
 def save_safetensors(

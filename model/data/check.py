@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from model.config import Preprocessing
+from model.data.lists import Sample, VideoList
+from model.data.process_pool import in_processes
+from model.data.remote import local_video
 from model.training.errors import MissingVideo, UnreachableVideo
-from model.training.remote import local_video
-from model.training.sources import Sample, VideoList
-from model.training.workers import in_processes
 from model.video import VideoError, load_clips
 from model.video.sampling import TIMELINE_FPS
 

@@ -20,10 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from model.files import write_atomic
-from model.labels import LabelError, labels_from_json, read_labels
-from model.training.errors import DataError
-from model.training.remote import (
+from model.data.remote import (
     check_protocols,
     folder_files,
     is_url,
@@ -31,6 +28,9 @@ from model.training.remote import (
     parent,
     read_bytes,
 )
+from model.files import write_atomic
+from model.labels import LabelError, labels_from_json, read_labels
+from model.training.errors import DataError
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset({

@@ -14,11 +14,11 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+from model.data.process_pool import in_processes
 from model.demo import render
 from model.demo.render import LABELS
 from model.files import replacing, write_atomic
 from model.training.errors import DataError
-from model.training.workers import in_processes
 
 _SPLITS = {"train": 0, "validation": 1 << 31}  # what the seeds of a split's videos begin with
 

@@ -28,7 +28,7 @@ from model.demo import clips
 from model.demo.clips import Rendered
 from model.demo.render import LABELS
 from model.demo.start import start_as_motion_energy
-from model.timesformer import TimeSformer
+from model.network.timesformer import TimeSformer
 
 FLOW_SCALE = 3.0  # pixels: the flow is learned in units of this
 LOG_EVERY = 100  # steps

@@ -22,8 +22,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from model.attention import PatchAttention
-from model.timesformer import Block, TimeSformer
+from model.network.attention import PatchAttention
+from model.network.timesformer import Block, TimeSformer
 
 SIDE_GAIN = 2.5  # squared, and over sqrt(head_dim): how one-sided a later head starts
 CYCLES = (0.5, 1.0, 1.75, 3.0)  # of the Gabor filters, per patch

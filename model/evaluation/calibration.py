@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from model.evaluation.metrics import Predictions, measure
 from model.scores import mean_scores
-from model.training.evaluation import Predictions, measure
 
 _RANGE = (0.05, 20.0)  # of temperatures that are searched
 

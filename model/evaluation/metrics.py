@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import Preprocessing
+from model.data.lists import Sample, VideoList
+from model.data.process_pool import in_processes
+from model.data.remote import local_video
 from model.scores import mean_scores
 from model.training.errors import DataError
-from model.training.remote import local_video
-from model.training.sources import Sample, VideoList
-from model.training.workers import in_processes
 from model.video import Crops, VideoError, load_clips
 
 Classify = Callable[[NDArray[np.uint8]], NDArray[np.float32]]

@@ -1,4 +1,4 @@
-"""The attentions that a block is made of; which tokens they mix is said in `model/schemes.py`.
+"""The attentions that a block is made of; `model/network/schemes.py` says which tokens they mix.
 
 Tokens of a clip are `patches` of shape (batch, time, height, width, dim) and one class token `cls`
 (batch, 1, dim).
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
-from model.schemes import Grouping
+from model.network.schemes import Grouping
 
 
 class Attention(nn.Module):

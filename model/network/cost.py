@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.config import ModelConfig
-from model.schemes import SCHEMES, Grouping
+from model.network.schemes import SCHEMES, Grouping
 
 _FLOAT32_BYTES = 4
 

@@ -1,7 +1,7 @@
 """TimeSformer (Bertasius, Wang and Torresani, ICML 2021): uint8 clips in, logits and embedding out.
 
-A pre-norm vision transformer over the patches of all frames. Which tokens attend to each other is
-said in `model/schemes.py`; how foreign checkpoints name the weights, in `model/checkpoints/`.
+A pre-norm vision transformer over the patches of all frames. `model/network/schemes.py` says which
+tokens attend to each other, and `model/checkpoints/` how foreign checkpoints name the weights.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attention, PatchAttention, attend_with_class_token
 from model.config import ModelConfig
-from model.schemes import SCHEMES, Scheme
+from model.network.attention import Attention, PatchAttention, attend_with_class_token
+from model.network.schemes import SCHEMES, Scheme
 
 
 class Mlp(nn.Module):

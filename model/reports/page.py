@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model.files import write_atomic
-from model.training.markup import Html, join, tag
+from model.reports.html import Html, join, tag
 
 _STYLE = Path(__file__).with_name("report.css")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.training.evaluation import Bin
-from model.training.markup import Html, join, short, tag
+from model.evaluation.metrics import Bin
+from model.reports.html import Html, join, short, tag
 
 _WIDTH, _HEIGHT = 440, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 26  # around the plot: labels of the axes

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import Preprocessing
-from model.training.remote import local_video
+from model.data.remote import local_video
 from model.video import VideoError, load_clips, resize_crop
 
 FRAMES, SIDE = 4, 96  # of a strip, and of each picture in pixels

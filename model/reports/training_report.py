@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import Preprocessing
+from model.data.process_pool import in_processes
+from model.data.remote import without_secrets
+from model.evaluation.calibration import Calibration
+from model.evaluation.metrics import Predictions, confidence_bins, measure
+from model.reports.html import Html, join, tag
+from model.reports.page import facts_table, folded, percent, section, table, tiles, write_page
+from model.reports.plots import confusion_matrix, line_chart, reliability_diagram, share_bar
+from model.reports.thumbnails import FRAMES, SIDE, load_strip
 from model.scores import mean_scores
-from model.training.calibration import Calibration
-from model.training.evaluation import Predictions, confidence_bins, measure
-from model.training.markup import Html, join, tag
-from model.training.page import facts_table, folded, percent, section, table, tiles, write_page
-from model.training.plots import confusion_matrix, line_chart, reliability_diagram, share_bar
-from model.training.remote import without_secrets
-from model.training.thumbnails import FRAMES, SIDE, load_strip
-from model.training.workers import in_processes
 from model.video import UndecodableVideo, VideoError
 
 PAGE = "report.html"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from model.data.lists import VideoList
 from model.training.recipe import Recipe
-from model.training.sources import VideoList
 
 
 @dataclasses.dataclass(frozen=True)

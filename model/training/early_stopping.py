@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.training.evaluation import Metrics
+from model.evaluation.metrics import Metrics
 from model.training.optimisation import Optimisation
 
 

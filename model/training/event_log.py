@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import IO, Any, Self
 
+from model.data.remote import without_secrets
 from model.files import write_atomic
 from model.training.errors import TrainingError
-from model.training.remote import without_secrets
 
 LOG = "log.jsonl"  # in the run's folder
 

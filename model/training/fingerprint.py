@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from model.timesformer import TimeSformer
+from model.data.lists import VideoList
+from model.network.timesformer import TimeSformer
 from model.training.errors import MismatchError
 from model.training.recipe import Recipe
-from model.training.sources import VideoList
 
 
 def identity_of(

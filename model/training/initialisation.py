@@ -9,7 +9,7 @@ import torch
 
 from model.checkpoints import Checkpoint
 from model.config import ModelConfig
-from model.timesformer import TimeSformer
+from model.network.timesformer import TimeSformer
 from model.training.errors import RecipeError
 
 

@@ -23,15 +23,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from model.evaluation.metrics import Metrics
 from model.files import LockTakenError, lock_file
-from model.timesformer import TimeSformer
-from model.training.board import Board
+from model.network.timesformer import TimeSformer
+from model.training.config import Job, Machine, Step
+from model.training.distributed.process_group import ALONE, World
 from model.training.errors import StoppedError, TrainingError
-from model.training.evaluation import Metrics
-from model.training.job import Job, Machine, Step
-from model.training.log import LOG, RunLog
-from model.training.run import CHECKPOINTS, Run
-from model.training.world import ALONE, World
+from model.training.event_log import LOG, RunLog
+from model.training.tensorboard import Board
+from model.training.trainer import CHECKPOINTS, Run
 
 BOARD = "tensorboard"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
-from model.timesformer import TimeSformer
+from model.network.timesformer import TimeSformer
 from model.training.errors import RecipeError
 
 _DOWN, _UP = "adapter_down", "adapter_up"

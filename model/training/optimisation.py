@@ -13,10 +13,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from model.timesformer import TimeSformer
-from model.training.adapters import is_adapter
+from model.network.timesformer import TimeSformer
+from model.training.distributed.parallel import part
 from model.training.errors import RecipeError
-from model.training.parallel import part
+from model.training.lora import is_adapter
 
 _EMBEDDINGS = frozenset({"cls_token", "pos_embed", "time_embed"})
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from model.training.augmentation import Augmentation
-from model.training.data import View
+from model.training.data.augmentation import Augmentation
+from model.training.data.loader import View
 from model.training.errors import RecipeError
 from model.training.optimisation import Optimisation
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from model.training.evaluation import Metrics
+from model.evaluation.metrics import Metrics
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from model.training.job import Step
+    from model.training.config import Step
 
 _MEASURES = ("top1", "top5", "mean_class_accuracy", "log_loss", "calibration_error")
 

@@ -20,22 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from model.checkpoints import save_safetensors
-from model.files import write_atomic
-from model.timesformer import DropPath, TimeSformer
-from model.training import checkpoint
-from model.training.adapters import adapt, merged
-from model.training.augmentation import augment
-from model.training.best import Best
-from model.training.cache import ClipCache, Draws, open_cache
-from model.training.calibration import calibrate
-from model.training.data import Batch, BatchOrder, Replaced, TrainingClips, load_batches
-from model.training.errors import (
-    CheckpointError,
-    DivergedError,
-    RecipeError,
-    TrainingError,
-)
-from model.training.evaluation import (
+from model.data.lists import VideoList
+from model.evaluation.calibration import calibrate
+from model.evaluation.metrics import (
     Metrics,
     Predictions,
     Protocol,
@@ -43,16 +30,35 @@ from model.training.evaluation import (
     measure,
     predict_part,
 )
-from model.training.identity import check_alike, check_identity, identity_of, software
-from model.training.job import Job, Machine, Step
-from model.training.log import LOG, read_log
+from model.files import write_atomic
+from model.network.timesformer import DropPath, TimeSformer
+from model.reports.training_report import PAGE, Evaluated, write_report
+from model.training import checkpoint
+from model.training.config import Job, Machine, Step
+from model.training.data.augmentation import augment
+from model.training.data.clip_cache import ClipCache, Draws, open_cache
+from model.training.data.loader import Batch, BatchOrder, Replaced, TrainingClips, load_batches
+from model.training.distributed.batch_shards import share
+from model.training.distributed.parallel import (
+    last_of_step,
+    load_optimizer,
+    load_weights,
+    spread,
+    whole,
+)
+from model.training.distributed.process_group import ALONE, World
+from model.training.early_stopping import Best
+from model.training.errors import (
+    CheckpointError,
+    DivergedError,
+    RecipeError,
+    TrainingError,
+)
+from model.training.event_log import LOG, read_log
+from model.training.fingerprint import check_alike, check_identity, identity_of, software
+from model.training.initialisation import fresh_model
+from model.training.lora import adapt, merged
 from model.training.optimisation import Average, build_optimizer, freeze, rate, set_rate
-from model.training.parallel import last_of_step, load_optimizer, load_weights, spread, whole
-from model.training.report import PAGE, Evaluated, write_report
-from model.training.shares import share
-from model.training.sources import VideoList
-from model.training.start import fresh_model
-from model.training.world import ALONE, World
 
 WEIGHTS, REPORT, CHECKPOINTS = "weights.safetensors", "training.json", "checkpoints"
 _AUGMENTATION = 2  # what a draw is for, as `_ORDER` and `_CLIP` in data.py

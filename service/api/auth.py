@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.files import write_atomic
 from service.errors import ForbiddenError, TooManyRequestsError, UnauthorizedError
-from service.turns import Priority
+from service.inference.scheduler import Priority
 
 logger = logging.getLogger(__name__)
 Scope = Literal["infer", "admin"]

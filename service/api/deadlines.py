@@ -1,7 +1,7 @@
 """How urgent a request is: its priority and its deadline, from its headers, its key and its body.
 
 A key's priority is what its requests have and the most that they may ask for. Without keys every
-request may ask for any; what that is worth is in `service/turns.py`.
+request may ask for any; what that is worth is in `service/inference/scheduler.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from fastapi import Request
 
 from service.errors import BadRequestError, DeadlineExceededError, ForbiddenError
-from service.turns import PRIORITIES, Priority
+from service.inference.scheduler import PRIORITIES, Priority
 
 PRIORITY_HEADER = "X-Request-Priority"
 TIMEOUT_HEADER = "X-Request-Timeout"

@@ -9,14 +9,14 @@ from fastapi import Depends, Request
 
 from service.decoding.pool import DecoderPool
 from service.errors import NotReadyError
-from service.jobs import Jobs
-from service.memory import Memory
-from service.metrics import Metrics
-from service.models import Models
-from service.network import Network
+from service.ingest.memory_budget import Memory
+from service.ingest.spool import Spool
+from service.ingest.url_sources import Sources
+from service.jobs.manager import Jobs
+from service.observability.metrics import Metrics
+from service.registry.local_client import Network
+from service.registry.models import Models
 from service.settings import Settings
-from service.sources import Sources
-from service.spool import Spool
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from anyio import CancelScope
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from service.disconnect import until_disconnect
+from service.api.deadlines import within
+from service.api.middleware import LAST_WORD_S
 from service.errors import (
     ClientDisconnectedError,
     InternalError,
@@ -25,10 +26,9 @@ from service.errors import (
     RequestTimeoutError,
     ServiceError,
 )
-from service.logging import request_id
-from service.middleware import LAST_WORD_S
-from service.schemas_timeline import TimelineError, TimelineEvent
-from service.urgency import within
+from service.inference.results import TimelineError, TimelineEvent
+from service.ingest.disconnect import until_disconnect
+from service.observability.logs import request_id
 
 logger = logging.getLogger(__name__)
 Format = Literal["ndjson", "sse"]

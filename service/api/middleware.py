@@ -16,9 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import problem_for
 from service.errors import InternalError, NotReadyError
-from service.logging import request_id
-from service.metrics import Metrics
-from service.tracing import Tracer, parse_traceparent, spanned
+from service.observability.logs import request_id
+from service.observability.metrics import Metrics
+from service.observability.tracing import Tracer, parse_traceparent, spanned
 
 logger = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "X-Request-ID"

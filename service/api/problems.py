@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from service.errors import BadRequestError, ServiceError, codes
-from service.logging import request_id
-from service.metrics import Metrics
+from service.observability.logs import request_id
+from service.observability.metrics import Metrics
 
 PROBLEM_TYPE = "application/problem+json"
 

@@ -12,24 +12,26 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
-from export.bundle import Bundle
+from export.bundle.bundle import Bundle
 from model.video import Clips
 from model.video.opening import CODECS
+from service.api.deadlines import Urgency, urgency_of, within
+from service.api.dependencies import State
 from service.api.problems import PROBLEM_TYPE
+from service.api.schemas.openapi import Problem, inlined_schema
+from service.api.schemas.predictions import Timings
 from service.decoding.messages import DecodeRequest
-from service.disconnect import until_disconnect
 from service.errors import RequestTimeoutError
-from service.forms import FILE_FIELD, SOURCE_FIELD
-from service.metrics import Metrics
-from service.network import GaveWayError, Wanted
-from service.pace import Pace
-from service.schemas import Problem, Timings, ViewParameters, inlined_schema
-from service.state import State
-from service.tracing import record_stages
-from service.turns import Answer
-from service.uploads import Upload, receive
-from service.urgency import Urgency, urgency_of, within
-from service.url_policy import MAX_URL
+from service.inference.parameters import ViewParameters
+from service.inference.scheduler import Answer
+from service.ingest.disconnect import until_disconnect
+from service.ingest.multipart import FILE_FIELD, SOURCE_FIELD
+from service.ingest.upload_rate import Pace
+from service.ingest.uploads import Upload, receive
+from service.ingest.url_policy import MAX_URL
+from service.observability.metrics import Metrics
+from service.observability.tracing import record_stages
+from service.registry.local_client import GaveWayError, Wanted
 
 T = TypeVar("T")
 P = TypeVar("P", bound=ViewParameters)

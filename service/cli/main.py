@@ -17,15 +17,19 @@ from typing import Any, get_args
 import click
 
 from model.config import ATTENTION_TYPES, VARIANTS
-from service.commands.bench import bench
-from service.commands.bundles import bundles
-from service.commands.data import data
-from service.commands.engines import engines
-from service.commands.evaluate import evaluate
-from service.commands.export import export
-from service.commands.keys import keys
-from service.commands.label import label
-from service.commands.options import (
+from service.cli.commands.bench import bench
+from service.cli.commands.bundles import bundles
+from service.cli.commands.data import data
+from service.cli.commands.engines import engines
+from service.cli.commands.evaluate import evaluate
+from service.cli.commands.export import export
+from service.cli.commands.keys import keys
+from service.cli.commands.label import label
+from service.cli.commands.refresh import refresh
+from service.cli.commands.timeline import timeline
+from service.cli.commands.train import train
+from service.cli.commands.verify import verify
+from service.cli.options import (
     EXIT_PARTLY_FAILED,
     Command,
     classify_parameters,
@@ -34,18 +38,14 @@ from service.commands.options import (
     print_rows,
     view_options,
 )
-from service.commands.refresh import refresh
-from service.commands.timeline import timeline
-from service.commands.train import train
-from service.commands.verify import verify
 
 EXIT_INTERRUPTED = 130
 
 # Errors whose message is all that a user needs, by module: one can only be raised once its module
 # is loaded, so nothing is imported to catch it.
 _KNOWN_ERRORS = {
-    "export.bundle": "BundleError",
-    "export.onnx": "ExportError",
+    "export.bundle.bundle": "BundleError",
+    "export.graph.onnx_export": "ExportError",
     "export.runtime": "RuntimeUnavailableError",
     "export.runtime.plans": "PlanError",
     "model.checkpoints": "CheckpointError",
@@ -53,8 +53,8 @@ _KNOWN_ERRORS = {
     "model.labels": "LabelError",
     "model.training.errors": "TrainingError",
     "model.video": "VideoError",
-    "service.auth": "KeyFileError",
-    "service.labelling.errors": "LabellingError",
+    "service.api.auth": "KeyFileError",
+    "service.offline.errors": "LabellingError",
     "service.settings": "SettingsError",
 }
 _EXTRAS = {
@@ -156,7 +156,7 @@ def _settings_options(command: Command) -> Command:
 @_settings_options
 def serve(**flags: str | None) -> None:
     """Serve a bundle over HTTP."""
-    from service.server import serve as run
+    from service.server.serve import serve as run
     from service.settings import load_settings
 
     run(load_settings(**flags))
@@ -183,7 +183,7 @@ def classify(
 
     With --json, one object a line, also for the files that failed. Exit code 3 if any failed.
     """
-    from service.local import classify_files
+    from service.offline.local import classify_files
     from service.settings import load_settings
 
     parameters = classify_parameters(top_k=top_k, views=views, crops=crops, threshold=threshold)
@@ -199,7 +199,7 @@ def classify(
 @json_option
 def info(variant: str | None, scheme: str | None, classes: int | None, as_json: bool) -> None:
     """Say what a variant costs: parameters, multiply-adds and memory of one view."""
-    from model.cost import cost
+    from model.network.cost import cost
 
     changes = {"attention_type": scheme, "num_classes": classes}
     changes = {key: value for key, value in changes.items() if value is not None}

@@ -15,9 +15,9 @@ from model.config import ConfigError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from export.bundle import Bundle
-    from model.training.sources import VideoList
-    from service.schemas import ClassifyParameters
+    from export.bundle.bundle import Bundle
+    from model.data.lists import VideoList
+    from service.inference.parameters import ClassifyParameters
 
 Command = Callable[..., Any]
 T = TypeVar("T", bound="BaseModel")
@@ -29,7 +29,7 @@ class Source(click.ParamType[str]):
     name = "source"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from model.training.remote import is_url
+        from model.data.remote import is_url
 
         if not is_url(str(value)) and not Path(value).exists():
             self.fail(f"{value!r} does not exist.", param, ctx)
@@ -126,7 +126,7 @@ def read_list(
     root: str | None,
     columns: str,
 ) -> VideoList:
-    from model.training.sources import Columns, read_videos
+    from model.data.lists import Columns, read_videos
 
     names = [name.strip() for name in columns.split(",")]
     if len(names) not in (2, 3) or not all(names):
@@ -135,7 +135,7 @@ def read_list(
 
 
 def class_names(labels_file: Path | None) -> tuple[str, ...] | None:
-    from model.training.sources import read_class_names
+    from model.data.lists import read_class_names
 
     return read_class_names(labels_file) if labels_file else None
 
@@ -144,8 +144,8 @@ def find_bundles(
     bundle: str | None, store: Path | None, all_versions: bool = False
 ) -> Iterator[Bundle]:
     """The bundle of a folder, or the active version of a name, or of each; or all versions."""
-    from export.bundle import Bundle, BundleError, BundleStore
-    from export.manifest import MANIFEST
+    from export.bundle.bundle import Bundle, BundleError, BundleStore
+    from export.bundle.manifest import MANIFEST
     from model.demo import STORE
 
     if bundle is not None and (Path(bundle) / MANIFEST).is_file():
@@ -162,7 +162,7 @@ def find_bundles(
 
 def classify_parameters(**given: object) -> ClassifyParameters:
     """How videos are to be looked at, as options say it."""
-    from service.schemas import ClassifyParameters
+    from service.inference.parameters import ClassifyParameters
 
     return parameters_of(ClassifyParameters, given)
 
@@ -216,7 +216,7 @@ def local_model_options(command: Command) -> Command:
 @contextmanager
 def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that shows how many videos are done."""
-    from service.progress import bar
+    from service.observability.progress import bar
 
     with bar() as progress:
         yield lambda count: progress.show(f"{what} {count:,} of {total:,} videos", count, total)
@@ -226,7 +226,7 @@ def print_rows(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from service.progress import print_table
+    from service.observability.progress import print_table
 
     table = Table()
     for column in columns:

@@ -6,9 +6,10 @@ small batches. A second batch is lined up behind the one that runs only when it 
 it never gets smaller by it; what is in it is decided when it starts. There is no polling: with
 nothing to do, threads and event loop sleep.
 
-Whose clips go first is in `service/turns.py`; here is what engines do with them. Each engine has
-threads of its own; which engine gets a batch is which of them is idle. An engine whose requests
-fail, and succeed on another one, is taken out; one that fails otherwise is tried until it works.
+`service/inference/scheduler.py` decides whose clips go first; this module decides what engines do
+with them. Each engine has threads of its own, and an idle engine gets the next batch. An engine
+whose requests fail, and succeed on another engine, is taken out; an engine that fails otherwise is
+tried until it works.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batches import (
+from service.errors import (
+    DeadlineExceededError,
+    DeadlineUnreachableError,
+    InternalError,
+    QueueFullError,
+)
+from service.inference.engine_worker import (
     DEPTH,
     FAILURES,
     TRY_EVERY_S,
@@ -35,13 +42,7 @@ from service.batches import (
     Piece,
     frames_of,
 )
-from service.errors import (
-    DeadlineExceededError,
-    DeadlineUnreachableError,
-    InternalError,
-    QueueFullError,
-)
-from service.turns import Answer, Priority, Request, Turns
+from service.inference.scheduler import Answer, Priority, Request, Turns
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
 """What goes through an engine at a time, and the engine's side of the queue; the queue itself is in
-`service/batcher.py`.
+`service/inference/batcher.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.runtime.interface import Outputs
-from service.turns import Priority, Slot
+from service.inference.scheduler import Priority, Slot
 
 # Batches that an engine has at once: one that runs, one that is copied or lined up behind it.
 DEPTH = 2

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import Bundle
+from export.bundle.bundle import Bundle
 from model.scores import mean_scores
 from model.video import Clips, VideoFacts
-from service.schemas import (
+from service.inference.parameters import ClassifyParameters, ViewParameters
+from service.inference.results import (
     Classification,
-    ClassifyParameters,
     Embedding,
     ModelName,
     Prediction,
     SamplingFacts,
     VideoFactsSchema,
-    ViewParameters,
 )
 
 

@@ -10,36 +10,46 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
 
-from export.bundle import Bundle
+from export.bundle.bundle import Bundle
 from model.scores import mean_scores
 from model.video import Cut, Ended, Opened, Window, WindowError, make_cut
-from service.classification import best_scores, video_facts
 from service.decoding.messages import StreamMessage
 from service.errors import QueueFullError
-from service.schemas import ModelName
-from service.schemas_timeline import (
+from service.inference.batcher import Batcher
+from service.inference.parameters import TimelineParameters
+from service.inference.postprocess import best_scores, video_facts
+from service.inference.results import (
     LabelTime,
+    ModelName,
     TimelineEvent,
-    TimelineParameters,
     TimelineSegment,
     TimelineStart,
     TimelineSummary,
     TimelineWindow,
 )
-from service.segments import Rule, Segment, Segmenter
-from service.served import ServedModel
-from service.turns import Answer, Priority
+from service.inference.scheduler import Answer, Priority
+from service.inference.segments import Rule, Segment, Segmenter
 
 # A long video waits for room in the queue instead of being refused in its middle.
 _RETRY_S = 0.1
 MOST_WINDOWS = 20_000
 """Limit on the windows of one video."""
+
+
+class TimelineModel(Protocol):
+    """The part of a model's instance that timelines need."""
+
+    @property
+    def bundle(self) -> Bundle: ...
+
+    @property
+    def batcher(self) -> Batcher: ...
 
 
 class _Total(NamedTuple):
@@ -133,7 +143,7 @@ class Timeline:
 
 async def events_of(
     pieces: AsyncIterator[StreamMessage],
-    model: ServedModel,
+    model: TimelineModel,
     timeline: Timeline,
     ahead: int,
     priority: Priority,
@@ -191,13 +201,13 @@ def _let_go(future: asyncio.Future[Any]) -> None:
 
 
 async def _submit(
-    model: ServedModel, frames: NDArray[np.uint8], priority: Priority
+    model: TimelineModel, frames: NDArray[np.uint8], priority: Priority
 ) -> NDArray[np.float32]:
     return (await submit_patiently(model, frames, priority)).logits
 
 
 async def submit_patiently(
-    model: ServedModel, frames: NDArray[np.uint8], priority: Priority
+    model: TimelineModel, frames: NDArray[np.uint8], priority: Priority
 ) -> Answer:
     """`Batcher.submit` for work that waits for room in the queue instead of being refused."""
     while True:
@@ -207,7 +217,7 @@ async def submit_patiently(
             await asyncio.sleep(_RETRY_S)
 
 
-def checked_cut(model: ServedModel, parameters: TimelineParameters) -> Cut:
+def checked_cut(model: TimelineModel, parameters: TimelineParameters) -> Cut:
     """How these parameters cut videos for this model.
 
     Raises:

@@ -1,4 +1,4 @@
-"""HTTP requests to URLs of clients, by the policy of `service/url_policy.py`.
+"""HTTP requests to URLs of clients, by the policy of `service/ingest/url_policy.py`.
 
 A connection goes to an address that was checked, so that a name which resolves to another address
 a moment later gains nothing. Redirects are not followed, proxies and credentials of the environment
@@ -24,7 +24,13 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import anyio
 import httpcore2
 
-from service.url_policy import Destination, ExchangeFailedError, Policy, check_url, find_addresses
+from service.ingest.url_policy import (
+    Destination,
+    ExchangeFailedError,
+    Policy,
+    check_url,
+    find_addresses,
+)
 
 _USER_AGENT = "timesformer-service"
 _BLOCKS_AT_ONCE = 64

@@ -9,7 +9,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import BadRequestError
-from service.url_policy import MAX_URL
+from service.ingest.url_policy import MAX_URL
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks

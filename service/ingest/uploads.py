@@ -19,14 +19,14 @@ from fastapi import Request
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
-from service.disconnect import until_disconnect
 from service.errors import BadRequestError, ClientDisconnectedError, UploadTooLargeError
-from service.forms import SOURCE_FIELD, Form
-from service.memory import Share
-from service.pace import Pace, Watch
+from service.ingest.disconnect import until_disconnect
+from service.ingest.memory_budget import Share
+from service.ingest.multipart import SOURCE_FIELD, Form
+from service.ingest.spool import Spool, SpoolFile
+from service.ingest.upload_rate import Pace, Watch
+from service.ingest.url_sources import Sources
 from service.settings import MIB
-from service.sources import Sources
-from service.spool import Spool, SpoolFile
 
 _BLOCK = MIB
 

@@ -6,14 +6,13 @@ No message contains more of a URL than its host, because the rest may be a crede
 from __future__ import annotations
 
 import ipaddress
-import re
 import socket
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from service.settings import HOST
+
 MAX_URL = 4096
-_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]{0,252}[a-z0-9])?|\[[0-9a-f:.]+\]")
-_ENTRY = re.compile(rf"(\*\.)?({_HOST.pattern})(:[0-9]{{1,5}})?")
 # IPv6 addresses that stand for IPv4 ones: RFC 6052. Those of RFC 3056 and 4380 Python knows.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
@@ -53,19 +52,6 @@ class Destination(NamedTuple):
         return self.host if self.port == usual else f"{self.host}:{self.port}"
 
 
-def parse_hosts(text: str) -> tuple[str, ...]:
-    """The entries of a list of hosts, as settings have it: with commas between.
-
-    Raises:
-        ValueError: one is none.
-    """
-    entries = tuple(entry.strip().lower() for entry in text.split(",") if entry.strip())
-    for entry in entries:
-        if not _ENTRY.fullmatch(entry):
-            raise ValueError(f"{entry!r} is no host; write name, *.suffix or name:port")
-    return entries
-
-
 def check_url(url: str, policy: Policy) -> Destination:
     """What a URL leads to, by its text alone.
 
@@ -87,7 +73,7 @@ def check_url(url: str, policy: Policy) -> Destination:
         raise DestinationRefusedError("The URL must not hold a user name or a password.")
     if ":" in host:
         host = f"[{host}]"
-    if "\\" in url or not _HOST.fullmatch(host) or ".." in host:
+    if "\\" in url or not HOST.fullmatch(host) or ".." in host:
         raise DestinationRefusedError("The URL has no host that can be used.")
     secure = parts.scheme == "https"
     usual = 443 if secure else 80

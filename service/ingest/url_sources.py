@@ -13,11 +13,16 @@ from service.errors import (
     SourceRefusedError,
     UploadTooLargeError,
 )
-from service.http_client import HttpClient, Reply
-from service.metrics import Metrics
+from service.ingest.http_client import HttpClient, Reply
+from service.ingest.spool import SpoolFile
+from service.ingest.url_policy import (
+    DestinationRefusedError,
+    ExchangeFailedError,
+    Policy,
+    check_url,
+)
+from service.observability.metrics import Metrics
 from service.settings import MIB, Settings
-from service.spool import SpoolFile
-from service.url_policy import DestinationRefusedError, ExchangeFailedError, Policy, check_url
 
 _SILENCE_S = 15.0
 _BLOCK = MIB

@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 from fastapi.exceptions import RequestValidationError
 
 from model.files import lock_file
-from service import job_work
 from service.errors import (
     InternalError,
     JobAbandonedError,
@@ -40,14 +39,15 @@ from service.errors import (
     SpoolFullError,
     UploadTimeoutError,
 )
-from service.job_results import Results, Stored, move_durably
-from service.job_store import STATES, JobStore, NewJob, StoredJob, TooManyWaitError
-from service.job_work import Means, Progress
-from service.metrics import Metrics
+from service.ingest.spool import Spool
+from service.ingest.url_sources import Sources
+from service.jobs import runner
+from service.jobs.results import Results, Stored, move_durably
+from service.jobs.runner import Means, Progress
+from service.jobs.store import STATES, JobStore, NewJob, StoredJob, TooManyWaitError
+from service.jobs.webhooks import AT_ONCE, Webhooks, wait_after
+from service.observability.metrics import Metrics
 from service.settings import MIB, Settings, SettingsError
-from service.sources import Sources
-from service.spool import Spool
-from service.webhooks import AT_ONCE, Webhooks, wait_after
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -304,12 +304,12 @@ class Jobs:
         try:
             async with asyncio.timeout(self._settings.timeline_timeout_s):
                 async with self._video(job) as video:
-                    parameters = job_work.parse(
+                    parameters = runner.parse(
                         job.kind, job.parameters, self._settings.max_clips_per_request
                     )
                     on_progress = functools.partial(self.progress.__setitem__, job.id)
                     with self._results.draft() as draft:
-                        await job_work.do(parameters, video, self._means, draft, on_progress)
+                        await runner.do(parameters, video, self._means, draft, on_progress)
                         await self._results.keep(draft, job.id)
         except ServiceError as problem:
             return problem

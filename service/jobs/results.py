@@ -14,8 +14,8 @@ from typing import BinaryIO, NamedTuple
 
 from model.files import sync
 from service.errors import ResultTooLargeError, SpoolFullError
+from service.ingest.spool import Spool, SpoolFile
 from service.settings import MIB
-from service.spool import Spool, SpoolFile
 
 logger = logging.getLogger(__name__)
 _BLOCK = MIB

@@ -13,22 +13,21 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from model.video import Limits
-from service.classification import classification, embedding_of
 from service.decoding.messages import DecodeRequest, StreamRequest
 from service.decoding.pool import DecoderPool
-from service.job_results import Draft
-from service.models import Models
-from service.schemas import ClassifyParameters, ViewParameters
-from service.schemas_timeline import (
-    JobTimelineParameters,
+from service.inference.parameters import ClassifyParameters, JobTimelineParameters, ViewParameters
+from service.inference.postprocess import classification, embedding_of
+from service.inference.results import (
     TimelineSegment,
     TimelineStart,
     TimelineSummary,
     TimelineWindow,
 )
-from service.served import ServedModel
+from service.inference.timeline import Timeline, checked_cut, events_of, submit_patiently
+from service.jobs.results import Draft
+from service.registry.instance import ServedModel
+from service.registry.models import Models
 from service.settings import Settings
-from service.timeline import Timeline, checked_cut, events_of, submit_patiently
 
 Kind = Literal["classify", "timeline", "embed"]
 PARAMETERS: dict[str, type[ViewParameters] | type[JobTimelineParameters]] = {

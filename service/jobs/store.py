@@ -1,7 +1,7 @@
 """Jobs in SQLite: what was accepted, what became of it, and whom to tell. One thread uses it.
 
 Every change is one transaction, on the disk when the call returns (WAL, synchronous FULL): after
-`kill -9` a job is in exactly one state. What came of it is a file (`service/job_results.py`).
+`kill -9` a job is in exactly one state. What came of it is a file (`service/jobs/results.py`).
 """
 
 from __future__ import annotations

@@ -19,9 +19,14 @@ import logging
 from urllib.parse import urlsplit
 
 from service.errors import WebhookRefusedError
-from service.http_client import HttpClient
+from service.ingest.http_client import HttpClient
+from service.ingest.url_policy import (
+    DestinationRefusedError,
+    ExchangeFailedError,
+    Policy,
+    check_url,
+)
 from service.settings import Settings, SettingsError
-from service.url_policy import DestinationRefusedError, ExchangeFailedError, Policy, check_url
 
 logger = logging.getLogger(__name__)
 # Seven waits of 5 s to 5.7 h make eight calls within half a day.

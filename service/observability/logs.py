@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import orjson
 
-from service import tracing
+from service.observability import tracing
 
 request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 

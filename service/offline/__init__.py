@@ -1,9 +1,10 @@
-"""`timesformer label`: an archive of videos to one Parquet table of labels.
+"""Videos of a folder, a list or an object store come in, labels go out, without HTTP.
 
-videos.py   which videos there are: a folder, a list, an object store's prefix
-rows.py     what is written of a video, and what of one that cannot be used
-table.py    the table, written in blocks so that a killed run loses one at most
-here.py     decoders and engine of this machine
-cluster.py  the same on Ray Data: decoders on CPUs, engines on GPUs
-run.py      all of it together
+local.py         a few files, for `timesformer classify`
+videos.py        which videos an archive has
+rows.py          the row of a video, and of a video that cannot be used
+table.py         the table, written in blocks so that a killed run loses at most one block
+local_runner.py  decoders and engine of this machine
+ray_runner.py    the same on Ray Data: decoders on CPUs, engines on GPUs
+archive.py       `timesformer label`
 """

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from export.bundle import Bundle
-from service.labelling.errors import LabellingError
-from service.labelling.here import label_here
-from service.labelling.rows import Row, Rules
-from service.labelling.table import LabelTable
-from service.loading import find_bundle
-from service.progress import bar
-from service.schemas import ClassifyParameters
+from export.bundle.bundle import Bundle
+from service.inference.parameters import ClassifyParameters
+from service.observability.progress import bar
+from service.offline.errors import LabellingError
+from service.offline.local_runner import label_here
+from service.offline.rows import Row, Rules
+from service.offline.table import LabelTable
+from service.registry.loading import find_bundle
 from service.settings import Settings
 
 Label = Callable[

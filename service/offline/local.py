@@ -22,18 +22,18 @@ from model.video import (
     make_cut,
     stream_windows,
 )
-from service.classification import classification
-from service.loading import LoadedModel, find_bundle, load_model
-from service.progress import Bar, bar, print_table
-from service.schemas import Classification, ClassifyParameters
-from service.schemas_timeline import (
+from service.inference.parameters import ClassifyParameters, TimelineParameters
+from service.inference.postprocess import classification
+from service.inference.results import (
+    Classification,
     TimelineEvent,
-    TimelineParameters,
     TimelineSegment,
     TimelineSummary,
 )
+from service.inference.timeline import MOST_WINDOWS, Timeline
+from service.observability.progress import Bar, bar, print_table
+from service.registry.loading import LoadedModel, find_bundle, load_model
 from service.settings import Settings
-from service.timeline import MOST_WINDOWS, Timeline
 
 
 class UnreadableFile(VideoError):  # noqa: N818 - named as the others of its kind

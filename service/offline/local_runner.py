@@ -11,19 +11,19 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from export.bundle import Bundle
-from model.training.remote import is_url, local_video
+from export.bundle.bundle import Bundle
+from model.data.remote import is_url, local_video
 from model.video import Clips, VideoError
-from service.batcher import Batcher
 from service.decoding.messages import DecodeRequest, DecoderLimits
 from service.decoding.pool import DecoderPool
-from service.engines import Engines, find_tensorrt
 from service.errors import InternalError, VideoRejectedError
-from service.labelling.errors import LabellingError
-from service.labelling.rows import Row, failed, labelled
-from service.loading import LoadedModel, largest_batch, load_model, max_batch
-from service.local import check_readable
-from service.schemas import ClassifyParameters
+from service.inference.batcher import Batcher
+from service.inference.parameters import ClassifyParameters
+from service.offline.errors import LabellingError
+from service.offline.local import check_readable
+from service.offline.rows import Row, failed, labelled
+from service.registry.loading import LoadedModel, largest_batch, load_model, max_batch
+from service.registry.tensorrt_plans import Engines, find_tensorrt
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import ray
 
-from export.bundle import Bundle, BundleError
-from export.remote_store import RemoteStore
-from service.labelling.errors import LabellingError
-from service.labelling.here import Decoding, Engine, load
-from service.labelling.rows import Row
-from service.labelling.table import SCHEMA
-from service.loading import max_batch, store_of
-from service.schemas import ClassifyParameters
+from export.bundle.bundle import Bundle, BundleError
+from export.bundle.remote_store import RemoteStore
+from service.inference.parameters import ClassifyParameters
+from service.offline.errors import LabellingError
+from service.offline.local_runner import Decoding, Engine, load
+from service.offline.rows import Row
+from service.offline.table import SCHEMA
+from service.registry.loading import max_batch, store_of
 from service.settings import Settings
 
 # Videos of a task, which are done again if its node dies; more where there are very many.

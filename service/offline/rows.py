@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import Bundle
+from export.bundle.bundle import Bundle
 from model.video import Clips
-from service.classification import classification
-from service.schemas import ClassifyParameters
+from service.inference.parameters import ClassifyParameters
+from service.inference.postprocess import classification
 
 Row = dict[str, Any]
 

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.files import LockTakenError, lock_folder, replacing
-from service.labelling.errors import LabellingError
-from service.labelling.rows import Row, Rules
+from service.offline.errors import LabellingError
+from service.offline.rows import Row, Rules
 
 SCHEMA = pa.schema(
     [

@@ -7,8 +7,8 @@ import io
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from model.training.errors import DataError
-from model.training.remote import (
+from model.data.lists import VIDEO_SUFFIXES
+from model.data.remote import (
     check_protocols,
     folder_files,
     is_url,
@@ -17,8 +17,8 @@ from model.training.remote import (
     read_bytes,
     without_secrets,
 )
-from model.training.sources import VIDEO_SUFFIXES
-from service.labelling.errors import LabellingError
+from model.training.errors import DataError
+from service.offline.errors import LabellingError
 
 _LISTS = (".txt", ".csv", ".parquet")
 

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import Bundle, Candidate
+from export.bundle.bundle import Bundle, Candidate
 from model.scores import mean_scores
 from service.errors import ServiceError
-from service.metrics import CANDIDATE_RESULTS, Metrics
-from service.served import ServedModel
-from service.turns import Answer
+from service.inference.scheduler import Answer
+from service.observability.metrics import CANDIDATE_RESULTS, Metrics
+from service.registry.instance import ServedModel
 
 # Most clips that wait for a shadow: they take memory, and the newest traffic is as good as older.
 _MAX_WAITING = 64

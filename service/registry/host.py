@@ -16,14 +16,14 @@ import logging
 import math
 from collections.abc import Callable
 
-from export.bundle import Bundle, BundleError, Candidate
+from export.bundle.bundle import Bundle, BundleError, Candidate
 from export.runtime import device_name
-from service.candidates import Candidates
-from service.engines import SERVING, Engines, TensorRtState
 from service.errors import BundleRefusedError, ModelUnavailableError
-from service.loading import LoadedModel, load_model, store_of
-from service.metrics import Metrics
-from service.served import UNUSABLE, ServedModel
+from service.observability.metrics import Metrics
+from service.registry.instance import UNUSABLE, ServedModel
+from service.registry.loading import LoadedModel, load_model, store_of
+from service.registry.rollout import Candidates
+from service.registry.tensorrt_plans import SERVING, Engines, TensorRtState
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import Bundle, BundleError
+from export.bundle.bundle import Bundle, BundleError
 from export.runtime import RuntimeUnavailableError, device_name
-from service.batcher import Batcher
-from service.batches import Events
-from service.loading import LoadedModel, max_batch
-from service.metrics import Metrics
+from service.inference.batcher import Batcher
+from service.inference.engine_worker import Events
+from service.inference.scheduler import DROPPED, PRIORITIES, Priority
+from service.observability.metrics import Metrics
+from service.registry.loading import LoadedModel, max_batch
 from service.settings import Settings
-from service.turns import DROPPED, PRIORITIES, Priority
 
 UNUSABLE = (BundleError, RuntimeUnavailableError)
 """What loading a version may raise."""

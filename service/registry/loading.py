@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from export.bundle import Bundle, BundleError, BundleStore
-from export.manifest import ONNX_FP16
-from export.proof import prove_or_close
-from export.remote_store import RemoteStore
+from export.bundle.bundle import Bundle, BundleError, BundleStore
+from export.bundle.manifest import ONNX_FP16
+from export.bundle.remote_store import RemoteStore
 from export.runtime import (
     Runtime,
     RuntimeUnavailableError,
@@ -20,8 +19,9 @@ from export.runtime import (
     load_runtimes,
 )
 from export.runtime.plans import PlanError
+from export.verification.engine_check import prove_or_close
 from model.demo import STORE as DEMO_STORE
-from service.engines import OFF, SERVING, Engines, TensorRtState, find_gpus
+from service.registry.tensorrt_plans import OFF, SERVING, Engines, TensorRtState, find_gpus
 from service.settings import ALL_MODELS, Settings
 
 logger = logging.getLogger(__name__)

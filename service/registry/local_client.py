@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import Bundle
-from service.candidates import Candidates
+from export.bundle.bundle import Bundle
 from service.errors import ModelNotFoundError, ServiceError
-from service.models import Models
-from service.served import ServedModel
-from service.turns import Answer, Priority
+from service.inference.scheduler import Answer, Priority
+from service.registry.instance import ServedModel
+from service.registry.models import Models
+from service.registry.rollout import Candidates
 
 
 class Wanted(NamedTuple):

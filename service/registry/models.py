@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from export.bundle import BundleError
-from service.engines import OFF, Engines, find_tensorrt
+from export.bundle.bundle import BundleError
 from service.errors import ModelNotFoundError
-from service.hosting import ModelHost
-from service.loading import largest_batch, served_names, store_of, was_activated
-from service.metrics import Metrics
-from service.served import UNUSABLE
+from service.observability.metrics import Metrics
+from service.registry.host import ModelHost
+from service.registry.instance import UNUSABLE
+from service.registry.loading import largest_batch, served_names, store_of, was_activated
+from service.registry.tensorrt_plans import OFF, Engines, find_tensorrt
 from service.settings import ALL_MODELS, Settings
 
 logger = logging.getLogger(__name__)

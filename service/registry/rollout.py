@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import Bundle, BundleError, BundleStore, Candidate
+from export.bundle.bundle import Bundle, BundleError, BundleStore, Candidate
 from service.errors import (
     BundleRefusedError,
     DeadlineUnreachableError,
@@ -22,10 +22,10 @@ from service.errors import (
     QueueFullError,
     ServiceError,
 )
-from service.metrics import Metrics
-from service.served import UNUSABLE, ServedModel
-from service.trials import Trial
-from service.turns import Answer
+from service.inference.scheduler import Answer
+from service.observability.metrics import Metrics
+from service.registry.candidate import Trial
+from service.registry.instance import UNUSABLE, ServedModel
 
 logger = logging.getLogger(__name__)
 # What another version may do better.

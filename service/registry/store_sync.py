@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from export.bundle import BundleError
-from service.loading import follow_store, store_of, was_activated
-from service.metrics import Metrics
+from export.bundle.bundle import BundleError
+from service.observability.metrics import Metrics
+from service.registry.loading import follow_store, store_of, was_activated
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

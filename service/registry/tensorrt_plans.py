@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from export.bundle import Bundle
-from export.proof import prove_or_close
+from export.bundle.bundle import Bundle
 from export.runtime import Runtime, RuntimeUnavailableError
 from export.runtime.cuda import count_gpus
 from export.runtime.plans import Plan, PlanError, PlanKey, batches_up_to, find_plan
 from export.runtime.tensorrt import TensorRt, Wanted
-from export.tensorrt import BuildJob, Progress, build_plan
+from export.tensorrt.builder import BuildJob, Progress, build_plan
+from export.verification.engine_check import prove_or_close
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -16,30 +16,31 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 
 from service.api import problems
-from service.auth import KeyFileError, Keyring, allow
+from service.api.auth import KeyFileError, Keyring, allow
+from service.api.dependencies import State, is_ready
+from service.api.middleware import REQUEST_ID_HEADER, RequestContext
+from service.api.routes import admin, health, jobs, pages, predict, timeline
+from service.api.routes import models as model_list
+from service.api.v2 import routes as inference_protocol
 from service.decoding.messages import DecoderLimits
 from service.decoding.pool import LOSS_REASONS, DecoderPool
 from service.decoding.sandbox import LAYERS
-from service.job_work import Means
-from service.jobs import Jobs
-from service.loading import store_of
-from service.memory import Memory
-from service.metrics import Metrics
-from service.middleware import REQUEST_ID_HEADER, RequestContext
-from service.mirror import Mirror
-from service.models import Models
-from service.network import Network
-from service.routes import admin, health, inference_protocol, jobs, page, predict, timeline
-from service.routes import models as model_list
+from service.ingest.memory_budget import Memory
+from service.ingest.spool import Spool
+from service.ingest.url_sources import Sources
+from service.jobs.manager import Jobs
+from service.jobs.runner import Means
+from service.observability.metrics import Metrics
+from service.observability.tracing import open_tracer
+from service.registry.loading import store_of
+from service.registry.local_client import Network
+from service.registry.models import Models
+from service.registry.store_sync import Mirror
 from service.settings import Settings, SettingsError
-from service.sources import Sources
-from service.spool import Spool
-from service.state import State, is_ready
-from service.tracing import open_tracer
 
 logger = logging.getLogger(__name__)
-# Of the framework's own: `service/tracing.py` and `service/metrics.py` have it, and each request
-# would be asked whether there is any.
+# FastAPI's own telemetry is off: `service/observability/` has spans and metrics, and FastAPI would
+# look for telemetry in each request.
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 _MOST_WAITING_VIDEOS = 64  # for a decoder; more are refused
 _NICENESS = 10  # of the decoders of jobs, which nobody waits for
@@ -83,7 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
     for router in (health.router, inference_protocol.probes):
         app.include_router(router)
     if settings.pages == "on":
-        app.include_router(page.router)
+        app.include_router(pages.router)
     if settings.admin_port is None:
         _administrate(app)
     return app

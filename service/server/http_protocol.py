@@ -3,10 +3,10 @@ on.
 
 The head of a request has a deadline and a size limit. So have the trailer fields after a chunked
 body, because the parser keeps them in memory. After an early refusal the client may send the rest
-of its body for a moment. `service/uploads.py` limits the body of a request that is accepted.
+of its body for a moment. `service/ingest/uploads.py` limits the body of a request that is accepted.
 
 The attributes of uvicorn that this file needs are not public: pyproject.toml bounds uvicorn's
-version, and `tests/service/test_protocol.py` lists them.
+version, and `tests/service/server/test_http_protocol.py` lists them.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ import uvloop
 from fastapi import FastAPI
 
 from model.demo import SAMPLE_CLIP
-from service.app import create_admin_app, create_app, running
-from service.listening import Server, configuration
-from service.logging import configure
-from service.metrics import Metrics
+from service.observability.logs import configure
+from service.observability.metrics import Metrics
+from service.server.app import create_admin_app, create_app, running
+from service.server.uvicorn_server import Server, configuration
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

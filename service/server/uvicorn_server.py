@@ -12,7 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn import Config
 
-from service.protocol import with_head_timeout
+from service.server.http_protocol import with_head_timeout
 from service.settings import Settings
 
 

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-from export.bench import Entrant, speed_up, take_turns, timing
-from export.onnx import export_onnx
-from export.precision import quantize
-from export.reference import run_reference
-from export.rewrite import REWRITES, InferenceTimeSformer, multiply_adds, rewrite
+from export.benchmark.timing import Entrant, speed_up, take_turns, timing
+from export.graph.int8_cpu import quantize
+from export.graph.onnx_export import export_onnx
+from export.graph.rewrite import REWRITES, InferenceTimeSformer, multiply_adds, rewrite
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import compare
+from export.verification.parity import compare
+from export.verification.torch_reference import run_reference
 from model.config import VARIANTS
-from model.cost import cost
-from model.timesformer import TimeSformer
+from model.network.cost import cost
+from model.network.timesformer import TimeSformer
 from tests.benchmarks.networks import random_model
 from tests.benchmarks.published import AsPublished
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 from torch.overrides import TorchFunctionMode
 
-from export.rewrite import InferenceTimeSformer
+from export.graph.rewrite import InferenceTimeSformer
 from tests.benchmarks.gpu_networks import Bench, captured
 
 LARGE, PRODUCTS, MEMORY = "large product", "network's products", "memory"

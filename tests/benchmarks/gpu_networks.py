@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
-from export.rewrite import InferenceTimeSformer, multiply_adds, rewrite
+from export.graph.rewrite import InferenceTimeSformer, multiply_adds, rewrite
 from model.config import VARIANTS
 from tests.benchmarks.half import halve
 from tests.benchmarks.networks import random_model

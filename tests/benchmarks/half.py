@@ -1,7 +1,7 @@
 """The rewritten network for a GPU in PyTorch: products in FP16 or bfloat16, the rest in float32.
 
-As `export.fp16` does it to the graph: residual stream, LayerNorm, softmax, head and what only the
-class token goes through in the last block stay in float32.
+As `export.graph.fp16` does it to the graph: residual stream, LayerNorm, softmax, head and what only
+the class token goes through in the last block stay in float32.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
-from export.rewrite import GroupAttention, InferenceTimeSformer, MainAttention, SequenceAttention
+from export.graph.rewrite import (
+    GroupAttention,
+    InferenceTimeSformer,
+    MainAttention,
+    SequenceAttention,
+)
 
 
 class HalfLinear(nn.Module):

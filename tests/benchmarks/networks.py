@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from model.config import ModelConfig
-from model.timesformer import TimeSformer
+from model.network.timesformer import TimeSformer
 
 
 def random_model(config: ModelConfig) -> TimeSformer:

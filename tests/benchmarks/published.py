@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.attention import Attention
-from model.timesformer import TimeSformer
+from model.network.attention import Attention
+from model.network.timesformer import TimeSformer
 
 
 class AsPublished(TimeSformer):

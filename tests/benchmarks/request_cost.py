@@ -20,8 +20,8 @@ import orjson
 import uvloop
 from uvicorn.server import ServerState
 
-from service.app import create_app, running
-from service.server import configuration
+from service.server.app import create_app, running
+from service.server.serve import configuration
 from service.settings import Settings
 
 CLIP = np.zeros((1, 8, 64, 64, 3), np.uint8)  # the demo model's

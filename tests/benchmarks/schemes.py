@@ -26,11 +26,11 @@ import torch
 
 from model.checkpoints import load_checkpoint
 from model.config import ATTENTION_TYPES
+from model.data.lists import read_class_names, read_videos
 from model.demo.render import LABELS
+from model.evaluation.metrics import Predictions, measure, predict
 from model.scores import mean_scores
-from model.training.evaluation import Predictions, measure, predict
-from model.training.run import classifier
-from model.training.sources import read_class_names, read_videos
+from model.training.trainer import classifier
 
 OPPOSITES = {
     "moving left": "moving right",

@@ -25,10 +25,10 @@ import uvloop
 from export.runtime import load_runtime
 from model.demo import SAMPLE_CLIP, STORE
 from model.video import load_clips
-from service.app import create_app
 from service.decoding.messages import DecodeRequest
 from service.decoding.pool import DecoderPool
-from service.loading import find_bundle
+from service.registry.loading import find_bundle
+from service.server.app import create_app
 from service.settings import Settings, load_settings
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 from torch.utils.flop_counter import FlopCounterMode
 
-from export.rewrite import multiply_adds, rewrite
-from export.verify import LIMITS
+from export.graph.rewrite import multiply_adds, rewrite
+from export.verification.parity import LIMITS
 from model.config import ATTENTION_TYPES
 from tests.benchmarks import gpu, gpu_networks
 from tests.benchmarks.gpu import Report, Step, goals, measure, table

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.app import create_app
+from service.server.app import create_app
 from service.settings import ENV_PREFIX, Settings, load_settings
 from tests.deploy.conftest import DEPLOY, Run, passed
 from tests.deploy.test_observability import exported, names

@@ -10,7 +10,7 @@ import httpx
 import pytest
 import yaml
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from model.demo import SAMPLE_CLIP
 from tests.deploy.conftest import DEPLOY, find
 from tests.deploy.test_observability import DASHBOARDS, expressions
@@ -18,7 +18,7 @@ from tests.e2e.conftest import run_service
 from tests.images.check import wait_for
 from tests.images.compose import Prometheus
 from tests.processes import free_port
-from tests.service.test_models import publish
+from tests.service.registry.test_models import publish
 
 pytestmark = pytest.mark.slow
 

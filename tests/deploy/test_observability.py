@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from tests.deploy.conftest import DEPLOY, ROOT, Run, passed
 
 RULES = DEPLOY / "prometheus/rules.yml"

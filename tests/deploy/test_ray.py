@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.commands.label import label
+from service.cli.commands.label import label
 from service.settings import ENV_PREFIX, Settings, load_settings
 from tests.deploy.conftest import DEPLOY, ROOT, Run, passed
 from tests.deploy.test_kubernetes import QUANTITY

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.job_store import JobStore
+from service.jobs.store import JobStore
 from tests.service.long_video import write_long_video
 from tests.service.web_server import Handler, web_server
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from model.demo import SAMPLE_CLIP
-from service.commands.refresh import EXIT_NOT_ACTIVATED
+from service.cli.commands.refresh import EXIT_NOT_ACTIVATED
 from tests.e2e.conftest import TIMESFORMER, StartService
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ def _published_weights(folder: Path) -> None:
     """Small stand-ins under the names that the README uses, of a published width."""
     from model.checkpoints import save_huggingface, save_official
     from model.config import ModelConfig
-    from model.timesformer import TimeSformer
+    from model.network.timesformer import TimeSformer
 
     config = ModelConfig().replace(embed_dim=192, num_heads=3, depth=1, image_size=32, num_frames=2)
     network = TimeSformer(config)

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from model.demo import SAMPLE_CLIP
-from service.auth import ApiKey, new_key, write_keys
+from service.api.auth import ApiKey, new_key, write_keys
 from tests.e2e.conftest import TIMESFORMER
 from tests.processes import descendants_of
 

@@ -19,8 +19,16 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.bundle import Bundle, BundleStore
-from export.manifest import LABELS, ONNX_FLOAT32, WEIGHTS, FileEntry, Manifest, Parity, TensorSpec
+from export.bundle.bundle import Bundle, BundleStore
+from export.bundle.manifest import (
+    LABELS,
+    ONNX_FLOAT32,
+    WEIGHTS,
+    FileEntry,
+    Manifest,
+    Parity,
+    TensorSpec,
+)
 from export.pipeline import export_bundle
 from export.runtime.plans import PlanFacts, PlanKey
 from model.checkpoints import Checkpoint, load_checkpoint, save_safetensors
@@ -185,12 +193,12 @@ def quick_export(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class VirtualClock:
-    """Time for `export.bench`, which passes only as a test says."""
+    """Time for `export.benchmark.timing`, which passes only as a test says."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 0.0
         now = SimpleNamespace(perf_counter=self.read, process_time=self.read)
-        monkeypatch.setattr("export.bench.time", now)
+        monkeypatch.setattr("export.benchmark.timing.time", now)
 
     def read(self) -> float:
         return self.seconds

@@ -19,9 +19,8 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from export.bundle import Bundle, BundleError, BundleStore
-from export.clips import verification_clips
-from export.manifest import (
+from export.bundle.bundle import Bundle, BundleError, BundleStore
+from export.bundle.manifest import (
     GRAPHS,
     LABELS,
     MANIFEST,
@@ -33,18 +32,19 @@ from export.manifest import (
     REPORT,
     WEIGHTS,
 )
-from export.onnx import ExportError
+from export.calibration.clips import verification_clips
+from export.graph.onnx_export import ExportError
 from export.pipeline import VerificationError, export_bundle
-from export.reference import run_reference
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import LIMITS, Limits
+from export.verification.parity import LIMITS, Limits
+from export.verification.torch_reference import run_reference
 from model.checkpoints import Checkpoint, load_checkpoint
-from model.cost import cost
-from model.timesformer import TimeSformer
-from model.training.calibration import calibrate
+from model.data.lists import Sample, VideoList
+from model.evaluation.calibration import calibrate
+from model.evaluation.metrics import predict
+from model.network.cost import cost
+from model.network.timesformer import TimeSformer
 from model.training.errors import DataError
-from model.training.evaluation import predict
-from model.training.sources import Sample, VideoList
 from model.video import UndecodableVideo, load_clips
 
 from .conftest import write_video
@@ -282,7 +282,7 @@ class TestExporting:
         video: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("export.qdq._PRODUCT_ERROR", 0.0)
+        monkeypatch.setattr("export.graph.qdq._PRODUCT_ERROR", 0.0)
         with pytest.raises(ExportError, match="FP8 puts every product off"):
             export_bundle(checkpoint, "tiny", store, videos=[video], precisions=["fp8"])
         assert store.versions("tiny") == []
@@ -377,7 +377,7 @@ def test_a_change_of_any_single_weight_fails_the_gate(
     exported: Bundle, checkpoint: Checkpoint, video: Path
 ) -> None:
     """The clips that are compared on exercise every tensor: none could be exported wrongly."""
-    from export.verify import compare, run_in_batches
+    from export.verification.parity import compare, run_in_batches
 
     clips = verification_clips(checkpoint.config, [video])
     answers = run_in_batches(OnnxRuntime(exported.file(ONNX_FLOAT32), cuda=False), clips)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.choice import choose
-from export.manifest import ONNX_FLOAT32, ONNX_FP16, ONNX_INT8, ONNX_INT8_QDQ
+from export.bundle.manifest import ONNX_FLOAT32, ONNX_FP16, ONNX_INT8, ONNX_INT8_QDQ
+from export.precision_choice import choose
 
 CLIP = np.zeros((1, 4, 16, 16, 3), np.uint8)
 
@@ -38,9 +38,9 @@ class Slow:
 def test_the_cpus_order_is_measured(
     seconds: float, order: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("export.choice.OnnxRuntime", Slow)
+    monkeypatch.setattr("export.precision_choice.OnnxRuntime", Slow)
     clock = SimpleNamespace(perf_counter=lambda: Slow.clock)
-    monkeypatch.setattr("export.choice.time", clock)
+    monkeypatch.setattr("export.precision_choice.time", clock)
     monkeypatch.setattr(Slow, "int8", seconds)
     monkeypatch.setattr(Slow, "closed", [])
     choice = choose(tmp_path, [ONNX_FLOAT32, ONNX_INT8], CLIP)["cpu"]
@@ -56,7 +56,7 @@ def test_the_cpus_order_is_measured(
 def test_a_gpus_order_is_by_stated_rates_of_what_has_passed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("export.choice.OnnxRuntime", Slow)
+    monkeypatch.setattr("export.precision_choice.OnnxRuntime", Slow)
     files = [ONNX_FLOAT32, ONNX_FP16, ONNX_INT8_QDQ]
     choice = choose(tmp_path, files, CLIP)["gpu"]
     assert choice.order == ("int8", "fp16", "float32")

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from model.demo import STORE
-from service.auth import ApiKey, new_key, write_keys
+from service.api.auth import ApiKey, new_key, write_keys
 from tests.e2e.conftest import run_service
 
 

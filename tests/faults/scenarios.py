@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import httpx
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from model.demo import SAMPLE_CLIP, STORE
 from tests.e2e.conftest import Service, run_service
 from tests.processes import children_of, descendants_of

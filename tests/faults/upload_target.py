@@ -17,13 +17,14 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["service", "python_multipart"]):
-    from service import tensors, uploads
+    from service.api.v2 import codec as tensors
+    from service.ingest import uploads
 
 from fastapi import Request
 
 from service.errors import ServiceError
-from service.pace import Pace
-from service.spool import Spool
+from service.ingest.spool import Spool
+from service.ingest.upload_rate import Pace
 
 _CLIP = (1, 2, 2, 3)
 _MAX_BYTES = 4096

@@ -27,8 +27,8 @@ from typing import Any
 import httpx
 import yaml
 
-from export.bundle import BundleStore
-from export.manifest import ONNX_FLOAT32
+from export.bundle.bundle import BundleStore
+from export.bundle.manifest import ONNX_FLOAT32
 from model.demo import SAMPLE_CLIP, STORE
 from tests.images.check import ROOT, open_to_all, output, refresh, wait_for
 

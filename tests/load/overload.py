@@ -88,7 +88,7 @@ def make_store(folder: Path, variant: str) -> Path:
     """A store with one bundle of random weights."""
     from model.checkpoints import save_safetensors
     from model.config import VARIANTS
-    from model.training.start import fresh_model
+    from model.training.initialisation import fresh_model
 
     config = VARIANTS[variant]
     weights = folder / "weights.safetensors"

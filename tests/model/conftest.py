@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.timesformer import TimeSformer
+from model.network.timesformer import TimeSformer
 
 SHARED_FIXTURES = Path(__file__).parents[2].parent / "shared" / "fixtures"
 

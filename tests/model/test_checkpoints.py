@@ -28,7 +28,7 @@ from model.checkpoints import (
 )
 from model.checkpoints.layouts import PUBLISHED_SCHEMES
 from model.config import ATTENTION_TYPES
-from model.timesformer import TimeSformer
+from model.network.timesformer import TimeSformer
 from tests.model.conftest import random_frames, random_model, tiny_config
 
 LABELS = ("archery", "yoga", "café", "juggling balls", "bowling")

@@ -77,6 +77,6 @@ def test_the_published_kinetics_labels_are_read(shared_fixtures: Path) -> None:
 
 
 def test_labels_schemes_and_cost_are_read_without_torch() -> None:
-    code = "import model.labels, model.cost, sys; raise SystemExit('torch' in sys.modules)"
+    code = "import model.labels, model.network.cost, sys; raise SystemExit('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -31,10 +31,10 @@ from ray import serve
 from ray.cluster_utils import Cluster as LocalCluster
 
 from model.demo import SAMPLE_CLIP
-from service.labelling.cluster import Cluster, label_on_ray
-from service.labelling.run import Output, label_archive
-from service.labelling.videos import find_videos
-from service.schemas import ClassifyParameters
+from service.inference.parameters import ClassifyParameters
+from service.offline.archive import Output, label_archive
+from service.offline.ray_runner import Cluster, label_on_ray
+from service.offline.videos import find_videos
 from service.settings import load_settings
 from tests.processes import free_port
 from tests.videos import encode
@@ -170,7 +170,7 @@ def compare(ours: Path, theirs: Path, videos: int) -> None:
 
 def check_serve() -> None:
     """The app behind Ray Serve labels the bundled clip, reports its metrics and refuses words."""
-    from service.ray_serve import app
+    from service.server.ray_serve import app
 
     os.environ["TIMESFORMER_DEVICE"] = "cpu"  # replicas start with our environment
     port = free_port()

@@ -17,8 +17,8 @@ import orjson
 import pytest
 import uvicorn
 
-from service.app import create_app
-from service.listening import configuration
+from service.server.app import create_app
+from service.server.uvicorn_server import configuration
 from service.settings import load_settings
 from tests.videos import encode
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.tensorrt import TensorRt
 from tests.service.conftest import Serve
-from tests.service.fake_gpu import label, state
-from tests.service.test_models import metric, serving, store, wait_until
+from tests.service.registry.fake_gpu import label, state
+from tests.service.registry.test_models import metric, serving, store, wait_until
 
 __all__ = ["store"]  # a fixture
 

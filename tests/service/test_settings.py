@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 from click.testing import CliRunner
 
-from service.cli import cli
+from service.cli.main import cli
 from service.settings import (
     ENV_PREFIX,
     REMOVED,
@@ -30,7 +30,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """Settings that `timesformer serve` was started with; it does not really start."""
     settings: list[Settings] = []
-    monkeypatch.setattr("service.server.serve", settings.append)
+    monkeypatch.setattr("service.server.serve.serve", settings.append)
     return settings
 
 

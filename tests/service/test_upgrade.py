@@ -8,12 +8,12 @@ import shutil
 import sqlite3
 from pathlib import Path
 
-from export.bundle import BundleStore
-from export.manifest import ONNX_FP8, Manifest
+from export.bundle.bundle import BundleStore
+from export.bundle.manifest import ONNX_FP8, Manifest
 from export.runtime.plans import Fastest, find_plan, plans_in
 from model.demo import STORE
 from tests.service.conftest import Serve
-from tests.service.test_models import serving, wait_until
+from tests.service.registry.test_models import serving, wait_until
 
 WRITTEN = Path(__file__).parent / "upgrade"
 

@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from export.bundle import Bundle, BundleStore
-from export.manifest import GRAPHS
+from export.bundle.bundle import Bundle, BundleStore
+from export.bundle.manifest import GRAPHS
 from export.runtime.plans import GPU_GRAPHS, PlanKey
 from export.runtime.tensorrt import Wanted
-from export.tensorrt import BuildJob, build_plan
+from export.tensorrt.builder import BuildJob, build_plan
 from model.checkpoints import save_safetensors
 from model.config import VARIANTS, ModelConfig
 from tests.benchmarks.networks import random_model

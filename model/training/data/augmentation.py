@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
-from model.training.errors import RecipeError
-from model.training.shares import Draws, Share
-from model.training.symmetries import (
+from model.training.data.symmetries import (
     SYMMETRIES,
     LabelMap,
     check_label_map,
@@ -27,6 +25,8 @@ from model.training.symmetries import (
     labels_field,
     reflect,
 )
+from model.training.distributed.batch_shards import Draws, Share
+from model.training.errors import RecipeError
 
 _GREY = (0.299, 0.587, 0.114)  # BT.601 luma
 _CUTMIX_SHARE = 0.5  # of the batches that are mixed, where both kinds are on

@@ -27,12 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import Preprocessing
+from model.data.lists import Sample, VideoList
+from model.data.process_pool import in_processes
+from model.data.remote import local_video
 from model.files import lock_file, sync, write_atomic
-from model.training.data import Replaced, View, view_clip
+from model.training.data.loader import Replaced, View, view_clip
 from model.training.errors import DataError, MissingVideo, UnreachableVideo
-from model.training.remote import local_video
-from model.training.sources import Sample, VideoList
-from model.training.workers import in_processes
 
 _CLIPS, _ABOUT, _JOURNAL = "clips.u8", "cache.json", "journal.jsonl"
 _CODE = 1  # to be raised when the same draw gives other pixels than before

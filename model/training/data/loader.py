@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.config import Preprocessing
+from model.data.lists import Sample, VideoList
+from model.data.remote import local_video
 from model.processes import die_with_parent
 from model.training.errors import DataError, RecipeError
-from model.training.remote import local_video
-from model.training.sources import Sample, VideoList
 from model.video import Timeline, VideoError, read_frames, resize_crop, to_rgb
 from model.video.sampling import TIMELINE_FPS, frames_at
 from model.video.transforms import upright_turns

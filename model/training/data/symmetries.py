@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from model.training.distributed.batch_shards import Draws
 from model.training.errors import RecipeError
-from model.training.shares import Draws
 
 LabelMap = tuple[int, ...] | Mapping[str, str]
 """For each class the index of what it becomes; or pairs of names that change places, where classes

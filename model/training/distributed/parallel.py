@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model.timesformer import TimeSformer
-from model.training.world import World
+from model.network.timesformer import TimeSformer
+from model.training.distributed.process_group import World
 
 
 def spread(model: TimeSformer, world: World, shard: bool) -> nn.Module:

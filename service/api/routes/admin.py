@@ -9,22 +9,17 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
-from export.bundle import BundleError, Candidate
+from export.bundle.bundle import BundleError, Candidate
+from service.api.dependencies import Running, State
+from service.api.schemas.models import AdminModel, AdminModels, CandidateFacts, CandidateRequest
+from service.api.schemas.openapi import inlined_schema
+from service.api.video_requests import PROBLEM_RESPONSES, of_body, problem_response
 from service.errors import BundleRefusedError
-from service.hosting import ModelHost
-from service.loading import store_of
-from service.pace import Pace
-from service.requests import PROBLEM_RESPONSES, of_body, problem_response
-from service.schemas import (
-    AdminModel,
-    AdminModels,
-    CandidateFacts,
-    CandidateRequest,
-    ModelName,
-    inlined_schema,
-)
-from service.state import Running, State
-from service.uploads import receive_json
+from service.inference.results import ModelName
+from service.ingest.upload_rate import Pace
+from service.ingest.uploads import receive_json
+from service.registry.host import ModelHost
+from service.registry.loading import store_of
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

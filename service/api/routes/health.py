@@ -7,11 +7,12 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from export.runtime import device_name
+from service.api.dependencies import Accepting
+from service.api.schemas.health import EngineState, LiveResponse, ModelState, ReadyResponse
+from service.api.video_requests import PROBLEM_RESPONSES
 from service.errors import NotReadyError
-from service.metrics import CONTENT_TYPE, Metrics
-from service.requests import PROBLEM_RESPONSES
-from service.schemas import EngineState, LiveResponse, ModelName, ModelState, ReadyResponse
-from service.state import Accepting
+from service.inference.results import ModelName
+from service.observability.metrics import CONTENT_TYPE, Metrics
 
 router = APIRouter(tags=["health"])
 metrics_router = APIRouter(tags=["health"])

@@ -8,25 +8,19 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from service.auth import ApiKey
+from service.api.auth import ApiKey
+from service.api.dependencies import Running, State
+from service.api.schemas.jobs import JobError, JobList, JobProgress, JobRequest, JobStatus
+from service.api.schemas.openapi import inlined_schema
+from service.api.video_requests import PROBLEM_RESPONSES, of_body, problem_response, video_body
 from service.errors import JobsOffError
-from service.forms import SOURCE_FIELD
-from service.job_store import StoredJob
-from service.job_work import parse
-from service.jobs import Jobs
-from service.pace import Pace
-from service.requests import PROBLEM_RESPONSES, of_body, problem_response, video_body
-from service.schemas import Classification, Embedding, inlined_schema
-from service.schemas_timeline import (
-    JobError,
-    JobList,
-    JobProgress,
-    JobRequest,
-    JobStatus,
-    TimelineResult,
-)
-from service.state import Running, State
-from service.uploads import receive
+from service.inference.results import Classification, Embedding, TimelineResult
+from service.ingest.multipart import SOURCE_FIELD
+from service.ingest.upload_rate import Pace
+from service.ingest.uploads import receive
+from service.jobs.manager import Jobs
+from service.jobs.runner import parse
+from service.jobs.store import StoredJob
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 _OFF: dict[int | str, dict[str, Any]] = {

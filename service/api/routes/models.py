@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from model.cost import cost
-from service.hosting import ModelHost
-from service.schemas import ModelFacts, ModelsResponse
-from service.state import Running
+from model.network.cost import cost
+from service.api.dependencies import Running
+from service.api.schemas.models import ModelFacts, ModelsResponse
+from service.registry.host import ModelHost
 
 router = APIRouter(prefix="/v1", tags=["models"])
 

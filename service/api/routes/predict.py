@@ -6,18 +6,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from service.classification import classification, embedding_of
-from service.logging import request_id
-from service.requests import PROBLEM_RESPONSES, answer_video, video_body
-from service.schemas import (
-    ClassifyParameters,
-    ClassifyResponse,
-    EmbedResponse,
-    Timings,
-    ViewParameters,
-)
-from service.state import Running
-from service.urgency import HEADERS
+from service.api.deadlines import HEADERS
+from service.api.dependencies import Running
+from service.api.schemas.predictions import ClassifyResponse, EmbedResponse, Timings
+from service.api.video_requests import PROBLEM_RESPONSES, answer_video, video_body
+from service.inference.parameters import ClassifyParameters, ViewParameters
+from service.inference.postprocess import classification, embedding_of
+from service.observability.logs import request_id
 
 router = APIRouter(prefix="/v1")
 

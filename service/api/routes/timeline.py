@@ -10,29 +10,29 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from model.video import Limits
+from service.api.deadlines import HEADERS, urgency_of, within
+from service.api.dependencies import Running, State
+from service.api.event_stream import MEDIA_TYPES, EventStream, choose_format
+from service.api.schemas.openapi import inlined_schema
+from service.api.schemas.predictions import TimelineRequest
+from service.api.video_requests import PROBLEM_RESPONSES, answer_in_time, merge_fields, video_body
 from service.decoding.messages import StreamRequest
 from service.errors import QueueFullError
-from service.events import MEDIA_TYPES, EventStream, choose_format
-from service.logging import request_id
-from service.pace import Pace
-from service.requests import PROBLEM_RESPONSES, answer_in_time, merge_fields, video_body
-from service.schemas import inlined_schema
-from service.schemas_timeline import (
+from service.inference.parameters import TimelineParameters
+from service.inference.results import (
     TimelineError,
     TimelineEvent,
-    TimelineParameters,
-    TimelineRequest,
     TimelineSegment,
     TimelineStart,
     TimelineSummary,
     TimelineWindow,
 )
-from service.served import ServedModel
-from service.state import Running, State
-from service.timeline import Timeline, checked_cut, events_of
-from service.turns import Priority
-from service.uploads import Upload, receive
-from service.urgency import HEADERS, urgency_of, within
+from service.inference.scheduler import Priority
+from service.inference.timeline import Timeline, checked_cut, events_of
+from service.ingest.upload_rate import Pace
+from service.ingest.uploads import Upload, receive
+from service.observability.logs import request_id
+from service.registry.instance import ServedModel
 
 router = APIRouter(prefix="/v1", tags=["timeline"])
 _RETRY_AFTER_S = 30

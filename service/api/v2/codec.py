@@ -20,10 +20,10 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from service.api.v2.schemas import InferOutput, InferRequest
 from service.errors import InvalidTensorError, UnsupportedEncodingError, UploadTooLargeError
-from service.schemas_infer import InferOutput, InferRequest
+from service.ingest.uploads import Limit
 from service.settings import MIB
-from service.uploads import Limit
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 INPUT, DATATYPE = "frames", "UINT8"

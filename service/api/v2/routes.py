@@ -1,7 +1,7 @@
 """`/v2`: the Open Inference Protocol over HTTP, for clients that bring clips, not videos.
 
 tritonclient and KServe's client work with it unchanged. How bodies are written is in
-`service/tensors.py`; errors are `{"error": "..."}`.
+`service/api/v2/codec.py`; errors are `{"error": "..."}`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,22 @@ from fastapi.routing import APIRoute
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from export.bundle import Bundle
-from service.auth import admitted
-from service.memory import Share
-from service.network import Wanted
-from service.pace import Pace
-from service.requests import CANARY_KEY, answer_in_time, observe
-from service.schemas import LiveResponse, ModelName, inlined_schema
-from service.schemas_infer import (
+from export.bundle.bundle import Bundle
+from service.api.auth import admitted
+from service.api.deadlines import HEADERS, Urgency, urgency_of, within
+from service.api.dependencies import Accepting, Running, State, running_state
+from service.api.schemas.health import LiveResponse
+from service.api.schemas.openapi import inlined_schema
+from service.api.v2.codec import (
+    HEADER_LENGTH,
+    MAX_JSON_BYTES,
+    Body,
+    Inference,
+    body_limit,
+    decode,
+    encode,
+)
+from service.api.v2.schemas import (
     InferRequest,
     InferResponse,
     ModelMetadata,
@@ -37,20 +45,14 @@ from service.schemas_infer import (
     ServerReady,
     TensorMetadata,
 )
+from service.api.video_requests import CANARY_KEY, answer_in_time, observe
+from service.inference.results import ModelName
+from service.inference.scheduler import PRIORITIES, Answer, Priority
+from service.ingest.memory_budget import Share
+from service.ingest.upload_rate import Pace
+from service.ingest.uploads import Limit, receive_tensors
+from service.registry.local_client import Wanted
 from service.settings import MIB
-from service.state import Accepting, Running, State, running_state
-from service.tensors import (
-    HEADER_LENGTH,
-    MAX_JSON_BYTES,
-    Body,
-    Inference,
-    body_limit,
-    decode,
-    encode,
-)
-from service.turns import PRIORITIES, Answer, Priority
-from service.uploads import Limit, receive_tensors
-from service.urgency import HEADERS, Urgency, urgency_of, within
 
 # One: parsing keeps the interpreter to itself anyway, and one body at a time bounds the memory.
 _DECODER = ThreadPoolExecutor(1, thread_name_prefix="tensors")

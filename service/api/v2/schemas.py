@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from service.schemas import Schema
+from service.inference.parameters import Schema
 
 
 class _Lenient(BaseModel):

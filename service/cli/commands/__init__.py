@@ -1,1 +1,1 @@
-"""The subcommands of `timesformer`, a file each. They import their layer when they run."""
+"""A file for each command. Commands that need torch import torch when the command runs."""

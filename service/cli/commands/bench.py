@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from service.commands.options import (
+from service.cli.options import (
     PATH,
     Sizes,
     device_option,
@@ -21,7 +21,7 @@ from service.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from export.measure import Row
+    from export.benchmark.suite import Row
     from export.runtime import Device
 
 _COUNT = click.IntRange(min=1)
@@ -77,8 +77,8 @@ def bench(
     the ratios, which are taken within rounds, more than the times. Speed-ups are over the first
     engine. `off by` is the largest difference of a logit from the float32 graph's on the CPU.
     """
-    from export.measure import measure_bundle
-    from service.progress import steps
+    from export.benchmark.suite import measure_bundle
+    from service.observability.progress import steps
 
     (found,) = find_bundles(bundle, store)
     with steps(as_json) as report:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.options import (
+from service.cli.options import (
     EXIT_PARTLY_FAILED,
     Command,
     json_option,
@@ -19,7 +19,7 @@ from service.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from export.bundle import Bundle, BundleStore
+    from export.bundle.bundle import Bundle, BundleStore
 
 _SHARE = click.FloatRange(min=0, min_open=True, max=1)
 
@@ -30,7 +30,7 @@ _SHARE = click.FloatRange(min=0, min_open=True, max=1)
 @click.pass_context
 def bundles(context: click.Context, store: Path | None, as_json: bool) -> None:
     """List the bundles of a store; activate, roll back, try or verify one."""
-    from export.bundle import BundleStore
+    from export.bundle.bundle import BundleStore
     from model.demo import STORE
 
     context.obj = BundleStore(store or STORE), as_json
@@ -43,7 +43,7 @@ def _bundles_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_store(*, store: Path | None, as_json: bool, **arguments: Any) -> None:
-        from export.bundle import BundleStore
+        from export.bundle.bundle import BundleStore
 
         outer_store, outer_json = click.get_current_context().obj
         command(BundleStore(store) if store else outer_store, as_json or outer_json, **arguments)
@@ -54,7 +54,7 @@ def _bundles_options(command: Command) -> Command:
 
 def _list_bundles(store: BundleStore, as_json: bool) -> int:
     """Prints what there is; returns how many versions cannot be read, each named on stderr."""
-    from export.bundle import BundleError
+    from export.bundle.bundle import BundleError
 
     rows, unreadable = [], 0
     for name in store.names():
@@ -99,7 +99,7 @@ def activate(store: BundleStore, as_json: bool, name: str, version: str, url: st
     if url is None:
         store.activate(name, version)
     else:
-        from export.remote_store import RemoteStore
+        from export.bundle.remote_store import RemoteStore
 
         RemoteStore(url).activate(name, version)
     _say_active(name, version, as_json)
@@ -115,7 +115,7 @@ def push(
     store: BundleStore, as_json: bool, url: str, name: str, version: str | None, activate: bool
 ) -> None:
     """Upload VERSION of NAME, by default the active one, to the store at URL (s3://, gs://)."""
-    from export.remote_store import RemoteStore
+    from export.bundle.remote_store import RemoteStore
 
     bundle, remote = store.open(name, version), RemoteStore(url)
     new = remote.push(bundle)
@@ -132,8 +132,8 @@ def push(
 def pull(store: BundleStore, as_json: bool, url: str, name: str, version: str | None) -> None:
     """Fetch VERSION of NAME, by default the active one, from the store at URL; checked, and not
     activated here."""
-    from export.bundle import BundleError
-    from export.remote_store import RemoteStore
+    from export.bundle.bundle import BundleError
+    from export.bundle.remote_store import RemoteStore
 
     remote = RemoteStore(url)
     wanted = version or next(iter(remote.history(name)), None)
@@ -187,7 +187,7 @@ def candidate(
 
     As a shadow it is compared and answers nobody. Without VERSION, says what is tried.
     """
-    from export.bundle import BundleError, Candidate
+    from export.bundle.bundle import BundleError, Candidate
 
     modes = {"shadow": shadow, "canary": canary}
     given = [(mode, share) for mode, share in modes.items() if share is not None]
@@ -229,7 +229,7 @@ def verify(store: BundleStore, as_json: bool, name: str | None, version: str | N
     Nothing is run: `timesformer verify` does that. With --json, one object a bundle. Exit code 3 if
     any is not as it was published.
     """
-    from export.bundle import BundleError
+    from export.bundle.bundle import BundleError
 
     failed = False
     names = [name] if name else store.names()

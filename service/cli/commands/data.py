@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from model.config import VARIANTS
-from service.commands.options import (
+from service.cli.options import (
     EXIT_PARTLY_FAILED,
     PATH,
     SOURCE,
@@ -59,8 +59,8 @@ def check(
     named columns, Parquet, or Something-Something JSON; a path or a URL. Undecodable, too short and
     duplicate files are named. Exit code 3 if there is any.
     """
-    from model.training.check import check as run
-    from model.training.sources import write_list
+    from model.data.check import check as run
+    from model.data.lists import write_list
 
     videos = read_list(source, class_names(labels_file), root, columns)
     with counting("reading", len(videos.samples)) as done:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.options import (
+from service.cli.options import (
     Sizes,
     engines_option,
     find_bundles,
@@ -19,9 +19,9 @@ from service.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from export.bundle import Bundle
+    from export.bundle.bundle import Bundle
     from export.runtime.plans import Plan
-    from export.tensorrt import BuildJob
+    from export.tensorrt.builder import BuildJob
 
 _COUNT = click.IntRange(min=1)
 _COLUMNS = ("name", "version", "gpu", "tensorrt", "precision")
@@ -106,7 +106,7 @@ def build(
     without it, every name's.
     """
     from export.runtime.tensorrt import TensorRt
-    from export.tensorrt import BuildJob
+    from export.tensorrt.builder import BuildJob
 
     here = TensorRt(gpu, engines)
 
@@ -163,9 +163,9 @@ def choose(
             f"--batch {batch} is more than plans for --batches up to {batches[-1]} take at once: "
             "let the last of --batches be as large"
         )
-    from export.fastest import measure_fastest
     from export.runtime.tensorrt import TensorRt
-    from export.tensorrt import BuildJob
+    from export.tensorrt.builder import BuildJob
+    from export.tensorrt.precision_benchmark import measure_fastest
 
     here = TensorRt(gpu, engines)
     for each in find_bundles(bundle, store):
@@ -202,8 +202,8 @@ def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_
     products by what they compute in. With --json also both by kind, the same of the network as it
     was read, and the file with all that TensorRT's inspector says.
     """
-    from export.inspection import by_type
     from export.runtime.plans import engines_folder, layers_file, plans_in
+    from export.tensorrt.inspector import by_type
 
     rows = []
     for each in find_bundles(bundle, store, all_versions=True):
@@ -243,7 +243,7 @@ def list_plans(bundle: str | None, store: Path | None, engines: Path | None, as_
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    from export.inspection import in_words
+    from export.tensorrt.inspector import in_words
 
     counts = (row["engine_by_type"], row["products"])
     return [
@@ -262,8 +262,8 @@ def _served_precision() -> str:
 
 def _built(job: BuildJob, title: str, quiet: bool) -> tuple[Plan, bool]:
     """Returns the plan, and whether the plan was there already."""
-    from export.tensorrt import build_plan, find_built
-    from service.progress import bar
+    from export.tensorrt.builder import build_plan, find_built
+    from service.observability.progress import bar
 
     if found := find_built(job):
         return found, True

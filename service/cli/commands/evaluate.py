@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.options import (
+from service.cli.options import (
     PATH,
     SOURCE,
     class_names,
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from export.runtime import Device, Runtime
     from model.config import Preprocessing
-    from model.training.calibration import Calibration
-    from model.training.evaluation import Classify, Predictions
+    from model.evaluation.calibration import Calibration
+    from model.evaluation.metrics import Classify, Predictions
 
 _MEASURES = ("top1", "top5", "mean_class_accuracy", "calibration_error", "log_loss")
 
@@ -108,9 +108,9 @@ def evaluate(
     MODEL is a bundle's folder (STORE/NAME/VERSION), which its engine runs, or a checkpoint as
     `timesformer export` reads.
     """
-    from model.training.calibration import calibrate
-    from model.training.evaluation import Protocol, predict_each
-    from model.training.report import Evaluated, write_report
+    from model.evaluation.calibration import calibrate
+    from model.evaluation.metrics import Protocol, predict_each
+    from model.reports.training_report import Evaluated, write_report
 
     names = class_names(labels_file)
     if (Path(model) / "manifest.json").exists():
@@ -166,10 +166,10 @@ def evaluate(
 def _load_bundle(
     path: Path, labels: tuple[str, ...] | None, device: Device, precisions: tuple[str, ...]
 ) -> _Loaded:
-    from export.artefacts import open_graph
-    from export.bundle import Bundle
-    from export.manifest import GRAPHS
+    from export.bundle.bundle import Bundle
+    from export.bundle.manifest import GRAPHS
     from export.runtime import Precision, load_runtime
+    from export.verification.artefacts import open_graph
 
     bundle = Bundle(path)
     present = [name for name, file in GRAPHS.items() if file in bundle.manifest.files]
@@ -197,8 +197,8 @@ def _logits(runtime: Runtime, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def _load_network(name: str, labels: tuple[str, ...] | None, device: Device) -> _Loaded:
     from model.checkpoints import load_checkpoint
-    from model.training.run import classifier
-    from model.training.start import choose_device
+    from model.training.initialisation import choose_device
+    from model.training.trainer import classifier
 
     loaded = load_checkpoint(name)
     classes = labels or loaded.labels
@@ -210,7 +210,7 @@ def _load_network(name: str, labels: tuple[str, ...] | None, device: Device) -> 
 
 def _metrics(found: dict[str, Predictions], temperature: float) -> dict[str, dict[str, Any]]:
     """The metrics of each artefact, and how often its label is that of float32."""
-    from model.training.evaluation import agreement, measure
+    from model.evaluation.metrics import agreement, measure
 
     answer = {}
     for name, predictions in found.items():

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from service.commands.options import EXISTING, FILE, PATH, json_option, read_object
+from service.cli.options import EXISTING, FILE, PATH, json_option, read_object
 
 if TYPE_CHECKING:
-    from export.graphs import Precision
-    from export.manifest import Parity
+    from export.bundle.manifest import Parity
+    from export.graph.build import Precision
 
 _COUNT = click.IntRange(min=1)
 
@@ -108,13 +108,13 @@ def export(
     CHECKPOINT is an official .pyth file, a Hugging Face folder or hub name, an image ViT to start
     from, or a safetensors file of our own. The first version of a name becomes active by itself.
     """
-    from export.bundle import BundleStore
+    from export.bundle.bundle import BundleStore
     from export.pipeline import export_bundle
     from model.checkpoints import load_checkpoint
+    from model.data.lists import read_videos
     from model.demo import SAMPLE_CLIP
     from model.labels import read_labels
-    from model.training.sources import read_videos
-    from service.progress import steps
+    from service.observability.progress import steps
 
     if calibrate_on is not None and temperature is not None:
         raise click.UsageError("give either --calibrate-on or --temperature")

@@ -47,7 +47,7 @@ def create(path: Path, name: str, **fields: Any) -> None:
     """Make a key for NAME and print it; it is kept as a hash, so this is the only time."""
     from pydantic import ValidationError
 
-    from service.auth import ApiKey, new_key, read_keys, write_keys
+    from service.api.auth import ApiKey, new_key, read_keys, write_keys
 
     known = read_keys(path) if path.exists() else ()
     if name in {key.name for key in known}:
@@ -67,8 +67,8 @@ def list_keys(path: Path) -> None:
     """Show names, scopes and limits; the keys themselves are nowhere."""
     from rich.table import Table
 
-    from service.auth import read_keys
-    from service.progress import print_table
+    from service.api.auth import read_keys
+    from service.observability.progress import print_table
 
     table = Table("name", "scopes", "priority", "requests a minute", "at once")
     for key in read_keys(path):
@@ -83,7 +83,7 @@ def list_keys(path: Path) -> None:
 @_file_option
 def revoke(path: Path, name: str) -> None:
     """Take the key of NAME back."""
-    from service.auth import read_keys, write_keys
+    from service.api.auth import read_keys, write_keys
 
     known = read_keys(path)
     left = tuple(key for key in known if key.name != name)

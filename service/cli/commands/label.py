@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from service.commands.options import (
+from service.cli.options import (
     EXIT_PARTLY_FAILED,
     PATH,
     SOURCE,
@@ -21,7 +21,7 @@ from service.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from service.labelling.run import Label, Output, Summary
+    from service.offline.archive import Label, Output, Summary
 
 _COUNT = click.IntRange(min=1)
 
@@ -107,8 +107,8 @@ def label(
 
     Exit code 3 if any video of the table has no labels.
     """
-    from service.labelling.run import Output, label_archive
-    from service.labelling.videos import find_videos
+    from service.offline.archive import Output, label_archive
+    from service.offline.videos import find_videos
     from service.settings import load_settings
 
     settings = load_settings(store=store, model=model, device=device, decode_workers=workers)
@@ -130,10 +130,10 @@ def label(
 
 def _label(engine: str, address: str | None, engines: int | None, decoders: int | None) -> Label:
     if engine == "local":
-        from service.labelling.here import label_here
+        from service.offline.local_runner import label_here
 
         return label_here
-    from service.labelling.cluster import Cluster, label_on_ray
+    from service.offline.ray_runner import Cluster, label_on_ray
 
     return functools.partial(label_on_ray, cluster=Cluster(address, engines, decoders))
 

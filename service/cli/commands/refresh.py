@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.options import (
+from service.cli.commands.train import given, preset_option, recipe_options, training_progress
+from service.cli.options import (
     PATH,
     SOURCE,
     class_names,
@@ -23,15 +24,14 @@ from service.commands.options import (
     source_options,
     workers_option,
 )
-from service.commands.train import given, preset_option, recipe_options, training_progress
 
 if TYPE_CHECKING:
-    from export.bundle import Bundle, BundleStore
-    from export.graphs import Precision
-    from export.refresh import Refreshed
+    from export.bundle.bundle import Bundle, BundleStore
+    from export.graph.build import Precision
+    from export.refresh.refresh import Refreshed
     from export.runtime import Device
     from export.runtime.interface import Precision as ServedPrecision
-    from model.training.sources import VideoList
+    from model.data.lists import VideoList
 
 EXIT_NOT_ACTIVATED = 4
 
@@ -151,11 +151,11 @@ def refresh(
     was killed, and does nothing where the data is what the version was made from. Exit code 4 if
     the version was published and the rule keeps it from serving.
     """
-    from export.refresh import HoldOut, Listeners, Task, record
-    from export.refresh import refresh as run
-    from model.training.job import Machine
+    from export.refresh.refresh import HoldOut, Listeners, Task, record
+    from export.refresh.refresh import refresh as run
+    from model.training.config import Machine
+    from model.training.initialisation import choose_device
     from model.training.recipe import PRESETS
-    from model.training.start import choose_device
 
     if validation is not None and hold_out is not None:
         raise click.UsageError("give either --validation or --hold-out")
@@ -194,7 +194,7 @@ def refresh(
 
 def _rule(changes: dict[str, Any]) -> Any:
     """Takes the rule's options out of `changes`."""
-    from export.comparison import Rule
+    from export.refresh.comparison import Rule
 
     names = ("metric", "min_gain", "max_old_drop", "max_class_drop")
     return Rule(changes.pop("rule"), **{name: changes.pop(name) for name in names})
@@ -204,8 +204,8 @@ def _parent(
     parent: Path | None, store: Path | None, model: str | None
 ) -> tuple[BundleStore, Bundle]:
     """The version that is trained on: the one that is named, or the active one."""
-    from export.bundle import BundleStore
-    from export.manifest import MANIFEST
+    from export.bundle.bundle import BundleStore
+    from export.bundle.manifest import MANIFEST
 
     version = None
     if parent is not None:
@@ -250,7 +250,7 @@ def _read(
 
 
 def _say(refreshed: Refreshed, store: BundleStore, as_json: bool) -> None:
-    from export.refresh import record
+    from export.refresh.refresh import record
 
     bundle, kept = refreshed.bundle, record(refreshed.bundle)
     where = shlex.quote(str(store.root))

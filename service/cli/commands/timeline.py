@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from service.commands.options import Command, json_option, local_model_options, parameters_of
+from service.cli.options import Command, json_option, local_model_options, parameters_of
 
 
 def _options(command: Command) -> Command:
     """One option for each parameter of `/v1/timeline`, in its order."""
-    from service.schemas_timeline import TimelineParameters
+    from service.inference.parameters import TimelineParameters
 
     for name, field in reversed(TimelineParameters.model_fields.items()):
         command = click.option(
@@ -43,8 +43,8 @@ def timeline(
     Prints segments as they are known; with --json, all that `/v1/timeline` sends, an object a line.
     """
     from model.video import WindowError
-    from service.local import timeline_of_file
-    from service.schemas_timeline import TimelineParameters
+    from service.inference.parameters import TimelineParameters
+    from service.offline.local import timeline_of_file
     from service.settings import load_settings
 
     wanted = {name: value for name, value in options.items() if value is not None}

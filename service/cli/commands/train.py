@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from model.config import VARIANTS
-from service.commands.evaluate import print_metrics
-from service.commands.options import (
+from service.cli.commands.evaluate import print_metrics
+from service.cli.options import (
     FILE,
     PATH,
     SOURCE,
@@ -28,8 +28,8 @@ from service.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from model.training.evaluation import Metrics
-    from model.training.job import Step
+    from model.evaluation.metrics import Metrics
+    from model.training.config import Step
 
 
 def recipe_options(command: Command) -> Command:
@@ -170,12 +170,17 @@ def train(
     torchrun --standalone --nproc-per-node 8 --no-python timesformer train ...
     """
     from model.checkpoints import load_checkpoint
-    from model.training.job import Job, Machine
+    from model.training.config import Job, Machine
+    from model.training.distributed.process_group import joined
+    from model.training.initialisation import (
+        choose_device,
+        fine_tuned_model,
+        fresh_model,
+        shared_classes,
+    )
     from model.training.loop import train as run
     from model.training.recipe import PRESETS
-    from model.training.run import WEIGHTS
-    from model.training.start import choose_device, fine_tuned_model, fresh_model, shared_classes
-    from model.training.world import joined
+    from model.training.trainer import WEIGHTS
 
     if (checkpoint is None) == (variant is None):
         raise click.UsageError("give either --from CHECKPOINT or --variant NAME")
@@ -257,7 +262,7 @@ def given(changes: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def training_progress(shown: bool = True) -> Iterator[dict[str, Callable[..., None]]]:
     """Yields the listeners of a run, as keywords, which show how far the run is."""
-    from service.progress import bar
+    from service.observability.progress import bar
 
     def on_cached(count: int, videos: int) -> None:
         progress.show(f"video {count} of {videos}, decoded for the cache", count, videos)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.options import (
+from service.cli.options import (
     EXIT_PARTLY_FAILED,
     device_option,
     engines_option,
@@ -22,10 +22,10 @@ from service.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from export.bundle import Bundle
-    from export.gate import Checked, Verdict
-    from export.manifest import Parity
+    from export.bundle.bundle import Bundle
+    from export.bundle.manifest import Parity
     from export.runtime import Device
+    from export.verification.gate import Checked, Verdict
 
 _COLUMNS = [
     *("artefact", "ran on", "max diff", "mean diff", "cosine", "error", "top-1", "top-5"),
@@ -72,10 +72,10 @@ def verify(
     installed; elsewhere the float32 graph stands for it. Files are checked against their hashes
     first, which is all that `bundles verify` does. Exit code 3 if an artefact does not pass.
     """
-    from export.clips import verification_clips, videos_in
-    from export.gate import check_bundle
+    from export.calibration.clips import verification_clips, videos_in
+    from export.verification.gate import check_bundle
     from model.demo import SAMPLE_CLIP
-    from service.progress import steps
+    from service.observability.progress import steps
 
     (found,) = find_bundles(bundle, store)
     with steps(as_json) as report:

@@ -33,8 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from export.bundle import BundleStore
-from export.manifest import ONNX_FLOAT32
+from export.bundle.bundle import BundleStore
+from export.bundle.manifest import ONNX_FLOAT32
 from export.runtime.cores import usable_cores
 from export.runtime.onnxruntime import OnnxRuntime
 

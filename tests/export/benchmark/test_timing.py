@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
-from export.bench import Entrant, Turn, speed_up, take_turns, timing
-from export.bundle import Bundle, BundleError
-from export.manifest import ONNX_FLOAT32, ONNX_INT8
-from export.measure import measure_bundle
-from export.precision import quantize
+from export.benchmark.suite import measure_bundle
+from export.benchmark.timing import Entrant, Turn, speed_up, take_turns, timing
+from export.bundle.bundle import Bundle, BundleError
+from export.bundle.manifest import ONNX_FLOAT32, ONNX_INT8
+from export.graph.int8_cpu import quantize
 from tests.export.conftest import VirtualClock
 
 CLIPS = np.zeros((2, 4, 16, 16, 3), np.uint8)

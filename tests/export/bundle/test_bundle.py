@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from export.bundle import ACTIVE, Bundle, BundleError, BundleStore, sha256_of
-from export.manifest import LABELS, MANIFEST, ONNX_FLOAT32, WEIGHTS
+from export.bundle.bundle import ACTIVE, Bundle, BundleError, BundleStore, sha256_of
+from export.bundle.manifest import LABELS, MANIFEST, ONNX_FLOAT32, WEIGHTS
 
 from .conftest import PASSED, publish_colours
 
@@ -25,7 +25,7 @@ FullDisk = Callable[[int], AbstractContextManager[None]]
 REPUBLISH = """
 import shutil, sys
 from pathlib import Path
-from export.bundle import Bundle, BundleStore
+from export.bundle.bundle import Bundle, BundleStore
 
 source, times = Path(sys.argv[1]), int(sys.argv[2])
 store, manifest = BundleStore(source.parents[1]), Bundle(source).manifest

@@ -12,9 +12,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from export.bundle import Bundle, BundleError, BundleStore, Candidate
-from export.manifest import MANIFEST
-from export.remote_store import RemoteStore, StoreUnreachableError
+from export.bundle.bundle import Bundle, BundleError, BundleStore, Candidate
+from export.bundle.manifest import MANIFEST
+from export.bundle.remote_store import RemoteStore, StoreUnreachableError
 from tests.export.conftest import publish_colours
 
 

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from export.bundle import Bundle
-from export.manifest import (
+from export.bundle.bundle import Bundle
+from export.bundle.manifest import (
     LABELS,
     ONNX_FLOAT32,
     ONNX_FP8,
@@ -20,9 +20,9 @@ from export.manifest import (
     Cost,
     ProductReport,
 )
-from export.report import write_report
+from export.bundle.report import write_report
 from tests.export.conftest import PASSED, colour_manifest
-from tests.model.training.page import LOADING, Page, read
+from tests.model.reports.pages import LOADING, Page, read
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 EIGHT_BITS = PASSED.model_copy(

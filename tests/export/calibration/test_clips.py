@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.clips import calibration_clips, held_out_clips
+from export.calibration.clips import calibration_clips, held_out_clips
 from model.training.errors import DataError
 from model.video import UndecodableVideo
 from tests.model.conftest import tiny_config
@@ -40,7 +40,7 @@ def test_are_those_of_a_list(tmp_path: Path) -> None:
 
 
 def test_are_spread_over_a_large_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.clips._CALIBRATION_VIDEOS", 3)
+    monkeypatch.setattr("export.calibration.clips._CALIBRATION_VIDEOS", 3)
     for index, colour in enumerate(["red", "blue", "green", "red", "blue"]):
         write_video(tmp_path / f"{index}.mp4", colour)
     clips = calibration_clips(tiny_config(), tmp_path)

@@ -9,9 +9,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from export.onnx import export_onnx
-from export.qdq import linears
-from export.ranges import (
+from export.calibration.histograms import (
     FORMATS,
     METHODS,
     Format,
@@ -20,8 +18,10 @@ from export.ranges import (
     count,
     record_spreads,
 )
-from export.recording import record
-from export.rewrite import rewrite
+from export.calibration.recorder import record
+from export.graph.onnx_export import export_onnx
+from export.graph.qdq import linears
+from export.graph.rewrite import rewrite
 from tests.export.conftest import EVERY_SCHEME
 from tests.model.conftest import random_frames, random_model, tiny_config
 

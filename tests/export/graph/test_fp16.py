@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export.emulation import emulate
-from export.fp16 import check_types, export_fp16
-from export.manifest import ProductReport
-from export.onnx import INPUT_NAME, ExportError, export_onnx
-from export.products import record_magnitudes
-from export.reference import run_reference
-from export.rewrite import rewrite
+from export.bundle.manifest import ProductReport
+from export.graph.fp16 import check_types, export_fp16
+from export.graph.matmuls import record_magnitudes
+from export.graph.onnx_export import INPUT_NAME, ExportError, export_onnx
+from export.graph.rewrite import rewrite
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import FP16, compare
-from model.timesformer import TimeSformer
+from export.verification.gpu_emulation import emulate
+from export.verification.parity import FP16, compare
+from export.verification.torch_reference import run_reference
+from model.network.timesformer import TimeSformer
 from tests.export.conftest import EVERY_SCHEME
 from tests.model.conftest import random_frames, random_model, tiny_config
 

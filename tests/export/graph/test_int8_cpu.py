@@ -11,14 +11,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.onnx import ExportError, export_onnx
-from export.precision import WEIGHT_LIMIT, quantize, round_weight
-from export.reference import run_reference
-from export.rewrite import rewrite
+from export.graph.int8_cpu import WEIGHT_LIMIT, quantize, round_weight
+from export.graph.onnx_export import ExportError, export_onnx
+from export.graph.rewrite import rewrite
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import INT8, compare
-from model.schemes import SCHEMES
-from model.timesformer import TimeSformer
+from export.verification.parity import INT8, compare
+from export.verification.torch_reference import run_reference
+from model.network.schemes import SCHEMES
+from model.network.timesformer import TimeSformer
 from tests.model.conftest import random_frames, random_model, tiny_config
 
 

@@ -13,11 +13,11 @@ import torch
 from onnx import TensorProto, shape_inference
 from torch import nn
 
-from export.onnx import INPUT_NAME, OPSET, OUTPUT_NAMES, ExportError, export_onnx
-from export.reference import run_reference
-from export.rewrite import InferenceTimeSformer, rewrite
+from export.graph.onnx_export import INPUT_NAME, OPSET, OUTPUT_NAMES, ExportError, export_onnx
+from export.graph.rewrite import InferenceTimeSformer, rewrite
 from export.runtime.onnxruntime import OnnxRuntime
-from model.timesformer import TimeSformer
+from export.verification.torch_reference import run_reference
+from model.network.timesformer import TimeSformer
 from tests.export.conftest import EVERY_SCHEME
 from tests.model.conftest import random_frames, random_model, tiny_config
 

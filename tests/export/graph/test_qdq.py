@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from export.emulation import emulate
-from export.fp16 import export_fp16
-from export.manifest import ProductReport
-from export.onnx import ExportError, export_onnx
-from export.pipeline import run_reference
-from export.products import record_magnitudes
-from export.qdq import (
+from export.bundle.manifest import ProductReport
+from export.calibration.histograms import FORMATS, Calibration, Method, record_spreads
+from export.graph.fp16 import export_fp16
+from export.graph.matmuls import record_magnitudes
+from export.graph.onnx_export import ExportError, export_onnx
+from export.graph.qdq import (
     Linear,
     Quantized,
     _Trials,
@@ -32,13 +31,14 @@ from export.qdq import (
     linears,
     worst_cosine,
 )
-from export.ranges import FORMATS, Calibration, Method, record_spreads
-from export.rewrite import rewrite
+from export.graph.rewrite import rewrite
+from export.pipeline import run_reference
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import LIMITS, compare
-from model.schemes import SCHEMES
-from model.timesformer import TimeSformer
+from export.verification.gpu_emulation import emulate
+from export.verification.parity import LIMITS, compare
+from model.network.schemes import SCHEMES
+from model.network.timesformer import TimeSformer
 from tests.export.conftest import EVERY_SCHEME
 from tests.model.conftest import random_frames, random_model, tiny_config
 
@@ -216,7 +216,7 @@ def test_products_are_kept_until_the_answers_are_near_enough(
     form = FORMATS[case.kind]
     strict = 1 - (1 - max(case.quantized.agreement.values())) / 2
     limits = {form.name: LIMITS[form.name]._replace(cosine=1 - 2 * (1 - strict))}
-    monkeypatch.setattr("export.qdq.LIMITS", limits)
+    monkeypatch.setattr("export.graph.qdq.LIMITS", limits)
     steps: list[str] = []
     quantized = case.exported.quantize(case.kind, tmp_path / "q.onnx", steps.append)
     kept = [each for each in quantized.products if each.reason and each.error is not None]
@@ -273,8 +273,8 @@ def test_a_clip_that_fares_worse_than_those_that_are_compared_keeps_products(
     others = min(cosines[clip] for clip in order[:-1])
     limit = 2 * (cosines[worst] + others) / 2 - 1  # half its room lies between the two
     limits = {form.name: LIMITS[form.name]._replace(cosine=limit)}
-    monkeypatch.setattr("export.qdq.LIMITS", limits)
-    monkeypatch.setattr("export.qdq.METHODS", (case.quantized.method,))
+    monkeypatch.setattr("export.graph.qdq.LIMITS", limits)
+    monkeypatch.setattr("export.graph.qdq.METHODS", (case.quantized.method,))
     quantized = export_qdq(
         *(case.fp16, tmp_path / "q.onnx", form, case.exported.linears),
         *(case.exported.products, calibration),
@@ -320,7 +320,7 @@ def test_tensorrt_parses_and_builds_it(
     """TensorRT-RTX, for real and without a GPU: every product's result is FP16, and as many
     roundings are in the network as in the graph."""
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
-    from export.tensorrt import BuildJob, build_plan
+    from export.tensorrt.builder import BuildJob, build_plan
 
     case = make_case(scheme, kind)
     form = FORMATS[kind]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from export.rewrite import (
+from export.graph.rewrite import (
     REWRITES,
     ClassTokenAttention,
     InferenceTimeSformer,
@@ -22,8 +22,8 @@ from export.rewrite import (
     shorten_last_block,
 )
 from model.config import ATTENTION_TYPES, VARIANTS, ModelConfig
-from model.cost import cost
-from model.timesformer import TimeSformer
+from model.network.cost import cost
+from model.network.timesformer import TimeSformer
 from tests.model.conftest import random_frames, tiny_config
 
 Rewriting = Callable[[InferenceTimeSformer], None]

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.comparison import Comparison, Decision, Rule, compare, decide
+from export.refresh.comparison import Comparison, Decision, Rule, compare, decide
+from model.data.lists import Sample, VideoList
+from model.evaluation.metrics import Failure, Predictions
 from model.training.errors import DataError
-from model.training.evaluation import Failure, Predictions
-from model.training.sources import Sample, VideoList
 
 LABELS = ("run", "walk", "jump")
 VIDEOS = VideoList(

@@ -18,21 +18,29 @@ from numpy.typing import NDArray
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from export import refresh as module
-from export.bundle import Bundle, BundleStore, sha256_of
-from export.comparison import Rule
-from export.manifest import LABELS, ONNX_FLOAT32, WEIGHTS
-from export.refresh import HoldOut, Listeners, Refreshed, RefreshError, Task, record, refresh
+from export.bundle.bundle import Bundle, BundleStore, sha256_of
+from export.bundle.manifest import LABELS, ONNX_FLOAT32, WEIGHTS
+from export.refresh.comparison import Rule
+from export.refresh.refresh import (
+    HoldOut,
+    Listeners,
+    Refreshed,
+    RefreshError,
+    Task,
+    record,
+    refresh,
+)
 from export.runtime.interface import Outputs
 from model.checkpoints import Checkpoint, load_checkpoint, save_safetensors
-from model.timesformer import TimeSformer
+from model.data.lists import VideoList, read_videos
+from model.network.timesformer import TimeSformer
+from model.training.config import Job, Machine
 from model.training.errors import DataError, RecipeError
-from model.training.job import Job, Machine
+from model.training.initialisation import grown
 from model.training.loop import train
 from model.training.recipe import PRESETS
-from model.training.run import classifier
-from model.training.sources import VideoList, read_videos
-from model.training.start import grown
-from service.cli import cli
+from model.training.trainer import classifier
+from service.cli.main import cli
 from tests.export.conftest import colour_manifest, write_colour_graph
 from tests.model.conftest import random_frames, random_model, tiny_config
 from tests.model.training.conftest import flat, write_video

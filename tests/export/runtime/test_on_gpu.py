@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.bundle import Bundle, BundleStore
-from export.clips import verification_clips
-from export.fastest import measure_fastest
-from export.gate import check_bundle
-from export.manifest import GRAPHS, ONNX_FLOAT32, ONNX_FP16, Parity
+from export.bundle.bundle import Bundle, BundleStore
+from export.bundle.manifest import GRAPHS, ONNX_FLOAT32, ONNX_FP16, Parity
+from export.calibration.clips import verification_clips
 from export.pipeline import export_bundle
-from export.proof import Proof
 from export.runtime.interface import Outputs, Runtime, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import GPU_GRAPHS, Plan, PlanError
 from export.runtime.tensorrt import TensorRt
-from export.tensorrt import BuildJob, build_plan
-from export.verify import LIMITS, compare
+from export.tensorrt.builder import BuildJob, build_plan
+from export.tensorrt.precision_benchmark import measure_fastest
+from export.verification.engine_check import Proof
+from export.verification.gate import check_bundle
+from export.verification.parity import LIMITS, compare
 from model.checkpoints import load_checkpoint, save_safetensors
 from model.config import ModelConfig
 from tests.model.conftest import random_model, tiny_config

@@ -15,8 +15,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from export.bundle import Bundle, BundleError, BundleStore
-from export.manifest import LABELS, ONNX_FLOAT32, ONNX_INT8, WEIGHTS, Choice
+from export.bundle.bundle import Bundle, BundleError, BundleStore
+from export.bundle.manifest import LABELS, ONNX_FLOAT32, ONNX_INT8, WEIGHTS, Choice
 from export.runtime import (
     Device,
     Precision,

@@ -13,9 +13,9 @@ import pytest
 from export import reuse
 from export.runtime.plans import Plan, PlanError, PlanKey
 from export.runtime.tensorrt import Wanted
-from export.tensorrt import BuildJob, build_plan
-from tests.export.test_inspection import INSPECTED, engine
-from tests.export.test_tensorrt import Loading, built_here, colours, folder, job, key
+from export.tensorrt.builder import BuildJob, build_plan
+from tests.export.tensorrt.test_builder import Loading, built_here, colours, folder, job, key
+from tests.export.tensorrt.test_inspector import INSPECTED, engine
 
 __all__ = ["colours", "folder"]  # fixtures
 

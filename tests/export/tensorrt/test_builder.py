@@ -18,8 +18,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export import tensorrt
-from export.onnx import export_onnx
-from export.rewrite import rewrite
+from export.graph.onnx_export import export_onnx
+from export.graph.rewrite import rewrite
 from export.runtime.plans import (
     PlanError,
     PlanFacts,
@@ -31,7 +31,7 @@ from export.runtime.plans import (
     read_plan,
 )
 from export.runtime.tensorrt import log_of
-from export.tensorrt import BuildJob, build_plan, find_built, layer_types, parse, structure
+from export.tensorrt.builder import BuildJob, build_plan, find_built, layer_types, parse, structure
 from tests.export.conftest import EVERY_SCHEME, write_colour_graph
 from tests.model.conftest import random_model, tiny_config
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from export import tensorrt
-from export.inspection import by_type, in_words, missing_bits, read_layers
 from export.runtime.plans import PlanError, layers_file, plans_in
-from tests.export.test_tensorrt import Loading, built_here, colours, folder, job, key
+from export.tensorrt.inspector import by_type, in_words, missing_bits, read_layers
+from tests.export.tensorrt.test_builder import Loading, built_here, colours, folder, job, key
 
 __all__ = ["colours", "folder"]  # fixtures
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from export.bundle import Bundle, BundleStore
-from export.fastest import measure_fastest
-from export.manifest import LABELS, ONNX_FLOAT32, ONNX_FP8, ONNX_FP16, WEIGHTS
+from export.bundle.bundle import Bundle, BundleStore
+from export.bundle.manifest import LABELS, ONNX_FLOAT32, ONNX_FP8, ONNX_FP16, WEIGHTS
 from export.runtime.cuda import CudaError
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import Gpu, PlanError, engines_folder, locked
 from export.runtime.tensorrt import TensorRt
+from export.tensorrt.precision_benchmark import measure_fastest
 
 from .conftest import COLOURS, PASSED, VirtualClock, colour_manifest, write_colour_graph
 

@@ -15,13 +15,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from export.bundle import Bundle, BundleError
-from export.clips import held_out_clips, verification_clips
-from export.gate import check_bundle
-from export.manifest import GRAPHS, ONNX_FLOAT32, ONNX_FP16, ONNX_INT8
+from export.bundle.bundle import Bundle, BundleError
+from export.bundle.manifest import GRAPHS, ONNX_FLOAT32, ONNX_FP16, ONNX_INT8
+from export.calibration.clips import held_out_clips, verification_clips
 from export.runtime.interface import Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import Gpu, Plan, PlanKey, engines_folder
+from export.verification.gate import check_bundle
 from model.checkpoints import Checkpoint
 from tests.export.conftest import plan_facts
 
@@ -108,7 +108,7 @@ def test_on_a_gpu_all_but_8_bits_runs_there(
             opened.append((getattr(model, "name", "emulated"), cuda))
             super().__init__(model, cuda=False, **more)
 
-    monkeypatch.setattr("export.artefacts.OnnxRuntime", Recorded)
+    monkeypatch.setattr("export.verification.artefacts.OnnxRuntime", Recorded)
     check_bundle(whole, clips, device="cuda", threads=1)
     on_gpu, on_cpu = [(ONNX_FLOAT32, True), (ONNX_FP16, True)], [(ONNX_INT8, False)]
     assert opened[1:] == [*on_gpu, *on_cpu, ("emulated", False), ("emulated", False)]
@@ -119,9 +119,9 @@ def test_without_torch_the_float32_graph_stands_for_the_network(whole: Bundle, v
     script = (
         "import sys; sys.modules.update({'torch': None, 'onnx': None})\n"
         "from pathlib import Path\n"
-        "from export.bundle import Bundle\n"
-        "from export.clips import verification_clips\n"
-        "from export.gate import check_bundle\n"
+        "from export.bundle.bundle import Bundle\n"
+        "from export.calibration.clips import verification_clips\n"
+        "from export.verification.gate import check_bundle\n"
         "bundle = Bundle(Path(sys.argv[1]))\n"
         "clips = verification_clips(bundle.config, [Path(sys.argv[2])])\n"
         "verdict = check_bundle(bundle, clips, device='cpu', threads=1)\n"
@@ -160,8 +160,8 @@ class TestPlans:
             return Loaded(copy.file(ONNX_FLOAT32), cuda=False, threads=1)
 
         here = SimpleNamespace(cuda=gpu, module=SimpleNamespace(__version__="11.4"), load=load)
-        monkeypatch.setattr("export.artefacts.TensorRt", lambda index, engines: here)
-        monkeypatch.setattr("export.artefacts._cuda_runs", lambda *arguments: False)
+        monkeypatch.setattr("export.verification.artefacts.TensorRt", lambda index, engines: here)
+        monkeypatch.setattr("export.verification.artefacts._cuda_runs", lambda *arguments: False)
         return gpu
 
     def write_plan(self, bundle: Bundle, name: str, graph: str, gpu: Gpu = H200) -> str:
@@ -210,8 +210,8 @@ class TestPlans:
         def refuse(index: int, engines: Path | None) -> None:
             raise RuntimeUnavailableError("there is no NVIDIA driver")
 
-        monkeypatch.setattr("export.artefacts.TensorRt", refuse)
-        monkeypatch.setattr("export.artefacts._cuda_runs", lambda *arguments: False)
+        monkeypatch.setattr("export.verification.artefacts.TensorRt", refuse)
+        monkeypatch.setattr("export.verification.artefacts._cuda_runs", lambda *arguments: False)
         name = self.write_plan(copy, "fits", copy.manifest.files[ONNX_FLOAT32].sha256)
         for device, reason in (("auto", "there is no NVIDIA driver"), ("cpu", "GPUs only")):
             (left_out,) = check_bundle(copy, clips, device=device, threads=1).left_out  # type: ignore[arg-type]

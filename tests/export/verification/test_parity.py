@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from export.runtime import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
-from export.verify import FLOAT32, FP16, INT8, Limits, compare, hold, run_in_batches
+from export.verification.parity import FLOAT32, FP16, INT8, Limits, compare, hold, run_in_batches
 
 from .conftest import write_colour_graph
 

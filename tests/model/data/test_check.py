@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from model.config import Preprocessing
-from model.training.check import Report, check
-from model.training.sources import read_videos
-from service.cli import cli
+from model.data.check import Report, check
+from model.data.lists import read_videos
+from service.cli.main import cli
 from tests.model.training.conftest import flat, write_video
 
 SHORT_CLIPS = Preprocessing(num_frames=4, image_size=16, frame_stride=4)

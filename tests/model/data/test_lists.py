@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model.labels import LabelError
-from model.training.errors import DataError
-from model.training.sources import (
+from model.data.lists import (
     Columns,
     Sample,
     VideoList,
@@ -17,6 +15,8 @@ from model.training.sources import (
     read_videos,
     write_list,
 )
+from model.labels import LabelError
+from model.training.errors import DataError
 
 
 def written(path: Path, text: str) -> Path:

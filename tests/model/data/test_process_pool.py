@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from model.training.workers import in_processes
+from model.data.process_pool import in_processes
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -44,8 +44,8 @@ def test_what_the_work_raises_is_raised() -> None:
 
 KILLED = """
 import os, signal
-from tests.model.training.test_workers import crashed, own_number
-from model.training.workers import in_processes
+from tests.model.data.test_process_pool import crashed, own_number
+from model.data.process_pool import in_processes
 
 if __name__ == "__main__":
     for number in in_processes(own_number, range(100), 2, crashed):

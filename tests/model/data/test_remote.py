@@ -21,13 +21,13 @@ pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
 
 from model.config import Preprocessing
+from model.data.check import check
+from model.data.lists import Sample, VideoList, read_videos, write_list
+from model.data.remote import joined, local_video, without_secrets
+from model.evaluation.metrics import Protocol, predict
 from model.training import remote
-from model.training.check import check
 from model.training.errors import DataError, MissingVideo, UnreachableVideo
-from model.training.evaluation import Protocol, predict
-from model.training.remote import joined, local_video, without_secrets
-from model.training.sources import Sample, VideoList, read_videos, write_list
-from service.cli import cli
+from service.cli.main import cli
 
 SEES = Preprocessing(num_frames=2, image_size=16, frame_stride=4)
 
@@ -119,7 +119,7 @@ def test_remote_videos_are_checked_and_evaluated_as_local_ones(
 
 
 def test_training_replaces_a_video_that_is_not_there(site: str) -> None:
-    from model.training.data import Draw, TrainingClips, View
+    from model.training.data.loader import Draw, TrainingClips, View
 
     samples = tuple(Sample(f"{site}/red/{name}.mp4", 0, name) for name in ("0", "9"))
     clips = TrainingClips(VideoList(samples, ("red",)), SEES, View(), seed=0)
@@ -129,8 +129,8 @@ def test_training_replaces_a_video_that_is_not_there(site: str) -> None:
 
 
 def test_a_cache_is_not_filled_with_an_outage(site: str, colours: Path, tmp_path: Path) -> None:
-    from model.training.cache import Draws, open_cache
-    from model.training.data import View
+    from model.training.data.clip_cache import Draws, open_cache
+    from model.training.data.loader import View
 
     def draws(*urls: str) -> Draws:
         samples = tuple(Sample(url, 0, url) for url in urls)
@@ -218,7 +218,8 @@ def test_the_command_takes_urls_and_names_paths_that_do_not_exist(
 
 def test_serving_and_local_lists_import_no_fsspec(colours: Path) -> None:
     code = (
-        "import sys, service.app, service.cli; from model.training.sources import read_videos; "
+        "import sys, service.server.app, service.cli.main;"
+        "from model.data.lists import read_videos;"
         f"read_videos({str(colours)!r}); raise SystemExit('fsspec' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

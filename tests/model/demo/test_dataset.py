@@ -7,10 +7,10 @@ from pathlib import Path
 import av
 import pytest
 
+from model.data.lists import read_videos
 from model.demo.dataset import write_demo_set
 from model.demo.render import LABELS
 from model.training.errors import DataError
-from model.training.sources import read_videos
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from model.config import ATTENTION_TYPES, VARIANTS
 from model.demo import clips, pretrain
 from model.demo.clips import Rendered
-from model.timesformer import TimeSformer
+from model.network.timesformer import TimeSformer
 
 SMALL = VARIANTS["demo"].replace(image_size=32, embed_dim=64, depth=2, num_heads=2)
 SHORT = pretrain.Pretraining(steps=40, clips=12, batch=8, warm_up=5)

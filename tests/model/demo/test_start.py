@@ -7,7 +7,7 @@ import torch
 
 from model.config import VARIANTS
 from model.demo.start import start_as_motion_energy
-from model.timesformer import TimeSformer
+from model.network.timesformer import TimeSformer
 
 
 def network_that_starts(scheme: str) -> tuple[TimeSformer, torch.Tensor]:

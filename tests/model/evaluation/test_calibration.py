@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from model.training.calibration import calibrate, fit_temperature
-from model.training.evaluation import Predictions, measure
-from model.training.sources import Sample
+from model.data.lists import Sample
+from model.evaluation.calibration import calibrate, fit_temperature
+from model.evaluation.metrics import Predictions, measure
 
 
 def drawn(boast: float, videos: int = 6000, groups: int | None = None) -> Predictions:

@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from model.config import Preprocessing
-from model.training.errors import DataError
-from model.training.evaluation import (
+from model.data.lists import Sample, VideoList, read_videos
+from model.evaluation.metrics import (
     Predictions,
     Protocol,
     agreement,
@@ -19,7 +19,7 @@ from model.training.evaluation import (
     predict,
     predict_each,
 )
-from model.training.sources import Sample, VideoList, read_videos
+from model.training.errors import DataError
 
 SEES = Preprocessing(num_frames=2, image_size=16, frame_stride=4)
 

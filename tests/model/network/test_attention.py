@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import Attention, PatchAttention, attend_with_class_token
 from model.config import ATTENTION_TYPES, AttentionType
-from model.schemes import SCHEMES, Grouping
-from model.timesformer import Block
+from model.network.attention import Attention, PatchAttention, attend_with_class_token
+from model.network.schemes import SCHEMES, Grouping
+from model.network.timesformer import Block
 from tests.model.conftest import random_model, tiny_config
 
 TIME, HEIGHT, WIDTH, DIM = 4, 6, 8, 3

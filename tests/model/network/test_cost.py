@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ATTENTION_TYPES, VARIANTS, ModelConfig
-from model.cost import cost
-from model.timesformer import TimeSformer
+from model.network.cost import cost
+from model.network.timesformer import TimeSformer
 from tests.model.conftest import random_frames, tiny_config
 
 

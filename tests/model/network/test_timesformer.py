@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.config import ATTENTION_TYPES
-from model.timesformer import Block, DropPath, TimeSformer
+from model.network.timesformer import Block, DropPath, TimeSformer
 from tests.model.conftest import random_frames, random_model, tiny_config
 
 

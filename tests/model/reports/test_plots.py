@@ -9,8 +9,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from model.training.evaluation import Bin, calibration_error, confidence_bins
-from model.training.plots import (
+from model.evaluation.metrics import Bin, calibration_error, confidence_bins
+from model.reports.plots import (
     confusion_matrix,
     line_chart,
     nice_ticks,

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from model.config import Preprocessing
-from model.training.calibration import calibrate
-from model.training.evaluation import Failure, Predictions
-from model.training.markup import Html, join, tag
-from model.training.report import PAGE, Evaluated, write_report
-from model.training.sources import Sample
-from model.training.thumbnails import film_strip
+from model.data.lists import Sample
+from model.evaluation.calibration import calibrate
+from model.evaluation.metrics import Failure, Predictions
+from model.reports.html import Html, join, tag
+from model.reports.thumbnails import film_strip
+from model.reports.training_report import PAGE, Evaluated, write_report
+from tests.model.reports.pages import LOADING, Page, read
 from tests.model.training.conftest import flat, write_video
-from tests.model.training.page import LOADING, Page, read
 
 SEES = Preprocessing(num_frames=4, image_size=32, frame_stride=4)
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'

@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner, Result
 
 from model.checkpoints import load_checkpoint, save_safetensors
+from model.data.lists import read_videos
 from model.demo import STORE
-from model.training.sources import read_videos
-from model.training.start import fine_tuned_model, shared_classes
-from service.cli import cli
+from model.training.initialisation import fine_tuned_model, shared_classes
+from service.cli.main import cli
 from tests.model.conftest import random_model, tiny_config
 
 TINY = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_frames": 2,

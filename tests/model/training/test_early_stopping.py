@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model.data.lists import read_videos
 from model.training import checkpoint
+from model.training.config import Machine, Step
 from model.training.errors import RecipeError, StoppedError
-from model.training.job import Machine, Step
-from model.training.log import read_log
+from model.training.event_log import read_log
 from model.training.loop import LOG
 from model.training.recipe import Recipe
-from model.training.run import CHECKPOINTS, REPORT, WEIGHTS
-from model.training.sources import read_videos
+from model.training.trainer import CHECKPOINTS, REPORT, WEIGHTS
 from tests.model.training.test_loop import run, same_result
 
 # Colours are learned soon, and no share of right answers is better than all.

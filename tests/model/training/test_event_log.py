@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.training.errors import TrainingError
-from model.training.log import RunLog, read_log
+from model.training.event_log import RunLog, read_log
 
 
 def test_going_on_removes_what_comes_later_and_what_was_cut_off(tmp_path: Path) -> None:

@@ -18,21 +18,21 @@ from safetensors.torch import load_file
 
 from model.checkpoints import load_checkpoint
 from model.config import VARIANTS, ModelConfig
-from model.timesformer import TimeSformer
+from model.data.lists import Sample, VideoList, read_videos
+from model.network.timesformer import TimeSformer
+from model.reports.training_report import PAGE
 from model.training import checkpoint
+from model.training.config import Job, Machine, Step
 from model.training.errors import (
     DivergedError,
     MismatchError,
     StoppedError,
     TrainingError,
 )
-from model.training.job import Job, Machine, Step
-from model.training.log import read_log
+from model.training.event_log import read_log
 from model.training.loop import LOG, train
 from model.training.recipe import PRESETS, Recipe
-from model.training.report import PAGE
-from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Run
-from model.training.sources import Sample, VideoList, read_videos
+from model.training.trainer import CHECKPOINTS, REPORT, WEIGHTS, Run
 from tests.model.conftest import tiny_config
 
 REPOSITORY = Path(__file__).parents[3]

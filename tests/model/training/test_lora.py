@@ -10,12 +10,12 @@ from torch import nn
 
 from model.checkpoints import load_checkpoint
 from model.config import ATTENTION_TYPES, VARIANTS
-from model.timesformer import TimeSformer
+from model.network.timesformer import TimeSformer
 from model.training import checkpoint
-from model.training.adapters import adapt, is_adapter, merged
 from model.training.errors import RecipeError
+from model.training.lora import adapt, is_adapter, merged
 from model.training.optimisation import freeze
-from model.training.run import CHECKPOINTS, WEIGHTS
+from model.training.trainer import CHECKPOINTS, WEIGHTS
 from tests.model.conftest import random_frames, random_model, tiny_config
 from tests.model.training.test_loop import first_model, run
 

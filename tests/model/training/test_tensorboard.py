@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model.training.board import Board
+from model.data.lists import read_videos
+from model.training.config import Machine, Step
 from model.training.errors import StoppedError
-from model.training.job import Machine, Step
-from model.training.log import read_log
+from model.training.event_log import read_log
 from model.training.loop import BOARD, LOG, train
-from model.training.sources import read_videos
+from model.training.tensorboard import Board
 from tests.model.training.test_loop import first_model, job
 
 

@@ -13,13 +13,13 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from service.app import create_app
-from service.auth import ApiKey, KeyFileError, Keyring, new_key, read_keys, write_keys
-from service.cli import cli
+from service.api.auth import ApiKey, KeyFileError, Keyring, new_key, read_keys, write_keys
+from service.cli.main import cli
 from service.errors import TooManyRequestsError
+from service.server.app import create_app
 from service.settings import SettingsError, load_settings
 from tests.service.conftest import send
-from tests.service.test_models import publish, store, wait_until  # noqa: F401 - a fixture
+from tests.service.registry.test_models import publish, store, wait_until  # noqa: F401 - a fixture
 
 
 def write(path: Path, **limits: Any) -> dict[str, str]:
@@ -203,7 +203,7 @@ def test_a_body_is_not_waited_for_before_the_key(
 def test_an_administrators_body_has_limits_too(
     serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.pace._WINDOW_S", 1.0)
+    monkeypatch.setattr("service.ingest.upload_rate._WINDOW_S", 1.0)
     headers = bearer(write(tmp_path / "keys.json")["admin"])
     url = "/v1/admin/models/demo/candidate"
 

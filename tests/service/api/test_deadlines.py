@@ -19,10 +19,10 @@ import pytest
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import SAMPLE_CLIP
-from service.auth import ApiKey, new_key, write_keys
+from service.api.auth import ApiKey, new_key, write_keys
 from tests.service.conftest import Serve, send
 from tests.service.conftest import tensor as tensor_of
-from tests.service.test_models import wait_until
+from tests.service.registry.test_models import wait_until
 
 INFER = "/v2/models/demo/infer"
 SHAPE = (8, 64, 64, 3)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from service.events import EventStream
-from service.schemas_timeline import TimelineEvent
+from service.api.event_stream import EventStream
+from service.inference.results import TimelineEvent
 
 
 class Stream:

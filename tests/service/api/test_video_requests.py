@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from service.api.video_requests import answer_in_time
 from service.errors import ClientDisconnectedError, RequestTimeoutError
-from service.requests import answer_in_time
 
 LONG_S, NO_TIME_S = 60.0, 0.001
 

@@ -23,20 +23,20 @@ import pytest
 from click.testing import CliRunner, Result
 
 import service
-from export.bundle import ACTIVE, Bundle, BundleStore
-from export.manifest import MANIFEST, ONNX_FLOAT32
-from export.reference import run_reference
+from export.bundle.bundle import ACTIVE, Bundle, BundleStore
+from export.bundle.manifest import MANIFEST, ONNX_FLOAT32
 from export.runtime.onnxruntime import OnnxRuntime
+from export.verification.torch_reference import run_reference
 from model.checkpoints import load_checkpoint, save_safetensors
 from model.config import VARIANTS
-from model.cost import cost
-from service.cli import cli
+from model.network.cost import cost
+from service.cli.main import cli
 from tests.export.conftest import publish_colours, write_video
 from tests.model.conftest import random_model, tiny_config
 
 TIMESFORMER = Path(sys.executable).with_name("timesformer")
 pytestmark = pytest.mark.usefixtures("one_export_of_each_network")
-NEED_RAY = {"service.labelling.cluster", "service.ray_serve"}
+NEED_RAY = {"service.offline.ray_runner", "service.server.ray_serve"}
 
 
 @pytest.fixture(autouse=True)
@@ -516,7 +516,7 @@ def test_an_error_that_is_not_known_is_not_hidden(monkeypatch: pytest.MonkeyPatc
     def broken(config: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("model.cost.cost", broken)
+    monkeypatch.setattr("model.network.cost.cost", broken)
     assert isinstance(CliRunner().invoke(cli, ["info"]).exception, ZeroDivisionError)
 
 
@@ -568,8 +568,9 @@ def test_serving_imports_where_torch_is_not_installed() -> None:
     modules = [each.name for each in pkgutil.walk_packages(service.__path__, "service.")]
     # Ray has an environment of its own: `make test-ray`.
     modules = [name for name in modules if name not in NEED_RAY]
-    modules += ["export.bundle", "export.verify", "export.runtime", "model.demo", "model.cost"]
-    assert "service.app" in modules
+    modules += ["export.bundle.bundle", "export.verification.parity", "export.runtime"]
+    modules += ["model.demo", "model.network.cost"]
+    assert "service.server.app" in modules
     script = WITHOUT_TORCH + "".join(f"import {module}\n" for module in modules)
     subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
 
@@ -578,7 +579,7 @@ def test_help_needs_neither_torch_nor_an_engine() -> None:
     script = """
 import sys
 from click.testing import CliRunner
-from service.cli import cli
+from service.cli.main import cli
 
 assert CliRunner().invoke(cli, ["--help"]).exit_code == 0
 assert "onnxruntime" not in sys.modules

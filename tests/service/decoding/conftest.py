@@ -41,8 +41,8 @@ if __name__ == "__main__":
             await pool.decode(DecodeRequest(pathlib.Path(sys.argv[1]), SEEN, 1, 1))
             print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 
-    import service.cli
-    service.cli.cli = lambda: asyncio.run(run())
+    import service.cli.main
+    service.cli.main.cli = lambda: asyncio.run(run())
     main()
 """
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from model.video import Clips, load_clips
-from service.app import tell_of_sandbox
 from service.decoding import sandbox
 from service.decoding.messages import DecodeRequest, DecoderLimits
 from service.decoding.pool import DecoderPool
 from service.errors import VideoRejectedError
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
+from service.server.app import tell_of_sandbox
 from service.settings import SettingsError, load_settings
 from tests.service.conftest import Serve
 from tests.service.decoding.conftest import LIMITS, SEEN

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.runtime.interface import Outputs
-from service.batcher import Batcher
+from service.inference.batcher import Batcher
 
 Frames = NDArray[np.uint8]
 _LIMIT_S = 60.0

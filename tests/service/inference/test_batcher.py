@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from export.runtime.interface import Outputs
-from service.batcher import Batcher
-from service.batches import TRY_EVERY_S, Events
 from service.errors import (
     DeadlineExceededError,
     DeadlineUnreachableError,
     InternalError,
     QueueFullError,
 )
-from service.network import Network, Wanted
-from service.turns import Answer, Priority, Request, Turns
-from tests.service.stepped import Frames, Stepped, SteppedEngine, clips, virtual
+from service.inference.batcher import Batcher
+from service.inference.engine_worker import TRY_EVERY_S, Events
+from service.inference.scheduler import Answer, Priority, Request, Turns
+from service.registry.local_client import Network, Wanted
+from tests.service.inference.stepped import Frames, Stepped, SteppedEngine, clips, virtual
 
 
 def submit(stepped: Stepped, *values: int, **options: Any) -> asyncio.Task[Answer]:

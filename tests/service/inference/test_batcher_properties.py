@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from service.batcher import Batcher
-from service.batches import Events
 from service.errors import (
     DeadlineExceededError,
     DeadlineUnreachableError,
     InternalError,
     QueueFullError,
 )
-from service.turns import MOST_BETWEEN, PRIORITIES, WEIGHTS, Priority
-from tests.service.stepped import Stepped, SteppedEngine, clips, virtual
+from service.inference.batcher import Batcher
+from service.inference.engine_worker import Events
+from service.inference.scheduler import MOST_BETWEEN, PRIORITIES, WEIGHTS, Priority
+from tests.service.inference.stepped import Stepped, SteppedEngine, clips, virtual
 
 REFUSALS = (DeadlineExceededError, DeadlineUnreachableError, QueueFullError)
 

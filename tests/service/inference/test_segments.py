@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.segments import Rule, Segment, Segmenter
+from service.inference.segments import Rule, Segment, Segmenter
 
 PLAIN = Rule(smoothing=1, open_score=0.5, close_score=0.3, min_segment_s=0.0)
 

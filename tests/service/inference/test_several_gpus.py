@@ -16,19 +16,19 @@ from typing import Any
 import httpx
 import pytest
 
-from export.bundle import Bundle, BundleStore
-from export.manifest import ONNX_FLOAT32
+from export.bundle.bundle import Bundle, BundleStore
+from export.bundle.manifest import ONNX_FLOAT32
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import GPU_GRAPHS, PlanError
-from export.tensorrt import BuildJob
-from service.engines import BUILDING, Engines, find_gpus, find_tensorrt
-from service.loading import load_model
-from service.metrics import Metrics
-from service.models import Models
+from export.tensorrt.builder import BuildJob
+from service.observability.metrics import Metrics
+from service.registry.loading import load_model
+from service.registry.models import Models
+from service.registry.tensorrt_plans import BUILDING, Engines, find_gpus, find_tensorrt
 from service.settings import load_settings
 from tests.service.conftest import Serve
-from tests.service.fake_gpu import (
+from tests.service.registry.fake_gpu import (
     FakeBuilder,
     FakeGpu,
     build_ahead,
@@ -37,7 +37,7 @@ from tests.service.fake_gpu import (
     label,
     state,
 )
-from tests.service.test_models import metric, serving, store, wait_until
+from tests.service.registry.test_models import metric, serving, store, wait_until
 
 __all__ = ["store"]  # a fixture
 LARGEST = 16
@@ -217,7 +217,7 @@ class TestWhichGpus:
     def test_one_that_is_not_there_is_an_error_that_names_the_variable(
         self, store: BundleStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("service.engines.count_gpus", lambda: 2)
+        monkeypatch.setattr("service.registry.tensorrt_plans.count_gpus", lambda: 2)
         settings = load_settings(store=store.root, gpu="0,2")
         problem = "TIMESFORMER_GPU: there is no GPU 2; 2 can be seen, from 0 on"
         for find in (find_gpus, find_tensorrt):
@@ -232,7 +232,7 @@ class TestWhichGpus:
         def count() -> int:
             raise RuntimeUnavailableError("there is no NVIDIA driver")
 
-        monkeypatch.setattr("service.engines.count_gpus", count)
+        monkeypatch.setattr("service.registry.tensorrt_plans.count_gpus", count)
         with pytest.raises(RuntimeUnavailableError, match="GPU=all: there is no NVIDIA driver"):
             find_gpus(load_settings(gpu="all", device="cuda"))
         assert find_gpus(load_settings(gpu="all")) == (0,)
@@ -245,8 +245,8 @@ class TestWhichGpus:
                 raise RuntimeUnavailableError("GPU 1 is too old")
             return index
 
-        monkeypatch.setattr("service.engines.count_gpus", lambda: 3)
-        monkeypatch.setattr("service.engines.TensorRt", tensorrt)
+        monkeypatch.setattr("service.registry.tensorrt_plans.count_gpus", lambda: 3)
+        monkeypatch.setattr("service.registry.tensorrt_plans.TensorRt", tensorrt)
         assert find_tensorrt(load_settings(gpu="2,0")) == ((2, 0), BUILDING)
         found, why = find_tensorrt(load_settings(gpu="all"))
         assert (found, str(why)) == ((), "unavailable: GPU 1 is too old")
@@ -254,7 +254,9 @@ class TestWhichGpus:
     def test_on_the_cpu_no_gpu_is_looked_for(
         self, store: BundleStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr("service.engines.count_gpus", lambda: pytest.fail("it was"))
+        monkeypatch.setattr(
+            "service.registry.tensorrt_plans.count_gpus", lambda: pytest.fail("it was")
+        )
         settings = load_settings(store=store.root, gpu="7", device="cpu", max_batch_clips=1)
         assert find_tensorrt(settings)[0] == ()
         with caplog.at_level(logging.WARNING):

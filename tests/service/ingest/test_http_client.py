@@ -12,8 +12,8 @@ from typing import Any
 import httpcore2
 import pytest
 
-from service.http_client import HttpClient, Reply
-from service.url_policy import ExchangeFailedError, Policy
+from service.ingest.http_client import HttpClient, Reply
+from service.ingest.url_policy import ExchangeFailedError, Policy
 
 pytestmark = pytest.mark.anyio
 PATIENCE_S = 60.0

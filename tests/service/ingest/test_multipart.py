@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from service.errors import BadRequestError
-from service.forms import Form
+from service.ingest.multipart import Form
 
 FILE = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
 FIELD = b'\r\n--b\r\nContent-Disposition: form-data; name="x"\r\n\r\ny'

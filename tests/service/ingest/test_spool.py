@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from service.errors import SpoolFullError
+from service.ingest.spool import PREFIX, Spool, SpoolFile
 from service.settings import SettingsError
-from service.spool import PREFIX, Spool, SpoolFile
 
 
 def test_a_file_holds_what_was_added_and_is_gone_after_its_block(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def replace_file(file: SpoolFile, other: Any) -> None:
 
 _OTHER_SERVER = """
 import pathlib, sys, time
-from service.spool import Spool
+from service.ingest.spool import Spool
 spool = Spool(pathlib.Path(sys.argv[1]))
 with spool.file() as file:
     file.add(b"video")

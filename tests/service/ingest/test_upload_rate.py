@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from service.errors import UploadTimeoutError
-from service.pace import Pace, Watch
+from service.ingest.upload_rate import Pace, Watch
 from service.settings import load_settings
-from tests.service.stepped import VirtualLoop, virtual
+from tests.service.inference.stepped import VirtualLoop, virtual
 
 SETTINGS = load_settings(min_upload_rate=100, upload_timeout_s=600, long_upload_timeout_s=600)
 SHORT, LONG = Pace.of(SETTINGS), Pace.of_long(SETTINGS)

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from service.url_policy import (
+from service.ingest.url_policy import (
     DestinationRefusedError,
     ExchangeFailedError,
     Policy,
     check_url,
     find_addresses,
     is_public,
-    parse_hosts,
 )
+from service.settings import parse_hosts
 
 POLICY = Policy(("videos.example.org", "*.store.example", "odd.example:8443"))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from service.errors import ResultTooLargeError, SpoolFullError
-from service.job_results import Results
+from service.ingest.spool import Spool
+from service.jobs.results import Results
 from service.settings import MIB
-from service.spool import Spool
 
 
 def run(

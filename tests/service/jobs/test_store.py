@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.job_store import JobStore, NewJob, StoredJob, TooManyWaitError
+from service.jobs.store import JobStore, NewJob, StoredJob, TooManyWaitError
 
 ERROR = {"code": "job_abandoned", "status": 422, "detail": "Gone."}
 

@@ -8,7 +8,7 @@ import hmac
 
 import pytest
 
-from service.webhooks import parse_secret, sign
+from service.jobs.webhooks import parse_secret, sign
 
 # The vector of the specification's own libraries.
 SECRET = b"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 
 
 class NvmlError(Exception):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.logging import JsonFormatter, TextFormatter, configure, request_id
+from service.observability.logs import JsonFormatter, TextFormatter, configure, request_id
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.errors import codes
-from service.job_store import STATES
-from service.job_work import PARAMETERS
-from service.metrics import Metrics
+from service.jobs.runner import PARAMETERS
+from service.jobs.store import STATES
+from service.observability.metrics import Metrics
 
 DEMO = (("model", "demo"),)
 
@@ -89,7 +89,7 @@ def test_a_folder_that_is_gone_does_not_take_the_other_metrics_along(tmp_path: P
 def test_a_codec_that_nobody_knows_makes_no_label_of_its_own(
     serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.requests.CODECS", frozenset({"hevc"}))
+    monkeypatch.setattr("service.api.video_requests.CODECS", frozenset({"hevc"}))
     with serve(spool_dir=tmp_path) as client:
         client.post("/v1/classify", content=video.read_bytes()).raise_for_status()
         text = client.get("/metrics").text

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from service import progress
-from service.progress import bar
+from service.observability import progress
+from service.observability.progress import bar
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -16,9 +16,9 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from service.logging import JsonFormatter
+from service.observability.logs import JsonFormatter
+from service.observability.tracing import Parent, TraceIds, open_tracer, parse_traceparent, spanned
 from service.settings import SettingsError
-from service.tracing import Parent, TraceIds, open_tracer, parse_traceparent, spanned
 from tests.service.conftest import Serve
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from tests.export.conftest import COLOURS, full_disk, publish_colours, write_video
 
 __all__ = ["full_disk"]

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.bundle import BundleError, BundleStore
+from export.bundle.bundle import BundleError, BundleStore
 from export.runtime import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
-from service.local import classify_files
-from service.schemas import ClassifyParameters
+from service.inference.parameters import ClassifyParameters
+from service.offline.local import classify_files
 from service.settings import Settings, load_settings
 from tests.export.conftest import COLOURS, publish_colours, write_video
 

@@ -16,14 +16,14 @@ import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from export.runtime import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from model.training import remote
-from service.batcher import Batcher
-from service.cli import cli
-from service.labelling.rows import Row
-from service.turns import Answer
+from service.cli.main import cli
+from service.inference.batcher import Batcher
+from service.inference.scheduler import Answer
+from service.offline.rows import Row
 
 Label = Callable[..., Result]
 
@@ -172,7 +172,7 @@ def test_videos_of_an_object_store_are_fetched_and_removed(
 def test_an_engine_that_always_fails_ends_the_run(
     label: Label, archive: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.labelling.here._ENGINE_FAILURES", 4)
+    monkeypatch.setattr("service.offline.local_runner._ENGINE_FAILURES", 4)
     calls = 0
     real = OnnxRuntime.run
 
@@ -197,8 +197,8 @@ def test_an_engine_that_always_fails_ends_the_run(
 def test_a_missing_package_is_one_sentence(
     label: Label, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = {"pyarrow": "service.labelling.table", "ray": "service.labelling.cluster"}[package]
-    monkeypatch.delitem(sys.modules, "service.labelling.run", raising=False)
+    module = {"pyarrow": "service.offline.table", "ray": "service.offline.ray_runner"}[package]
+    monkeypatch.delitem(sys.modules, "service.offline.archive", raising=False)
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     result = label("--engine", "ray")

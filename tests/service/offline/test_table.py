@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from service.labelling import table as table_module
-from service.labelling.errors import LabellingError
-from service.labelling.rows import Row, Rules
-from service.labelling.table import SCHEMA, LabelTable
+from service.offline import table as table_module
+from service.offline.errors import LabellingError
+from service.offline.rows import Row, Rules
+from service.offline.table import SCHEMA, LabelTable
 
 RULES = Rules("colours", "1", "ab" * 32, "float32", views=1, crops=1, top_k=5)
 

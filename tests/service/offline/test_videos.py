@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from model.training.errors import DataError
-from service.labelling.errors import LabellingError
-from service.labelling.videos import find_videos
+from service.offline.errors import LabellingError
+from service.offline.videos import find_videos
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_lists_name_paths_relative_to_where_they_lie(tmp_path: Path) -> None:
     table = {"file": ["a b.mp4", "/else/where.mp4", None, "s3://bucket/c.mp4"]}
     pq.write_table(pa.table(table), tmp_path / "list.parquet")
     with pytest.MonkeyPatch.context() as patch:  # the package for s3 is not what is tested
-        patch.setattr("service.labelling.videos.check_protocols", lambda paths: None)
+        patch.setattr("service.offline.videos.check_protocols", lambda paths: None)
         for name in ("list.txt", "list.csv", "list.parquet"):
             assert list(find_videos(str(tmp_path / name), "file").values()) == expected
     assert list(find_videos(str(_list(tmp_path, "x.mp4")), root="/archive")) == ["/archive/x.mp4"]

@@ -12,8 +12,8 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import Bundle, BundleStore
-from export.manifest import ONNX_FLOAT32
+from export.bundle.bundle import Bundle, BundleStore
+from export.bundle.manifest import ONNX_FLOAT32
 from export.runtime.interface import Outputs, RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import (
@@ -25,8 +25,8 @@ from export.runtime.plans import (
     graph_of,
 )
 from export.runtime.tensorrt import Wanted
-from export.tensorrt import BuildJob
-from service.engines import BUILDING
+from export.tensorrt.builder import BuildJob
+from service.registry.tensorrt_plans import BUILDING
 from tests.export.conftest import plan_facts
 
 
@@ -78,7 +78,7 @@ def install_gpus(
     """Lets the service find a GPU of each of these kinds."""
     graph = store.open("demo").file(ONNX_FLOAT32)
     gpus = tuple(FakeGpu(graph, index=index, name=kind) for index, kind in enumerate(kinds))
-    for module in ("service.models", "service.labelling.here"):
+    for module in ("service.registry.models", "service.offline.local_runner"):
         monkeypatch.setattr(f"{module}.find_tensorrt", lambda settings: (gpus, BUILDING))
     return gpus
 
@@ -94,7 +94,7 @@ class FakeBuilder:
         """Facts of the plans that are built."""
         self.go_on = threading.Event()
         self.go_on.set()
-        monkeypatch.setattr("service.engines.build_plan", self._build)
+        monkeypatch.setattr("service.registry.tensorrt_plans.build_plan", self._build)
 
     @property
     def versions(self) -> list[str]:
@@ -139,7 +139,7 @@ def install_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
             self.device, self.gpu = "cuda", gpu
 
     monkeypatch.setattr(OnnxRuntime, "__init__", load)
-    monkeypatch.setattr("service.engines.count_gpus", lambda: 3)
+    monkeypatch.setattr("service.registry.tensorrt_plans.count_gpus", lambda: 3)
     return broken
 
 

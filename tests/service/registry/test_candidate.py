@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.bundle import Bundle, BundleStore, Candidate
+from export.bundle.bundle import Bundle, BundleStore, Candidate
 from export.runtime.interface import Outputs
-from service.loading import LoadedModel
-from service.metrics import Metrics
-from service.served import ServedModel
+from service.observability.metrics import Metrics
+from service.registry.candidate import Trial
+from service.registry.instance import ServedModel
+from service.registry.loading import LoadedModel
 from service.settings import load_settings
-from service.trials import Trial
 from tests.export.conftest import publish_colours
 
 

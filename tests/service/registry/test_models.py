@@ -14,11 +14,11 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import ACTIVE, Bundle, BundleStore
-from export.manifest import ONNX_FLOAT32
+from export.bundle.bundle import ACTIVE, Bundle, BundleStore
+from export.bundle.manifest import ONNX_FLOAT32
 from model.demo import STORE
-from service.loading import max_batch
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
+from service.registry.loading import max_batch
 from service.settings import MIB, load_settings
 from tests.export.conftest import publish_colours
 from tests.service.conftest import tensor

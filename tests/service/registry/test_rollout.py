@@ -15,14 +15,14 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import BundleError, BundleStore, Candidate
-from export.pointers import CANDIDATE
+from export.bundle.bundle import BundleError, BundleStore, Candidate
+from export.bundle.pointers import CANDIDATE
 from model.scores import mean_scores
 from tests.export.conftest import colour_manifest, publish_colours, write_video
+from tests.service.api.test_auth import bearer, write
 from tests.service.conftest import Serve, tensor
-from tests.service.test_auth import bearer, write
-from tests.service.test_models import metric, wait_until
-from tests.service.test_several_models import spoil
+from tests.service.registry.test_models import metric, wait_until
+from tests.service.registry.test_several_models import spoil
 
 URL = "/v1/classify"
 ADMIN = "/v1/admin/models/colours"

@@ -9,15 +9,15 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import ACTIVE, BundleError, BundleStore
-from export.manifest import ONNX_FLOAT32
+from export.bundle.bundle import ACTIVE, BundleError, BundleStore
+from export.bundle.manifest import ONNX_FLOAT32
 from model.video import load_clips
-from service.metrics import Metrics
-from service.models import Models
+from service.observability.metrics import Metrics
+from service.registry.models import Models
 from service.settings import SettingsError, load_settings
 from tests.export.conftest import colour_config, publish_colours, write_video
 from tests.service.conftest import Serve, send, tensor
-from tests.service.test_models import metric, wait_until
+from tests.service.registry.test_models import metric, wait_until
 
 URL = "/v1/classify"
 

@@ -14,15 +14,15 @@ import pytest
 from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 
-from export.bundle import BundleError, BundleStore
-from export.remote_store import RemoteStore
-from service.app import create_app, running
-from service.cli import cli
+from export.bundle.bundle import BundleError, BundleStore
+from export.bundle.remote_store import RemoteStore
+from service.cli.main import cli
+from service.server.app import create_app, running
 from service.settings import load_settings
 from tests.export.conftest import publish_colours, write_video
+from tests.service.api.test_auth import bearer, write
 from tests.service.conftest import Serve
-from tests.service.test_auth import bearer, write
-from tests.service.test_models import metric, wait_until
+from tests.service.registry.test_models import metric, wait_until
 
 Outage = Callable[[], contextlib.AbstractContextManager[None]]
 BROKEN = "no route to the store"

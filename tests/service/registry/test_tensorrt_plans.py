@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from export.bundle import Bundle, BundleStore, Candidate
-from export.manifest import ONNX_FLOAT32, ONNX_FP8, ONNX_FP16, Choice
+from export.bundle.bundle import Bundle, BundleStore, Candidate
+from export.bundle.manifest import ONNX_FLOAT32, ONNX_FP8, ONNX_FP16, Choice
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import GPU_GRAPHS, Plan, PlanError, graph_of
-from export.tensorrt import BuildJob, build_plan
-from service.engines import BUILDING, Engines, find_tensorrt
-from service.labelling.here import load
-from service.loading import load_model
+from export.tensorrt.builder import BuildJob, build_plan
+from service.offline.local_runner import load
+from service.registry.loading import load_model
+from service.registry.tensorrt_plans import BUILDING, Engines, find_tensorrt
 from service.settings import load_settings
 from tests.service.conftest import Serve
-from tests.service.fake_gpu import (
+from tests.service.registry.fake_gpu import (
     FakeBuilder,
     FakeGpu,
     build_ahead,
@@ -32,7 +32,7 @@ from tests.service.fake_gpu import (
     label,
     state,
 )
-from tests.service.test_models import DEMO, metric, publish, serving, wait_until
+from tests.service.registry.test_models import DEMO, metric, publish, serving, wait_until
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_the_service_stops_while_a_plan_is_built(
         sleeping = job.model_copy(update={"module": "sleeping"})
         return build_plan(sleeping, progress, started)
 
-    monkeypatch.setattr("service.engines.build_plan", build)
+    monkeypatch.setattr("service.registry.tensorrt_plans.build_plan", build)
     with start() as client:
         wait_until(lambda: children)
         assert state(client)[1] == "building"
@@ -256,7 +256,7 @@ def test_a_refitted_plan_with_wrong_answers_is_built_instead(
         return real(job, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.engines.build_plan", build)
+        patch.setattr("service.registry.tensorrt_plans.build_plan", build)
         with start(refittable_plans=True) as client:
             wait_until(lambda: state(client) == ("tensorrt", "serving"))
             store.activate("demo", "2")

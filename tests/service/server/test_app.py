@@ -15,14 +15,14 @@ import pytest
 from fastapi.routing import iter_route_contexts
 from numpy.typing import NDArray
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from export.runtime.interface import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from model.demo import STORE
-from service.app import create_admin_app, create_app
+from service.server.app import create_admin_app, create_app
 from service.settings import SettingsError, load_settings
 from tests.service.conftest import Serve
-from tests.service.test_models import wait_until
+from tests.service.registry.test_models import wait_until
 
 
 def test_it_is_alive_and_ready_and_says_what_runs_it(client: httpx.Client) -> None:
@@ -105,7 +105,7 @@ def test_a_defect_of_ours_is_a_500_problem_with_its_id_and_a_log(
     def broken(*args: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr("service.routes.models.cost", broken)
+    monkeypatch.setattr("service.api.routes.models.cost", broken)
     answer = client.get("/v1/models")
     assert answer.status_code == 500
     assert answer.json()["code"] == "internal_error"
@@ -171,7 +171,7 @@ def test_an_engine_that_fails_for_a_while_is_ready_again_though_nobody_asks_it(
         return honest(runtime, frames)
 
     monkeypatch.setattr(OnnxRuntime, "run", run)
-    monkeypatch.setattr("service.batcher.TRY_EVERY_S", 0.05)
+    monkeypatch.setattr("service.inference.batcher.TRY_EVERY_S", 0.05)
     with serve(spool_dir=tmp_path) as client:
 
         def ready() -> tuple[int, bool]:

@@ -16,9 +16,9 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from service import protocol
+from service.server import http_protocol as protocol
 from tests.service.conftest import Serve
-from tests.service.stepped import virtual
+from tests.service.inference.stepped import virtual
 
 HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
 
@@ -27,7 +27,7 @@ HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
 def impatient(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[httpx.Client]:
-    monkeypatch.setattr("service.protocol._LINGER_S", 0.3)
+    monkeypatch.setattr("service.server.http_protocol._LINGER_S", 0.3)
     with serve(head_timeout_s=0.5, upload_timeout_s=30, spool_dir=tmp_path) as client:
         yield client
 

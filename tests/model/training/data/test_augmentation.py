@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.training.augmentation import _OPERATIONS, Augmentation, augment
+from model.training.data.augmentation import _OPERATIONS, Augmentation, augment
 from model.training.errors import RecipeError
 
 CLASSES = 4

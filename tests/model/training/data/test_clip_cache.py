@@ -18,17 +18,17 @@ import torch
 from safetensors.torch import load_file
 
 from model.config import Preprocessing
-from model.timesformer import TimeSformer
+from model.data.lists import Sample, VideoList, read_videos
+from model.network.timesformer import TimeSformer
 from model.training import cache as caching
-from model.training.cache import Draws, open_cache
-from model.training.data import Replaced, View, view_clip
+from model.training.config import Job, Machine
+from model.training.data.clip_cache import Draws, open_cache
+from model.training.data.loader import Replaced, View, view_clip
 from model.training.errors import DataError, RecipeError
-from model.training.job import Job, Machine
-from model.training.log import read_log
+from model.training.event_log import read_log
 from model.training.loop import LOG, train
 from model.training.recipe import PRESETS
-from model.training.run import WEIGHTS
-from model.training.sources import Sample, VideoList, read_videos
+from model.training.trainer import WEIGHTS
 from tests.model.conftest import tiny_config
 from tests.model.training.conftest import write_video
 
@@ -157,9 +157,9 @@ FILL = """
 import os, signal, sys
 from pathlib import Path
 from model.config import Preprocessing
-from model.training.cache import Draws, open_cache
-from model.training.data import View
-from model.training.sources import read_videos
+from model.training.data.clip_cache import Draws, open_cache
+from model.training.data.loader import View
+from model.data.lists import read_videos
 
 def kill(count, videos):
     if count == 3:

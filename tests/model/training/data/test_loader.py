@@ -10,7 +10,8 @@ import torch
 from av.video.frame import VideoFrame
 
 from model.config import Preprocessing
-from model.training.data import (
+from model.data.lists import Sample, VideoList, read_videos
+from model.training.data.loader import (
     BatchOrder,
     TrainingClips,
     View,
@@ -20,7 +21,6 @@ from model.training.data import (
     training_frames,
 )
 from model.training.errors import DataError
-from model.training.sources import Sample, VideoList, read_videos
 from model.video import Timeline, crop_frame, read_frames
 from tests.model.training.conftest import write_video
 

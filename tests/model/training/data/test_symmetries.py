@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.training.augmentation import Augmentation, augment
+from model.training.data.augmentation import Augmentation, augment
 from model.training.errors import RecipeError
 from model.training.recipe import PRESETS
 

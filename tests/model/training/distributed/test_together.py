@@ -16,21 +16,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model.data.lists import read_videos
 from model.training import checkpoint
+from model.training.config import Machine
+from model.training.distributed.batch_shards import share
 from model.training.errors import RecipeError, StoppedError
-from model.training.job import Machine
-from model.training.log import read_log
+from model.training.event_log import read_log
 from model.training.loop import LOG, train
-from model.training.run import CHECKPOINTS, REPORT, WEIGHTS, Run
-from model.training.shares import share
-from model.training.sources import read_videos
+from model.training.trainer import CHECKPOINTS, REPORT, WEIGHTS, Run
 from tests.model.training.conftest import Painter, flat, write_video
 from tests.model.training.test_cli import training
 from tests.model.training.test_loop import RECIPE, first_model, interrupted_at, job
 from tests.processes import free_port
 
 REPOSITORY = Path(__file__).parents[3]
-PROGRAM = "tests.model.training.together"
+PROGRAM = "tests.model.training.distributed.together"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 PATIENCE_S = 400  # on a machine that has other work, torch alone takes seconds to start
 
@@ -195,7 +195,7 @@ def test_an_error_of_every_process_is_shown_once_by_the_filter(
     """As the docs start it, without the command on the path."""
     command = training(tmp_path, videos, "--out", tmp_path / "run", "--variant", "demo",
                        "--train", 9)  # fmt: skip
-    with torchrun("--local-ranks-filter", 0, "-m", "service.cli", *command) as process:
+    with torchrun("--local-ranks-filter", 0, "-m", "service.cli.main", *command) as process:
         output, errors = finish(process, code=1)
     assert (output + errors).count("Error: the last 9 blocks cannot be trained") == 1
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from model.data.lists import read_videos
+from model.training.config import Machine
+from model.training.distributed.process_group import joined
 from model.training.errors import TrainingError
-from model.training.job import Machine
 from model.training.loop import train
-from model.training.run import Run
-from model.training.sources import read_videos
-from model.training.world import joined
+from model.training.trainer import Run
 from tests.model.training.test_loop import RECIPE, first_model, job
 
 

@@ -13,16 +13,16 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from export.runtime import load_runtime
 from model.demo import STORE
 from model.scores import mean_scores
 from model.video import load_clips
 from service.errors import QueueFullError
-from service.pace import Watch
-from service.spool import SpoolFile
+from service.ingest.spool import SpoolFile
+from service.ingest.upload_rate import Watch
 from tests.service.conftest import Serve, send
-from tests.service.test_models import metric, wait_until
+from tests.service.registry.test_models import metric, wait_until
 
 URL = "/v1/classify"
 
@@ -169,8 +169,8 @@ def test_a_body_has_to_come_at_a_least_rate(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     noted: list[int] = []
-    monkeypatch.setattr("service.pace._WINDOW_S", 0.3)
-    monkeypatch.setattr("service.pace._LONG_WINDOW_S", 0.3)
+    monkeypatch.setattr("service.ingest.upload_rate._WINDOW_S", 0.3)
+    monkeypatch.setattr("service.ingest.upload_rate._LONG_WINDOW_S", 0.3)
     with serve(min_upload_rate=100, spool_dir=tmp_path) as client:
         with send(client, path, length=9) as silent:
             answer = silent.recv(2000)
@@ -256,7 +256,7 @@ def test_a_video_that_there_is_no_room_for_is_refused_before_it_is_read(
 
     with serve(spool_dir=tmp_path) as client:
         for place in (
-            "service.batcher.Batcher.check_room",
+            "service.inference.batcher.Batcher.check_room",
             "service.decoding.pool.DecoderPool.check_room",
         ):
             with monkeypatch.context() as patch:

@@ -9,11 +9,11 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from export.runtime import load_runtime
 from model.demo import STORE
 from model.video import load_clips
-from service.classification import mean_embedding
+from service.inference.postprocess import mean_embedding
 
 URL = "/v1/embed"
 # What `classify` answers too; how uploads, limits and faults behave is tested there.

@@ -16,18 +16,19 @@ import httpx
 import pytest
 
 from model.video import Window
-from service import job_results, job_work
-from service.app import create_app, running
-from service.auth import ApiKey, new_key, write_keys
+from service.api.auth import ApiKey, new_key, write_keys
 from service.decoding.messages import StreamMessage, StreamRequest
 from service.decoding.process import DecoderProcess
 from service.errors import DecoderUnavailableError, ModelUnavailableError, SpoolFullError
-from service.job_results import Draft, Results
-from service.job_store import JobStore
+from service.jobs import results as job_results
+from service.jobs import runner as job_work
+from service.jobs.results import Draft, Results
+from service.jobs.store import JobStore
+from service.jobs.webhooks import Webhooks, sign, wait_after
+from service.server.app import create_app, running
 from service.settings import SettingsError, load_settings
-from service.webhooks import Webhooks, sign, wait_after
 from tests.service.long_video import write_long_video
-from tests.service.test_models import wait_until
+from tests.service.registry.test_models import wait_until
 from tests.service.web_server import Handler, web_server
 
 URL = "/v1/jobs"
@@ -261,7 +262,7 @@ def test_job_is_seen_and_listed_by_its_owner_and_an_administrator_only(
 def test_so_many_wait_and_no_more(
     serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.jobs._MOST_WAITING", 1)
+    monkeypatch.setattr("service.jobs.manager._MOST_WAITING", 1)
     with serve(jobs_dir=tmp_path) as client:
         ask = {"params": {"kind": "timeline"}, "content": b"a video"}
         first = client.post(URL, **ask).json()["id"]
@@ -298,7 +299,7 @@ def test_ended_jobs_are_forgotten_after_their_time(serve: Any, video: Path, tmp_
 def test_a_result_that_grows_too_large_fails_with_a_code_of_its_own(
     serve: Any, long_video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.jobs._MOST_RESULT_BYTES", 5000)
+    monkeypatch.setattr("service.jobs.manager._MOST_RESULT_BYTES", 5000)
     with serve(jobs_dir=tmp_path) as client:
         job = add(client, long_video, "timeline")
         failed = ended(client, job)
@@ -330,8 +331,8 @@ def test_job_that_is_deferred_is_done_later_or_fails_after_so_many_times(
     state: str,
     code: str | None,
 ) -> None:
-    monkeypatch.setattr("service.jobs._FIRST_DELAY_S", 0.05)
-    monkeypatch.setattr("service.jobs._MOST_DELAYS", most_delays)
+    monkeypatch.setattr("service.jobs.manager._FIRST_DELAY_S", 0.05)
+    monkeypatch.setattr("service.jobs.manager._MOST_DELAYS", most_delays)
     refusals = [DecoderUnavailableError(""), SpoolFullError(""), ModelUnavailableError("")]
     honest = job_work.do
 
@@ -505,8 +506,8 @@ def hooks(host: str, folder: Path, **more: object) -> dict[str, object]:
 def test_a_webhook_is_called_with_a_signature_and_again_if_it_fails(
     serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.webhooks._FIRST_WAIT_S", 0.1)
-    monkeypatch.setattr("service.webhooks._GROWTH", 1.0)
+    monkeypatch.setattr("service.jobs.webhooks._FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr("service.jobs.webhooks._GROWTH", 1.0)
     calls: list[tuple[str, dict[str, str], bytes]] = []
     statuses = iter([500, 302, 204])
 
@@ -535,9 +536,9 @@ def test_a_webhook_is_called_with_a_signature_and_again_if_it_fails(
 def test_webhook_that_always_fails_is_given_up_and_a_private_address_never_called(
     serve: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private: bool
 ) -> None:
-    monkeypatch.setattr("service.webhooks._FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr("service.webhooks._GROWTH", 1.0)
-    monkeypatch.setattr("service.webhooks._MOST_CALLS", 2)
+    monkeypatch.setattr("service.jobs.webhooks._FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("service.jobs.webhooks._GROWTH", 1.0)
+    monkeypatch.setattr("service.jobs.webhooks._MOST_CALLS", 2)
     calls: list[str] = []
 
     def answer(handler: Handler) -> None:

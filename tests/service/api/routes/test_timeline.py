@@ -20,7 +20,7 @@ from service.decoding.messages import StreamMessage, StreamRequest
 from service.decoding.process import DecoderCrashedError, DecoderProcess
 from service.settings import Settings
 from tests.service.long_video import worker_at, write_long_video
-from tests.service.test_models import wait_until
+from tests.service.registry.test_models import wait_until
 
 URL = "/v1/timeline"
 
@@ -165,7 +165,7 @@ def test_wrong_parameters_are_named(
 def test_more_windows_than_allowed_are_refused(
     serve: Any, long_video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.timeline.MOST_WINDOWS", 20)
+    monkeypatch.setattr("service.inference.timeline.MOST_WINDOWS", 20)
     with serve() as client:
         answer = client.post(URL, content=long_video.read_bytes())
         assert answer.status_code == 413

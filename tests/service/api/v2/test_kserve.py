@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from export.runtime import load_runtime
 from model.demo import STORE
 

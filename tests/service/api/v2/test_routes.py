@@ -27,17 +27,17 @@ from numpy.typing import NDArray
 from starlette.routing import Match, Route
 from tritonclient.utils import InferenceServerException
 
-from export.bundle import BundleStore
+from export.bundle.bundle import BundleStore
 from export.runtime import Outputs, load_runtime
 from model.demo import STORE
-from service.app import create_app
+from service.api.v2.codec import Body, _loads, decode
+from service.api.v2.routes import _DECODER, _in_turn
 from service.errors import InvalidTensorError, UploadTooLargeError
-from service.routes.inference_protocol import _DECODER, _in_turn
+from service.ingest.uploads import Limit
+from service.server.app import create_app
 from service.settings import MIB, load_settings
-from service.tensors import Body, _loads, decode
-from service.uploads import Limit
 from tests.service.conftest import send
-from tests.service.test_models import metric, wait_until
+from tests.service.registry.test_models import metric, wait_until
 
 URL = "/v2/models/demo/infer"
 BUNDLE = BundleStore(STORE).open("demo")
@@ -518,7 +518,7 @@ def test_a_defect_of_ours_is_an_error_in_the_protocols_form(
     def broken(*args: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr("service.routes.inference_protocol.encode", broken)
+    monkeypatch.setattr("service.api.v2.routes.encode", broken)
     answer = client.post(URL, **binary(header()))
     error(answer, 500)
     assert "secret" not in answer.text

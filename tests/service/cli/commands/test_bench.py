@@ -7,8 +7,8 @@ import re
 
 from click.testing import CliRunner, Result
 
-from export.manifest import ONNX_FLOAT32
-from service.cli import cli
+from export.bundle.manifest import ONNX_FLOAT32
+from service.cli.main import cli
 
 QUICK = ("--device", "cpu", "--threads", 1, "--rounds", 1, "--batches", "1,3")
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from export.bundle import Bundle, BundleStore
-from export.manifest import ONNX_FLOAT32
+from export.bundle.bundle import Bundle, BundleStore
+from export.bundle.manifest import ONNX_FLOAT32
 from export.runtime.cuda import Cuda
 from export.runtime.interface import RuntimeUnavailableError
 from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import Gpu, Plan, PlanError, layers_file
 from export.runtime.tensorrt import TensorRt, Wanted
-from export.tensorrt import BuildJob
-from service.cli import cli
+from export.tensorrt.builder import BuildJob
+from service.cli.main import cli
 from service.settings import load_settings
 from tests.export.conftest import publish_colours
 
@@ -145,8 +145,8 @@ class TestBuild:
         jobs: list[BuildJob] = []
         command = ("engines", "build", "--store", store.root, "--batches", "2")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("export.tensorrt.find_built", jobs.append)
-            patch.setattr("export.tensorrt.build_plan", stop)
+            patch.setattr("export.tensorrt.builder.find_built", jobs.append)
+            patch.setattr("export.tensorrt.builder.build_plan", stop)
             timesformer(*command, code=1)
             timesformer(*command, "--timing-cache", tmp_path / "timings", code=1)
         beside, elsewhere = [job.timings for job in jobs]

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from export.bundle import sha256_of
-from export.manifest import MANIFEST, ONNX_FLOAT32
+from export.bundle.bundle import sha256_of
+from export.bundle.manifest import MANIFEST, ONNX_FLOAT32
 from model.demo import SAMPLE_CLIP, STORE
-from service.cli import cli
-from tests.export.test_gate import scale_the_head
+from service.cli.main import cli
+from tests.export.verification.test_gate import scale_the_head
 
 CPU = ("--device", "cpu", "--threads", 1)
 

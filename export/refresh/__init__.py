@@ -1,0 +1,1 @@
+"""Retrain, compare, export, verify, publish, activate: videos come in, a version goes out."""

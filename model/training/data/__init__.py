@@ -1,0 +1,1 @@
+"""Videos of a list come in, augmented batches of clips go out, the same in each run."""

@@ -1,0 +1,1 @@
+"""Several processes that train what one process would: gradients, batches and checkpoints."""
