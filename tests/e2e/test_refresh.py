@@ -16,8 +16,7 @@ import pytest
 
 from model.checkpoints import load_checkpoint, save_safetensors
 from tests.e2e.conftest import TIMESFORMER, run_service
-from tests.model.conftest import random_model, tiny_config
-from tests.model.training.conftest import flat, write_video
+from tests.model.conftest import flat, random_model, tiny_config, write_video
 
 CONFIG = tiny_config(num_classes=2, depth=1, num_frames=2, image_size=16, frame_stride=4)
 QUICK = {"warm_up": 0.0, "layer_decay": 1.0, "ema": 0.0}

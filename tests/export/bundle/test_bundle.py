@@ -16,8 +16,7 @@ import pytest
 
 from export.bundle.bundle import ACTIVE, Bundle, BundleError, BundleStore, sha256_of
 from export.bundle.manifest import LABELS, MANIFEST, ONNX_FLOAT32, WEIGHTS
-
-from .conftest import PASSED, publish_colours
+from tests.export.conftest import PASSED, publish_colours
 
 FullDisk = Callable[[int], AbstractContextManager[None]]
 

@@ -10,9 +10,8 @@ import pytest
 from export.calibration.clips import calibration_clips, held_out_clips
 from model.training.errors import DataError
 from model.video import UndecodableVideo
+from tests.export.conftest import write_video
 from tests.model.conftest import tiny_config
-
-from .conftest import write_video
 
 
 def test_are_rendered_where_none_are_given() -> None:

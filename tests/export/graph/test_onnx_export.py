@@ -87,7 +87,7 @@ def test_the_file_is_valid_whole_and_free_of_where_it_was_made(exported_scheme: 
     assert not proto.graph.metadata_props
     assert not [node.name for node in proto.graph.node if node.metadata_props or node.doc_string]
     assert list(exported_scheme.path.parent.iterdir()) == [exported_scheme.path]
-    root = str(Path(__file__).parents[2]).encode()
+    root = str(Path(__file__).parents[3]).encode()
     for trace in (root, b".py", b"site-packages", b"Traceback"):
         assert trace not in content
 

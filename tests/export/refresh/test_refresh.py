@@ -17,9 +17,9 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
-from export import refresh as module
 from export.bundle.bundle import Bundle, BundleStore, sha256_of
 from export.bundle.manifest import LABELS, ONNX_FLOAT32, WEIGHTS
+from export.refresh import refresh as module
 from export.refresh.comparison import Rule
 from export.refresh.refresh import (
     HoldOut,
@@ -42,10 +42,9 @@ from model.training.recipe import PRESETS
 from model.training.trainer import classifier
 from service.cli.main import cli
 from tests.export.conftest import colour_manifest, write_colour_graph
-from tests.model.conftest import random_frames, random_model, tiny_config
-from tests.model.training.conftest import flat, write_video
+from tests.model.conftest import flat, random_frames, random_model, tiny_config, write_video
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 CONFIG = tiny_config(
     num_classes=2, depth=1, num_frames=2, image_size=16, frame_stride=4, drop_path_rate=0.0
 )

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from export import reuse
 from export.runtime.plans import Plan, PlanError, PlanKey
 from export.runtime.tensorrt import Wanted
+from export.tensorrt import build_cache as reuse
 from export.tensorrt.builder import BuildJob, build_plan
 from tests.export.tensorrt.test_builder import Loading, built_here, colours, folder, job, key
 from tests.export.tensorrt.test_inspector import INSPECTED, engine

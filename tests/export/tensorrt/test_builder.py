@@ -17,7 +17,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import tensorrt
 from export.graph.onnx_export import export_onnx
 from export.graph.rewrite import rewrite
 from export.runtime.plans import (
@@ -31,6 +30,7 @@ from export.runtime.plans import (
     read_plan,
 )
 from export.runtime.tensorrt import log_of
+from export.tensorrt import builder as tensorrt
 from export.tensorrt.builder import BuildJob, build_plan, find_built, layer_types, parse, structure
 from tests.export.conftest import EVERY_SCHEME, write_colour_graph
 from tests.model.conftest import random_model, tiny_config

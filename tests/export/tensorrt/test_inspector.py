@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from export import tensorrt
 from export.runtime.plans import PlanError, layers_file, plans_in
+from export.tensorrt import builder as tensorrt
 from export.tensorrt.inspector import by_type, in_words, missing_bits, read_layers
 from tests.export.tensorrt.test_builder import Loading, built_here, colours, folder, job, key
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from export import reuse
-from export import tensorrt as builder
 from export.runtime import tensorrt as runtime
+from export.tensorrt import build_cache as reuse
+from export.tensorrt import builder
 from tests.conftest import SHARED
 
 CLASSES = {

@@ -18,8 +18,7 @@ from export.runtime.onnxruntime import OnnxRuntime
 from export.runtime.plans import Gpu, PlanError, engines_folder, locked
 from export.runtime.tensorrt import TensorRt
 from export.tensorrt.precision_benchmark import measure_fastest
-
-from .conftest import COLOURS, PASSED, VirtualClock, colour_manifest, write_colour_graph
+from tests.export.conftest import COLOURS, PASSED, VirtualClock, colour_manifest, write_colour_graph
 
 BATCHES = (1, 4)
 GRAPHS = {"float32": ONNX_FLOAT32, "fp16": ONNX_FP16, "fp8": ONNX_FP8}

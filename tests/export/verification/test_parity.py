@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from export.runtime import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
 from export.verification.parity import FLOAT32, FP16, INT8, Limits, compare, hold, run_in_batches
-
-from .conftest import write_colour_graph
+from tests.export.conftest import write_colour_graph
 
 
 def answers(seed: int = 0, scale: float = 1.0) -> Outputs:

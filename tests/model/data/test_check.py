@@ -13,7 +13,7 @@ from model.config import Preprocessing
 from model.data.check import Report, check
 from model.data.lists import read_videos
 from service.cli.main import cli
-from tests.model.training.conftest import flat, write_video
+from tests.model.conftest import flat, write_video
 
 SHORT_CLIPS = Preprocessing(num_frames=4, image_size=16, frame_stride=4)
 

@@ -21,11 +21,11 @@ pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
 
 from model.config import Preprocessing
+from model.data import remote
 from model.data.check import check
 from model.data.lists import Sample, VideoList, read_videos, write_list
 from model.data.remote import joined, local_video, without_secrets
 from model.evaluation.metrics import Protocol, predict
-from model.training import remote
 from model.training.errors import DataError, MissingVideo, UnreachableVideo
 from service.cli.main import cli
 

@@ -21,8 +21,8 @@ from model.evaluation.metrics import Failure, Predictions
 from model.reports.html import Html, join, tag
 from model.reports.thumbnails import film_strip
 from model.reports.training_report import PAGE, Evaluated, write_report
+from tests.model.conftest import flat, write_video
 from tests.model.reports.pages import LOADING, Page, read
-from tests.model.training.conftest import flat, write_video
 
 SEES = Preprocessing(num_frames=4, image_size=32, frame_stride=4)
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'

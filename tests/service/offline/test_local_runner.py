@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from export.bundle.bundle import BundleStore
 from export.runtime import Outputs
 from export.runtime.onnxruntime import OnnxRuntime
-from model.training import remote
+from model.data import remote
 from service.cli.main import cli
 from service.inference.batcher import Batcher
 from service.inference.scheduler import Answer

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from model.config import Preprocessing
 from model.data.lists import Sample, VideoList, read_videos
 from model.network.timesformer import TimeSformer
-from model.training import cache as caching
 from model.training.config import Job, Machine
+from model.training.data import clip_cache as caching
 from model.training.data.clip_cache import Draws, open_cache
 from model.training.data.loader import Replaced, View, view_clip
 from model.training.errors import DataError, RecipeError
@@ -29,11 +29,10 @@ from model.training.event_log import read_log
 from model.training.loop import LOG, train
 from model.training.recipe import PRESETS
 from model.training.trainer import WEIGHTS
-from tests.model.conftest import tiny_config
-from tests.model.training.conftest import write_video
+from tests.model.conftest import tiny_config, write_video
 
 SEES = Preprocessing(num_frames=2, image_size=16, frame_stride=4)
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[4]
 
 
 def changing(level: int) -> Callable[[int], np.ndarray]:

@@ -22,7 +22,7 @@ from model.training.data.loader import (
 )
 from model.training.errors import DataError
 from model.video import Timeline, crop_frame, read_frames
-from tests.model.training.conftest import write_video
+from tests.model.conftest import write_video
 
 SEES = Preprocessing(num_frames=4, image_size=16, frame_stride=4)
 LABELS = np.array([0, 0, 0, 0, 0, 0, 1])

@@ -24,12 +24,12 @@ from model.training.errors import RecipeError, StoppedError
 from model.training.event_log import read_log
 from model.training.loop import LOG, train
 from model.training.trainer import CHECKPOINTS, REPORT, WEIGHTS, Run
-from tests.model.training.conftest import Painter, flat, write_video
+from tests.model.conftest import Painter, flat, write_video
 from tests.model.training.test_cli import training
 from tests.model.training.test_loop import RECIPE, first_model, interrupted_at, job
 from tests.processes import free_port
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[4]
 PROGRAM = "tests.model.training.distributed.together"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 PATIENCE_S = 400  # on a machine that has other work, torch alone takes seconds to start

@@ -14,7 +14,7 @@ from export.bundle.bundle import BundleStore
 from export.runtime import load_runtime
 from model.demo import STORE
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 PYTHON = ROOT / "build/kserve/bin/python"
 
 
