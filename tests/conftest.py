@@ -44,6 +44,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(3600))
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Seeds torch for each test, so that no test depends on the tests that its worker ran before."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+
+
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 

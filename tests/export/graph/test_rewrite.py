@@ -35,7 +35,9 @@ def wild_model(config: ModelConfig, seed: int = 0) -> TimeSformer:
     """No weight is zero or one, no two channels of the pixels are alike, attention is peaked."""
     config = config.replace(mean=(0.3, 0.5, 0.6), std=(0.2, 0.3, 0.25))
     generator = torch.Generator().manual_seed(seed)
-    model = TimeSformer(config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TimeSformer(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
