@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
-    """Seeds torch for each test, so that no test depends on the tests that its worker ran before."""
+    """Seeds torch for each test, so that no test depends on what its worker ran before."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.manual_seed(0)
